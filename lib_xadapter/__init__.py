@@ -1,0 +1,7 @@
+"""X-Adapter: SD1.5 plugins on SDXL (Ran et al., arXiv 2312.02238)."""
+
+from .mapping import MappingLayers, load_adapter
+
+__version__ = "0.1.0"
+
+__all__ = ["MappingLayers", "__version__", "load_adapter"]

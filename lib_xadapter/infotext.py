@@ -1,0 +1,81 @@
+"""Settings as text under a picture, in the form that the WebUI writes and pastes: `key: value, key: value`.
+
+Default values are left out. The key of `enabled` holds the version, so that later versions know what a default was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .settings import LEVELS, Settings, arguments, defaults
+
+PREFIX = "X-Adapter "
+
+
+def key_of(name: str) -> str:
+    """The infotext key of an argument."""
+    return PREFIX + arguments()[name].infotext
+
+
+VERSION_KEY = key_of("enabled")
+
+
+def write_infotext(settings: Settings, version: str) -> dict[str, str]:
+    """Infotext keys and values for everything that is not at its default."""
+    written = {VERSION_KEY: version}
+    for name, default in defaults().items():
+        value = getattr(settings, name)
+        if name != "enabled" and value != default:
+            written[key_of(name)] = _write(value)
+    return written
+
+
+def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Every argument as the parsed infotext has it, defaults included; None for a picture made without X-Adapter."""
+    if VERSION_KEY not in parameters:
+        return None
+    values = dict(defaults())
+    for name, default in defaults().items():
+        text = _find(parameters, key_of(name))
+        if name != "enabled" and text is not None:
+            values[name] = _read(name, text, default)
+    return values
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{item:g}" for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return _quoted(value)
+    return str(value)
+
+
+def _quoted(text: str) -> str:
+    """The WebUI quotes what holds `,`, `:` or a line break, and unquotes whatever stands in quotes."""
+    if not any(mark in text for mark in ",:\n") and (text.startswith('"') or text != text.strip()):
+        return json.dumps(text, ensure_ascii=False)
+    return text
+
+
+def _find(parameters: Mapping[str, Any], key: str) -> str | None:
+    # the WebUI splits a value of the form 512x768 in two
+    if f"{key}-1" in parameters and f"{key}-2" in parameters:
+        return f"{parameters[f'{key}-1']}x{parameters[f'{key}-2']}"
+    return parameters.get(key)
+
+
+def _read(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        return text == "True"
+    if isinstance(default, int):
+        return int(text)
+    if name == "weight":
+        numbers = tuple(float(part) for part in text.split())
+        return numbers if len(numbers) == LEVELS else numbers[0]
+    if isinstance(default, float):
+        return float(text)
+    return text

@@ -1,0 +1,269 @@
+"""The mapping layers: three ResNet blocks and a 1x1 convolution per level, the only trained part of X-Adapter.
+
+Source: paper, "X-Adapter" (mapping layers); released code, `model/adapter.py`, class `Adapter_XL`. Attribute names
+below are the keys of the released checkpoint, misspellings included, so that a file loads without renaming.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import WrongFile
+
+NUMBER_OF_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """What one ResNet block is made of, as its weights in the file tell.
+
+    `kernel` is the size of the square kernels of `in_conv`, `block2` and `skep`; `block1` is always 3x3.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: int = 3
+    upsamples: bool = False
+    changes_channels: bool = False
+    has_skip_convolution: bool = False
+    has_norm: bool = False
+    time_channels: int | None = None
+
+
+class Upsampling(nn.Module):
+    """Transposed convolution to exactly twice the height and width, odd sizes included."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return self.op(x, output_size=(2 * height, 2 * width))
+
+
+class TimestepProjection(nn.Module):
+    """The base's time embedding, projected to one bias per channel."""
+
+    def __init__(self, time_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(time_channels, out_channels)
+
+    def forward(self, time_embedding: Tensor) -> Tensor:
+        return self.linear(time_embedding)[:, :, None, None]
+
+
+class ResNetBlock(nn.Module):
+    """[up] → [in_conv] → h = conv(x) [+ time] → [norm] → ReLU → conv; h + x."""
+
+    def __init__(self, layout: BlockLayout) -> None:
+        super().__init__()
+        inner, outer, kernel = layout.in_channels, layout.out_channels, layout.kernel
+        padding = kernel // 2
+        self.up_opt = Upsampling(inner) if layout.upsamples else None
+        self.in_conv = nn.Conv2d(inner, outer, kernel, padding=padding) if layout.changes_channels else None
+        self.block1 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.timestep_proj = TimestepProjection(layout.time_channels, outer) if layout.time_channels else None
+        self.norm1 = nn.GroupNorm(32, outer, eps=1e-6) if layout.has_norm else None
+        self.block2 = nn.Conv2d(outer, outer, kernel, padding=padding)
+        # the released class feeds the skip convolution what in_conv gave, so its input has the outer width
+        self.skep = nn.Conv2d(outer, outer, kernel, padding=padding) if layout.has_skip_convolution else None
+
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        if self.up_opt is not None:
+            x = self.up_opt(x)
+        if self.in_conv is not None:
+            x = self.in_conv(x)
+        h = self.block1(x)
+        if self.timestep_proj is not None:
+            h = h + self.timestep_proj(time_embedding)
+        if self.norm1 is not None:
+            h = self.norm1(h)
+        h = self.block2(functional.relu(h))
+        return h + (x if self.skep is None else self.skep(x))
+
+
+class MappingLayers(nn.Module):
+    """Base decoder features to residuals for the upgraded decoder, level by level.
+
+    Args:
+        levels: the blocks of each level, coarsest feature first.
+    """
+
+    def __init__(self, levels: Sequence[Sequence[BlockLayout]]) -> None:
+        super().__init__()
+        self.levels = tuple(tuple(level) for level in levels)
+        self.body = nn.ModuleList(ResNetBlock(layout) for layout in itertools.chain(*self.levels))
+        self.zero_out = nn.ModuleList(
+            nn.Conv2d(level[-1].out_channels, level[-1].out_channels, 1) for level in self.levels
+        )
+
+    @property
+    def in_channels(self) -> tuple[int, ...]:
+        """Channels of the base feature that each level takes."""
+        return tuple(level[0].in_channels for level in self.levels)
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of the residual that each level gives."""
+        return tuple(level[-1].out_channels for level in self.levels)
+
+    @property
+    def time_channels(self) -> int | None:
+        """Width of the base's time embedding that the blocks take, None where they take none."""
+        return self.levels[0][0].time_channels
+
+    def map_level(self, level: int, feature: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """The residual of one level.
+
+        Args:
+            level: 0, 1 or 2.
+            feature: (rows, in_channels[level], h, w).
+            time_embedding: (rows, time_channels), for mapping layers with timestep conditioning.
+
+        Returns:
+            (rows, out_channels[level], h, w), twice h and w where the level upsamples.
+        """
+        first = sum(len(earlier) for earlier in self.levels[:level])
+        h = feature
+        for block in self.body[first : first + len(self.levels[level])]:
+            h = block(h, time_embedding)
+        return self.zero_out[level](h)
+
+    def forward(self, features: Sequence[Tensor], time_embedding: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The residuals of all levels, unscaled.
+
+        Args:
+            features: outputs of the base decoder's last three blocks, finest last:
+                (rows, in_channels[n], h, w), 1280 @ 32², 640 @ 64², 320 @ 64² at 512 px.
+            time_embedding: as for `map_level`.
+
+        Returns:
+            Residuals (rows, out_channels[n], h, w): 1280 @ 32², 1280 @ 64², 640 @ 128² at 1024 px.
+        """
+        return tuple(self.map_level(level, feature, time_embedding) for level, feature in enumerate(features))
+
+
+def load_adapter(
+    path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> MappingLayers:
+    """Mapping layers from a file in the released layout.
+
+    Args:
+        path: a `.safetensors` file, or a `.bin`/`.pt` pickle, which is read with `weights_only=True`.
+        device: where the weights go; None leaves them on the CPU.
+        dtype: their type; None keeps the file's.
+
+    Raises:
+        WrongFile: one sentence naming the file and the key that is wrong.
+    """
+    name = os.path.basename(os.fspath(path))
+    weights = read_weights(path)
+    levels = read_layout({key: tuple(value.shape) for key, value in weights.items()}, name)
+    with torch.device("meta"):
+        layers = MappingLayers(levels)
+    _check_weights(weights, layers, name)
+    layers.load_state_dict(weights, assign=True)
+    return layers.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU; pickles can hold nothing but tensors.
+
+    Raises:
+        WrongFile: the file is missing, cut off or holds something else.
+    """
+    name = os.path.basename(os.fspath(path))
+    if not os.path.isfile(path):
+        raise WrongFile(f"There is no file {os.fspath(path)}.")
+    try:
+        if name.lower().endswith(".safetensors"):
+            weights = safetensors.torch.load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WrongFile(f"{name} is cut off or is no file of tensors: {_first_sentence(error)}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise WrongFile(f"{name} is not an X-Adapter file: it holds something other than named tensors.")
+    return weights
+
+
+def read_layout(shapes: Mapping[str, tuple[int, ...]], name: str = "The file") -> list[list[BlockLayout]]:
+    """The blocks of each level, from the names and shapes of a file's tensors.
+
+    Raises:
+        WrongFile: there are no three levels, or the blocks cannot be shared out among them.
+    """
+    if "body.0.block1.weight" not in shapes and "zero_out.0.weight" not in shapes:
+        example = next(iter(shapes), None)
+        holds = f"it holds '{example}'" if example else "it is empty"
+        raise WrongFile(f"{name} is not an X-Adapter file: {holds} and no 'body.0.block1.weight'.")
+    for level in range(NUMBER_OF_LEVELS):
+        if len(shapes.get(f"zero_out.{level}.weight", ())) != 4:
+            raise WrongFile(f"{name} misses 'zero_out.{level}.weight', the output convolution of level {level}.")
+    blocks = 1 + max((int(key.split(".")[1]) for key in shapes if _is_body_key(key)), default=-1)
+    if blocks == 0 or blocks % NUMBER_OF_LEVELS:
+        raise WrongFile(
+            f"{name} holds {blocks} ResNet blocks ('body.0' to 'body.{blocks - 1}'), "
+            f"which cannot be shared out among {NUMBER_OF_LEVELS} levels."
+        )
+    per_level = blocks // NUMBER_OF_LEVELS
+    return [
+        [_read_block(shapes, level, level * per_level + place, first=place == 0) for place in range(per_level)]
+        for level in range(NUMBER_OF_LEVELS)
+    ]
+
+
+def _read_block(shapes: Mapping[str, tuple[int, ...]], level: int, block: int, first: bool) -> BlockLayout:
+    prefix = f"body.{block}."
+    out_channels = shapes[f"zero_out.{level}.weight"][0]
+    in_conv = shapes.get(f"{prefix}in_conv.weight", ())
+    block2 = shapes.get(f"{prefix}block2.weight", ())
+    projections = [shape for key, shape in shapes.items() if key.endswith("timestep_proj.linear.weight")]
+    return BlockLayout(
+        in_channels=in_conv[1] if len(in_conv) == 4 else out_channels,
+        out_channels=out_channels,
+        kernel=block2[-1] if len(block2) == 4 else 3,
+        upsamples=first and f"{prefix}up_opt.op.weight" in shapes,
+        changes_channels=bool(in_conv),
+        has_skip_convolution=f"{prefix}skep.weight" in shapes,
+        has_norm=any(".norm1." in key for key in shapes),
+        time_channels=projections[0][-1] if projections else None,
+    )
+
+
+def _is_body_key(key: str) -> bool:
+    parts = key.split(".")
+    return parts[0] == "body" and len(parts) > 2 and parts[1].isdigit()
+
+
+def _check_weights(weights: Mapping[str, Tensor], layers: MappingLayers, name: str) -> None:
+    expected = {key: tuple(value.shape) for key, value in layers.state_dict().items()}
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise WrongFile(f"{name} misses '{missing[0]}'.")
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise WrongFile(f"{name} holds '{unknown[0]}', which no X-Adapter has.")
+    for key, shape in expected.items():
+        if tuple(weights[key].shape) != shape:
+            found = "x".join(map(str, weights[key].shape))
+            raise WrongFile(f"{name}: '{key}' is {found}, expected {'x'.join(map(str, shape))}.")
+    for key, value in weights.items():
+        if not value.dtype.is_floating_point:
+            raise WrongFile(f"{name}: '{key}' holds {value.dtype}, expected floating-point numbers.")
+        if not bool(torch.isfinite(value).all()):
+            raise WrongFile(f"{name}: '{key}' holds NaN or infinite values.")
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,273 @@
+"""Every argument once: type, range, default, label, tooltip and infotext key.
+
+The panel, the REST object, its schema, the infotext and the command line are all made from the fields of `Settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import WrongArgument
+from .taps import TAPS
+
+LEVELS = len(TAPS)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What there is to know about one field of `Settings`, apart from its name and default.
+
+    Attributes:
+        label: the control's label.
+        tooltip: what it does, in plain words.
+        infotext: its key under a picture, after "X-Adapter ".
+        minimum, maximum: the range of a number, both included; None where there is no limit.
+        multiple_of: for sizes in pixels.
+        or_zero: 0 is allowed beside the range and means "as the upgraded model".
+        step: the control's step.
+        reach: the slider's ends, where a number has no limits of its own.
+        main: whether the control stands at the top of the panel and not folded away.
+    """
+
+    label: str
+    tooltip: str
+    infotext: str
+    minimum: float | None = None
+    maximum: float | None = None
+    multiple_of: int | None = None
+    or_zero: bool = False
+    step: float | None = None
+    reach: tuple[float, float] | None = None
+    main: bool = False
+
+
+def argument(default: Any, label: str, infotext: str, tooltip: str, **more: Any) -> Any:
+    """A field of `Settings` with its row of the table."""
+    return field(default=default, metadata={"argument": Argument(label, tooltip, infotext, **more)})
+
+
+FRACTION: dict[str, Any] = {"minimum": 0.0, "maximum": 1.0, "step": 0.01}
+SIZE: dict[str, Any] = {"minimum": 64, "maximum": 2048, "multiple_of": 8, "or_zero": True, "step": 8}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one picture is asked for."""
+
+    enabled: bool = argument(
+        True,
+        "X-Adapter",
+        "version",
+        "Run an SD1.5 model with its plugins beside SDXL and let SDXL follow it.",
+        main=True,
+    )
+    base_checkpoint: str = argument(
+        "",
+        "SD1.5 checkpoint",
+        "base checkpoint",
+        "The model that your SD1.5 LoRAs and embeddings were made for. It paints first and then leads SDXL.",
+        main=True,
+    )
+    adapter: str = argument(
+        "",
+        "Adapter",
+        "adapter",
+        "The trained mapping layers that lead from the SD1.5 model to SDXL. None: SDXL only repaints the SD1.5 picture.",
+        main=True,
+    )
+    switch_point: float = argument(
+        0.8,
+        "Switch point",
+        "switch point",
+        "How much of the picture SDXL paints anew over the SD1.5 picture, as denoising strength does in img2img. "
+        "Lower keeps more of the SD1.5 picture, 1 keeps little but what the adapter carries over.",
+        main=True,
+        **FRACTION,
+    )
+    weight: float | tuple[float, ...] = argument(
+        1.0,
+        "Weight",
+        "weight",
+        "How strongly SDXL follows the SD1.5 model while both run. 0: not at all.",
+        step=0.05,
+        reach=(0.0, 2.0),
+        main=True,
+    )
+    base_prompt: str = argument(
+        "",
+        "SD1.5 prompt",
+        "base prompt",
+        "What the SD1.5 model is told instead of the prompt above: trigger words belong here. Empty: the same prompt.",
+    )
+    base_negative_prompt: str = argument(
+        "",
+        "SD1.5 negative prompt",
+        "base negative prompt",
+        "What the SD1.5 model is told to avoid. Empty: the same negative prompt.",
+    )
+    base_width: int = argument(
+        0, "SD1.5 width", "base width", "Width of the SD1.5 picture in pixels. 0: half the width above.", **SIZE
+    )
+    base_height: int = argument(
+        0, "SD1.5 height", "base height", "Height of the SD1.5 picture in pixels. 0: half the height above.", **SIZE
+    )
+    base_cfg_scale: float = argument(
+        0.0,
+        "SD1.5 CFG scale",
+        "base CFG scale",
+        "How closely the SD1.5 model follows its prompt. 0: the CFG scale above.",
+        minimum=0.0,
+        maximum=30.0,
+        step=0.5,
+    )
+    base_steps: int = argument(
+        0,
+        "SD1.5 steps",
+        "base steps",
+        "Sampling steps of the SD1.5 picture. 0: the steps above.",
+        minimum=0,
+        maximum=150,
+        step=1,
+    )
+    guidance_start: float = argument(
+        0.0,
+        "Adapter starts at",
+        "guidance start",
+        "Fraction of SDXL's steps after which it begins to follow the SD1.5 model.",
+        **FRACTION,
+    )
+    guidance_end: float = argument(
+        1.0,
+        "Adapter ends at",
+        "guidance end",
+        "Fraction of SDXL's steps after which it no longer follows the SD1.5 model.",
+        **FRACTION,
+    )
+    single_stage: bool = argument(
+        False,
+        "Single stage",
+        "single stage",
+        "No SD1.5 picture first: both models start from noise together. The switch point has no effect then.",
+    )
+    return_base_image: bool = argument(
+        False, "Show the SD1.5 picture", "return base image", "Add the finished SD1.5 picture to the results."
+    )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each level's residual."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight,) * LEVELS
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter acts at all: "None" asks for the SDEdit + SDXL baseline."""
+        return self.adapter.lower() != "none"
+
+
+def arguments() -> dict[str, Argument]:
+    """The table: field name → row."""
+    return {item.name: item.metadata["argument"] for item in dataclasses.fields(Settings)}
+
+
+def defaults() -> dict[str, Any]:
+    """The table: field name → default."""
+    return {item.name: item.default for item in dataclasses.fields(Settings)}
+
+
+def read_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings from an object of arguments, all of them optional.
+
+    Raises:
+        WrongArgument: one sentence naming the argument that is unknown, of the wrong type or out of range.
+    """
+    known = defaults()
+    for name in given:
+        if name not in known:
+            raise WrongArgument(f"'{name}' is no argument of X-Adapter; there are {', '.join(known)}.")
+    settings = Settings(**{name: checked(name, value) for name, value in given.items()})
+    if settings.guidance_start > settings.guidance_end:
+        raise WrongArgument(
+            f"'guidance_start' is {settings.guidance_start:g}, after 'guidance_end' at {settings.guidance_end:g}."
+        )
+    return settings
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of an argument in its own type.
+
+    Raises:
+        WrongArgument: it is of another type or out of range.
+    """
+    default, row = defaults()[name], arguments()[name]
+    if name == "weight" and isinstance(value, (list, tuple)):
+        return _checked_weights(value)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise WrongArgument(f"'{name}' is {value!r}, expected true or false.")
+        return value
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise WrongArgument(f"'{name}' is {value!r}, expected text.")
+        return value
+    return _checked_number(name, value, row, whole=isinstance(default, int))
+
+
+def _checked_weights(value: list | tuple) -> tuple[float, ...]:
+    numbers = [item for item in value if _is_number(item)]
+    if len(value) != LEVELS or len(numbers) != LEVELS:
+        raise WrongArgument(f"'weight' is {list(value)!r}, expected a number or a list of {LEVELS} numbers.")
+    return tuple(float(item) for item in value)
+
+
+def _checked_number(name: str, value: Any, row: Argument, whole: bool) -> float | int:
+    fits = _is_number(value) and (not whole or float(value).is_integer())
+    if fits and not (row.or_zero and value == 0):
+        fits = (
+            (row.minimum is None or value >= row.minimum)
+            and (row.maximum is None or value <= row.maximum)
+            and (row.multiple_of is None or value % row.multiple_of == 0)
+        )
+    if not fits:
+        raise WrongArgument(f"'{name}' is {value!r}, expected {_expectation(row, whole)}.")
+    return int(value) if whole else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _expectation(row: Argument, whole: bool) -> str:
+    kind = "a whole number" if whole else "a number"
+    if row.multiple_of:
+        kind = f"a multiple of {row.multiple_of}"
+    span = "" if row.minimum is None else f" from {row.minimum:g} to {row.maximum:g}"
+    return f"{'0 or ' if row.or_zero else ''}{kind}{span}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the REST object."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "X-Adapter",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: _property(name, row) for name, row in arguments().items()},
+    }
+
+
+def _property(name: str, row: Argument) -> dict[str, Any]:
+    default = defaults()[name]
+    described = {"title": row.label, "description": row.tooltip, "default": default}
+    if name == "weight":
+        three = {"type": "array", "items": {"type": "number"}, "minItems": LEVELS, "maxItems": LEVELS}
+        return {**described, "anyOf": [{"type": "number"}, three]}
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    limits = {"minimum": row.minimum, "maximum": row.maximum, "multipleOf": row.multiple_of}
+    span = {key: value for key, value in limits.items() if value is not None}
+    if row.or_zero:
+        span = {"anyOf": [{"const": 0}, span]}
+    return {**described, "type": kinds[type(default)], **span}

@@ -1,0 +1,212 @@
+"""Where features are read from the base's decoder, and where residuals are added to the upgraded model's.
+
+Source: paper, "X-Adapter"; the places are those of the released code, `model/unet_adapter.py`.
+
+| level | base feature                  | upgraded feature it is added to | at 1024 px |
+|-------|-------------------------------|---------------------------------|------------|
+| 0     | third-last decoder block      | after the middle block          | 1280 @ 32² |
+| 1     | second-last decoder block     | after the first decoder block   | 1280 @ 64² |
+| 2     | last decoder block            | after the second decoder block  | 640 @ 128² |
+
+A decoder block is what the paper and diffusers call one: everything at one resolution, its upsampling included. The
+CompVis layout spreads it over several `output_blocks`; its output is that of the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import DoesNotFit
+from .mapping import MappingLayers
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One row of the table: indices into the decoder blocks; `upgraded_block` None is the middle block."""
+
+    base_block: int
+    upgraded_block: int | None
+
+
+TAPS = (Tap(base_block=-3, upgraded_block=None), Tap(base_block=-2, upgraded_block=0), Tap(-1, upgraded_block=1))
+
+
+@dataclass(frozen=True)
+class BaseFeatures:
+    """What the base's UNet gave for a batch of rows.
+
+    Attributes:
+        levels: one (rows, channels, h, w) for each tap, finest last.
+        time_embedding: (rows, channels), for mapping layers with timestep conditioning.
+    """
+
+    levels: tuple[Tensor, ...]
+    time_embedding: Tensor
+
+
+Fusion = Callable[[Tensor, Tensor, float], Tensor]
+"""(feature, residual, weight) → feature: how a residual enters the upgraded feature."""
+
+
+def addition(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
+    """feature + weight · residual: the paper's choice."""
+    return feature + weight * residual
+
+
+def guidance(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
+    """feature + weight · (residual − feature): the paper's ablation ("guidance"), off in the released code."""
+    return feature + weight * (residual - feature)
+
+
+def decoder_blocks(unet: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are those of the decoder blocks, coarsest first.
+
+    Args:
+        unet: a UNet in CompVis layout (`output_blocks`) or diffusers layout (`up_blocks`).
+
+    Raises:
+        DoesNotFit: the module is neither.
+    """
+    if hasattr(unet, "up_blocks"):
+        return list(unet.up_blocks)
+    if hasattr(unet, "output_blocks"):
+        *inner, last = unet.output_blocks
+        return [block for block in inner if _upsamples(block)] + [last]
+    raise DoesNotFit(f"{type(unet).__name__} is no UNet in CompVis or diffusers layout: it has no decoder blocks.")
+
+
+def middle_block(unet: nn.Module) -> nn.Module:
+    """The block between encoder and decoder."""
+    return unet.mid_block if hasattr(unet, "mid_block") else unet.middle_block
+
+
+def base_modules(unet: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules whose outputs are the base's features, one a tap."""
+    blocks = decoder_blocks(unet)
+    return tuple(blocks[tap.base_block] for tap in TAPS)
+
+
+def upgraded_modules(unet: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules to whose outputs the residuals are added, one a tap."""
+    blocks = decoder_blocks(unet)
+    return tuple(middle_block(unet) if tap.upgraded_block is None else blocks[tap.upgraded_block] for tap in TAPS)
+
+
+def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Module) -> None:
+    """Whether the mapping layers lead from this base to this upgraded model.
+
+    Raises:
+        DoesNotFit: naming the first level whose channels differ.
+    """
+    given = [output_channels(module) for module in base_modules(base_unet)]
+    wanted = [output_channels(module) for module in upgraded_modules(upgraded_unet)]
+    for level, (taken, offered) in enumerate(zip(adapter.in_channels, given, strict=True)):
+        if taken != offered:
+            key = f"body.{level * len(adapter.levels[0])}"
+            raise DoesNotFit(
+                f"The adapter does not fit the base model: level {level} ('{key}') takes features "
+                f"of {taken} channels, the base gives {offered}."
+            )
+    for level, (offered, taken) in enumerate(zip(adapter.out_channels, wanted, strict=True)):
+        if taken != offered:
+            raise DoesNotFit(
+                f"The adapter does not fit the upgraded model: level {level} ('zero_out.{level}') gives residuals "
+                f"of {offered} channels, the upgraded model takes {taken}."
+            )
+
+
+def output_channels(block: nn.Module) -> int:
+    """Channels of a decoder or middle block's output, from its last layer that tells."""
+    layers = block.resnets if hasattr(block, "resnets") else block
+    for layer in reversed(list(layers)):
+        # an attention layer of the CompVis layout gives back the width that it takes
+        for attribute in ("out_channels", "in_channels"):
+            if isinstance(getattr(layer, attribute, None), int):
+                return getattr(layer, attribute)
+    raise DoesNotFit(f"{type(block).__name__} has no layer that tells its channels.")
+
+
+class FeatureReader:
+    """Collects the features of every call of a UNet until they are taken."""
+
+    def __init__(self) -> None:
+        self._levels: list[list[Tensor]] = [[] for _ in TAPS]
+        self._time_embedding: list[Tensor] = []
+
+    def take(self) -> BaseFeatures:
+        """The features of all calls since the last `take`, their rows one after the other."""
+        features = BaseFeatures(tuple(_rows(level) for level in self._levels), _rows(self._time_embedding))
+        self.clear()
+        return features
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        for collected in (*self._levels, self._time_embedding):
+            collected.clear()
+
+
+@contextmanager
+def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
+    """While open, the base's decoder features of every call can be taken from the reader."""
+    reader = FeatureReader()
+
+    def collect(into: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda module, inputs, output: into.append(output)
+
+    with ExitStack() as hooks:
+        for module, level in zip(base_modules(base_unet), reader._levels, strict=True):
+            hooks.callback(module.register_forward_hook(collect(level)).remove)
+        time_embedding = base_unet.time_embedding if hasattr(base_unet, "time_embedding") else base_unet.time_embed
+        hooks.callback(time_embedding.register_forward_hook(collect(reader._time_embedding)).remove)
+        yield reader
+
+
+@contextmanager
+def add_residuals(
+    upgraded_unet: nn.Module,
+    residual: Callable[[int], Tensor | None],
+    weights: Sequence[float],
+    fuse: Fusion = addition,
+) -> Iterator[None]:
+    """While open, every call of the upgraded UNet gets residuals: F_up[n] += weight[n] · residual(n).
+
+    Args:
+        upgraded_unet: the upgraded model's UNet.
+        residual: gives the residual of a level for the rows of the call under way, None for no change.
+        weights: one a level; a level of weight 0 is left alone under addition.
+        fuse: how the residual enters the feature.
+    """
+
+    def hook(level: int, weight: float) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        def fuse_residual(module: nn.Module, inputs: tuple, feature: Tensor) -> Tensor:
+            mapped = residual(level)
+            return feature if mapped is None else fuse(feature, like(mapped, feature), weight)
+
+        return fuse_residual
+
+    with ExitStack() as hooks:
+        for level, (module, weight) in enumerate(zip(upgraded_modules(upgraded_unet), weights, strict=True)):
+            if weight:
+                hooks.callback(module.register_forward_hook(hook(level, weight)).remove)
+        yield
+
+
+def like(residual: Tensor, feature: Tensor) -> Tensor:
+    """The residual in the feature's type and, where base and upgraded sizes are not 1:2, resized to its size."""
+    if residual.shape[-2:] != feature.shape[-2:]:
+        residual = functional.interpolate(residual.float(), feature.shape[-2:], mode="bilinear", align_corners=False)
+    return residual.to(feature)
+
+
+def _upsamples(block: nn.Module) -> bool:
+    return any(type(layer).__name__ == "Upsample" for layer in block.children())
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,33 @@
+"""What several tests share: golden figures, small models, small adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+
+from lib_xadapter import load_adapter
+from tests.small_adapter import AdapterPlan, save
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_mapping():
+    return numpy.load(GOLDEN / "mapping.npz")
+
+
+@pytest.fixture(scope="session")
+def golden_joint_step():
+    return numpy.load(GOLDEN / "joint_step.npz")
+
+
+@pytest.fixture
+def adapter_file(tmp_path):
+    return save(AdapterPlan().weights(), tmp_path / "small.safetensors")
+
+
+@pytest.fixture
+def adapter(adapter_file):
+    return load_adapter(adapter_file)

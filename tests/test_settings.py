@@ -1,0 +1,116 @@
+"""One table of arguments drives the REST object, its schema and the infotext."""
+
+from __future__ import annotations
+
+import re
+
+import jsonschema
+import pytest
+
+from lib_xadapter.errors import WrongArgument
+from lib_xadapter.infotext import read_infotext, write_infotext
+from lib_xadapter.settings import Settings, defaults, json_schema, read_settings
+
+
+def test_an_empty_object_means_the_defaults():
+    settings = read_settings({})
+    assert settings == Settings()
+    assert (settings.enabled, settings.switch_point, settings.weights) == (True, 0.8, (1.0, 1.0, 1.0))
+
+
+def test_the_weight_is_one_number_or_one_a_level():
+    assert read_settings({"weight": 2}).weights == (2.0, 2.0, 2.0)
+    assert read_settings({"weight": [1, 0.5, 0]}).weights == (1.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", ["None", "none"])
+def test_the_adapter_none_is_the_baseline(name):
+    assert not read_settings({"adapter": name}).has_adapter
+
+
+WRONG = [
+    ({"swich_point": 1}, "'swich_point' is no argument"),
+    ({"switch_point": 1.5}, "'switch_point' is 1.5, expected a number from 0 to 1"),
+    ({"switch_point": "high"}, "'switch_point' is 'high', expected a number"),
+    ({"switch_point": True}, "'switch_point' is True, expected a number"),
+    ({"switch_point": float("nan")}, "'switch_point' is nan"),
+    ({"enabled": 1}, "'enabled' is 1, expected true or false"),
+    ({"base_prompt": None}, "'base_prompt' is None, expected text"),
+    ({"base_width": 100}, "'base_width' is 100, expected 0 or a multiple of 8 from 64 to 2048"),
+    ({"base_width": 56}, "'base_width' is 56"),
+    ({"base_height": 2056}, "'base_height' is 2056"),
+    ({"base_steps": 2.5}, "'base_steps' is 2.5, expected a whole number"),
+    ({"weight": [1, 2]}, r"'weight' is \[1, 2\], expected a number or a list of 3 numbers"),
+    ({"weight": [1, 2, "3"]}, "'weight' is"),
+    ({"guidance_start": 0.6, "guidance_end": 0.5}, "'guidance_start' is 0.6, after 'guidance_end' at 0.5"),
+]
+
+
+@pytest.mark.parametrize(("given", "sentence"), WRONG)
+def test_a_wrong_argument_is_named(given, sentence):
+    with pytest.raises(WrongArgument, match=sentence):
+        read_settings(given)
+
+
+@pytest.mark.parametrize("given", [given for given, _ in WRONG if not {"guidance_end"} & set(given)])
+def test_the_schema_refuses_what_is_refused(given):
+    if given.get("switch_point") != given.get("switch_point"):
+        pytest.skip("JSON has no NaN")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(given, json_schema())
+
+
+def test_the_schema_takes_what_is_taken():
+    jsonschema.validate(defaults(), json_schema())
+    jsonschema.validate({"weight": [1, 0, 2], "base_width": 640, "base_steps": 12}, json_schema())
+    assert set(json_schema()["properties"]) == set(defaults())
+
+
+def pasted(written: dict[str, str]) -> dict[str, str]:
+    """What the WebUI hands back after writing and parsing (infotext_utils.quote, parse_generation_parameters)."""
+    import json
+
+    parsed = {}
+    for key, value in written.items():
+        text = json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+        text = json.loads(text) if text.startswith('"') and text.endswith('"') else text
+        size = re.match(r"^(\d+)x(\d+)$", text)
+        parsed |= {f"{key}-1": size.group(1), f"{key}-2": size.group(2)} if size else {key: text}
+    return parsed
+
+
+CHANGED = [
+    {"switch_point": 0.35},
+    {"weight": 1.25},
+    {"weight": (1.0, 0.5, 0.0)},
+    {"base_checkpoint": "v1-5 [abc123]", "adapter": "None"},
+    {"base_prompt": "a cat, (fluffy:1.2)\nBREAK [sitting:standing:0.5]"},
+    {"base_prompt": '"quoted"'},
+    {"base_prompt": " spaces "},
+    {"base_prompt": "512x768"},
+    {"base_negative_prompt": 'he said: "no"'},
+    {"base_width": 384, "base_height": 640, "base_steps": 12, "base_cfg_scale": 4.5},
+    {"guidance_start": 0.1, "guidance_end": 0.9, "single_stage": True, "return_base_image": True},
+]
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_what_is_written_under_a_picture_is_read_back(changed):
+    written = write_infotext(Settings(**changed), "0.1.0")
+    assert len(written) == 1 + len(changed)
+    assert read_settings(read_infotext(pasted(written))) == Settings(**changed)
+
+
+def test_only_the_version_is_written_of_defaults():
+    assert write_infotext(Settings(), "0.1.0") == {"X-Adapter version": "0.1.0"}
+
+
+def test_every_key_is_one_that_the_webui_can_parse():
+    changed = {name: object() for name in defaults()}
+    written = write_infotext(Settings(**{**defaults(), **{name: str(value) for name, value in changed.items()}}), "1")
+    for key in written:
+        assert re.fullmatch(r"\w[\w \-/]+", key)
+
+
+def test_a_picture_made_without_leaves_everything_as_it_is():
+    assert read_infotext({"Steps": "20"}) is None
