@@ -76,7 +76,7 @@ class Settings:
         "",
         "Adapter",
         "adapter",
-        "The trained mapping layers that lead from the SD1.5 model to SDXL. None: SDXL only repaints the SD1.5 picture.",
+        "The trained mapping layers that lead from SD1.5 to SDXL. None: SDXL only repaints the SD1.5 picture.",
         main=True,
     )
     switch_point: float = argument(

@@ -1,0 +1,1 @@
+"""Nothing to install: X-Adapter runs on what the WebUI brings."""

@@ -1,0 +1,47 @@
+"""The extension's routes: what there is, what can be asked for, and which version answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from secrets import compare_digest
+from typing import Any
+
+import gradio as gr
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from modules import shared
+
+from .. import __version__
+from ..settings import json_schema
+from . import model_files
+
+PREFIX = "/xadapter/v1"
+
+
+def add_routes(_: gr.Blocks, app: FastAPI) -> None:
+    """Add the routes; called by the WebUI when its server is up."""
+
+    def add(path: str, answer: Callable[[], dict[str, Any]]) -> None:
+        app.add_api_route(PREFIX + path, answer, methods=["GET"], dependencies=_authentication())
+
+    add("/version", lambda: {"version": __version__})
+    add("/schema", json_schema)
+    add("/models", _models)
+
+
+def _models() -> dict[str, list[str]]:
+    return {"adapters": list(model_files.adapters()), "base_checkpoints": list(model_files.base_checkpoints())}
+
+
+def _authentication() -> list[Any]:
+    """The same user names and passwords as the WebUI's own routes (--api-auth)."""
+    if not shared.cmd_opts.api_auth:
+        return []
+    passwords = dict(pair.split(":", 1) for pair in shared.cmd_opts.api_auth.split(","))
+
+    def check(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
+        expected = passwords.get(credentials.username)
+        if expected is None or not compare_digest(credentials.password.encode(), expected.encode()):
+            raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
+
+    return [Depends(check)]

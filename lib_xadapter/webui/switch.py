@@ -1,0 +1,55 @@
+"""From the base's picture to SDXL's latent: decode, resize, encode, by the rules of the WebUI's img2img tab.
+
+Source: paper, "Inference strategy": the latent is carried over as E_up(D_base(z)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from modules import devices, images, processing, sd_samplers_common, shared
+from PIL import Image
+from torch import Tensor
+
+JUST_RESIZE = 0
+
+
+@dataclass(frozen=True)
+class CarriedOver:
+    """The base's pictures at SDXL's size: pixels in 0..1, (images, 3, height, width), and SDXL's latents of them."""
+
+    pixels: Tensor
+    latents: Tensor
+
+
+def decode(model: torch.nn.Module, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents, in eight bits as the WebUI saves them."""
+    decoded = processing.decode_latent_batch(model, latents, target_device=devices.cpu, check_for_nans=True)
+    pixels = torch.clamp((torch.stack(decoded).float() + 1.0) / 2.0, min=0.0, max=1.0)
+    return [Image.fromarray((255.0 * numpy.moveaxis(picture.numpy(), 0, 2)).astype(numpy.uint8)) for picture in pixels]
+
+
+def resized(pictures: Sequence[Image.Image], width: int, height: int) -> Tensor:
+    """Pictures at a size, (images, 3, height, width) in 0..1."""
+    arrays = [numpy.array(images.resize_image(JUST_RESIZE, picture, width, height)) for picture in pictures]
+    return torch.from_numpy(numpy.moveaxis(numpy.stack(arrays).astype(numpy.float32) / 255.0, 3, 1).copy())
+
+
+def carry_over(pictures: Sequence[Image.Image], seeds: Sequence[int], width: int, height: int) -> CarriedOver:
+    """The base's pictures in SDXL's latent space.
+
+    A VAE draws its latent from a narrow distribution. It is drawn here from each image's seed, so that the same seed
+    gives the same picture, and SDXL's own noise is left where it was.
+    """
+    pixels = resized(pictures, width, height).to(shared.device, dtype=devices.dtype_vae)
+    method = sd_samplers_common.approximation_indexes.get(shared.opts.sd_vae_encode_method)
+    latents = []
+    for picture, seed in zip(pixels, seeds, strict=True):
+        with torch.random.fork_rng(devices=[pixels.device] if pixels.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            latents.append(sd_samplers_common.images_tensor_to_samples(picture[None], method, shared.sd_model))
+    devices.torch_gc()
+    return CarriedOver(pixels, torch.cat(latents))

@@ -1,0 +1,7 @@
+"""Where the WebUI finds X-Adapter."""
+
+from lib_xadapter.webui.script import XAdapter, register
+
+__all__ = ["XAdapter"]
+
+register()
