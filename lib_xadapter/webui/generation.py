@@ -198,8 +198,9 @@ class Generation:
         # the refiner has prompts encoded in the middle of sampling; the base's are there by then
         if job is None or job.c is not None:
             return
+        upgraded_embeddings = set(sd_hijack.model_hijack.embedding_db.word_embeddings)
         with self._base.current():
-            self._prepare_base(job)
+            self._prepare_base(job, upgraded_embeddings)
             job.setup_conds()
         self._p.lora_hashes = {**getattr(self._p, "lora_hashes", {}), **getattr(job, "lora_hashes", {})}
         if self._p.lora_hashes:
@@ -252,7 +253,7 @@ class Generation:
         job.fill_fields_from_opts()
         return job
 
-    def _prepare_base(self, job: StableDiffusionProcessingTxt2Img) -> None:
+    def _prepare_base(self, job: StableDiffusionProcessingTxt2Img, upgraded_embeddings: set[str]) -> None:
         """What the WebUI does before it encodes prompts, with the base as its current model."""
         model, hijack = self._base.model, sd_hijack.model_hijack
         sd_vae.reload_vae_weights(model)
@@ -260,16 +261,14 @@ class Generation:
         hijack.clear_comments()
         if not job.do_not_reload_embeddings:
             hijack.embedding_db.load_textual_inversion_embeddings()
-        embeddings = hijack.embedding_db
+        upgraded_only = upgraded_embeddings & set(hijack.embedding_db.skipped_embeddings)
         job.extra_network_data = self._base_networks
         if not job.disable_extra_networks:
             with devices.autocast():
                 extra_networks.activate(job, self._base_networks)
             plugins.check_loaded(self._base_networks)
-        job.prompts = [plugins.without_upgraded_embeddings(prompt, embeddings) for prompt in job.prompts]
-        job.negative_prompts = [
-            plugins.without_upgraded_embeddings(prompt, embeddings) for prompt in job.negative_prompts
-        ]
+        job.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in job.prompts]
+        job.negative_prompts = [plugins.without_names(prompt, upgraded_only) for prompt in job.negative_prompts]
         sd_models.apply_alpha_schedule_override(model, job)
         for comment in hijack.comments:
             self._p.comment(f"SD1.5: {comment}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from modules import extra_networks, sd_hijack
-from modules.textual_inversion.textual_inversion import EmbeddingDatabase
+from modules import extra_networks
 
 from ..errors import WrongArgument, WrongFile
 from ..lora_files import detect_lora_base
@@ -109,9 +108,8 @@ def check_applied() -> None:
         raise WrongFile(f"LoRAs with weights of shapes that the SD1.5 model does not have: {told}.")
 
 
-def without_upgraded_embeddings(prompt: str, base_embeddings: EmbeddingDatabase) -> str:
-    """The prompt less the names of textual inversions that SDXL has and the base cannot take."""
-    upgraded_only = set(sd_hijack.model_hijack.embedding_db.word_embeddings) & set(base_embeddings.skipped_embeddings)
-    for name in sorted(upgraded_only, key=len, reverse=True):
+def without_names(prompt: str, names: Iterable[str]) -> str:
+    """The prompt less the names of textual inversions, and the commas that led to them."""
+    for name in sorted(names, key=len, reverse=True):
         prompt = re.sub(rf"(?:,\s*)?(?<!\w){re.escape(name)}(?!\w)", "", prompt, flags=re.IGNORECASE)
     return prompt

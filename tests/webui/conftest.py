@@ -1,0 +1,88 @@
+"""Real WebUI servers for the tests: each starts when a test first asks for it and lives until the session ends."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .server import Installation, WebUIServer, small_models
+
+PLAIN: Mapping[str, Any] = MappingProxyType(
+    {
+        "prompt": "a cat",
+        "width": 256,
+        "height": 256,
+        "steps": 6,
+        "seed": 7,
+        "sampler_name": "Euler",
+        "cfg_scale": 7,
+    }
+)
+"""A request for one small picture: `webui.txt2img(**PLAIN)`, or `webui.txt2img(**PLAIN | {"seed": 8})`."""
+
+
+def grey_levels_apart(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of any channel of any pixel, 0..255; raises `AssertionError` on different sizes."""
+    assert (one.size, one.mode) == (other.size, other.mode)
+    difference = np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)
+    return int(np.abs(difference).max())
+
+
+def same_bytes(one: Image.Image, other: Image.Image) -> bool:
+    """Whether the two have the same pixels, to the bit."""
+    return (one.size, one.mode, one.tobytes()) == (other.size, other.mode, other.tobytes())
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    """The WebUI on this machine; the test is skipped where there is none."""
+    found = Installation.from_environment()
+    if found is None:
+        pytest.skip("needs an AUTOMATIC1111 WebUI: set WEBUI_DIR to its folder (and WEBUI_PYTHON to its Python)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def controlnet() -> Path:
+    """The folder of the ControlNet extension; the test is skipped where there is none."""
+    if not os.environ.get("CONTROLNET_DIR"):
+        pytest.skip("needs the sd-webui-controlnet extension: set CONTROLNET_DIR to its folder")
+    return Path(os.environ["CONTROLNET_DIR"]).resolve()
+
+
+@pytest.fixture(scope="session")
+def models(installation: Installation) -> Path:
+    """The folder of the small checkpoints and plugins."""
+    return small_models(installation)
+
+
+@pytest.fixture(scope="session")
+def start_webui(
+    installation: Installation, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., WebUIServer]:
+    """Makes a server with the small models; arguments are WebUIServer's. It is to be entered by who asked for it."""
+
+    def make(name: str, **arguments: Any) -> WebUIServer:
+        data = tmp_path_factory.mktemp(name) / "data"
+        return WebUIServer(installation, data, **({"models": [models]} | arguments))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def webui(start_webui: Callable[..., WebUIServer]) -> Iterator[WebUIServer]:
+    """A WebUI with X-Adapter installed."""
+    with start_webui("webui") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain_webui(start_webui: Callable[..., WebUIServer]) -> Iterator[WebUIServer]:
+    """A WebUI without X-Adapter."""
+    with start_webui("plain-webui", extension=False) as server:
+        yield server

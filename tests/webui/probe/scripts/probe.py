@@ -1,0 +1,251 @@
+"""The tests' window into a running WebUI: what state it is in, what its UNets computed, and faults on demand.
+
+An extension for tests only. While it neither records nor holds an armed fault, nothing of the WebUI is replaced.
+
+    GET  /probe/state   what is loaded, hooked and selected
+    POST /probe/reset   forget the UNet calls and record from now on
+    GET  /probe/calls   the recorded UNet calls, oldest first
+    POST /probe/stop    record no more
+    POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
+    POST /probe/disarm  take an armed fault back; tells whether one was still armed
+"""
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import fastapi
+import ldm.models.diffusion.ddpm
+import ldm.modules.diffusionmodules.openaimodel
+import sgm.models.diffusion
+import sgm.modules.diffusionmodules.openaimodel
+import torch
+from modules import (
+    devices,
+    extensions,
+    script_callbacks,
+    sd_models,
+    sd_samplers_common,
+    sd_unet,
+    sd_vae,
+    shared,
+)
+from modules.call_queue import queue_lock
+from modules.sd_hijack import model_hijack
+
+BASE = "LatentDiffusion"  # the class of SD1.x and SD2.x models
+UPGRADED = "DiffusionEngine"  # the class of SDXL models
+MEDVRAM = ": modules.lowvram."  # where the WebUI's own hooks for --medvram and --lowvram come from
+
+# Every call of a UNet passes here, also when another extension has replaced the `forward` of the instance.
+UNETS = {
+    "base_unet": [(ldm.modules.diffusionmodules.openaimodel.UNetModel, "__call__")],
+    "upgraded_unet": [(sgm.modules.diffusionmodules.openaimodel.UNetModel, "__call__")],
+}
+MODEL_OF_UNET = {"base_unet": BASE, "upgraded_unet": UPGRADED}
+MODELS = (ldm.models.diffusion.ddpm.LatentDiffusion, sgm.models.diffusion.DiffusionEngine)
+
+PLACES = {
+    **UNETS,
+    "sampler": [(sd_samplers_common.Sampler, "launch_sampling")],
+    "vae_decode": [(model, "decode_first_stage") for model in MODELS],
+    "vae_encode": [(model, "encode_first_stage") for model in MODELS],
+    # Deep inside sd_models.load_model, after it has dropped the current model.
+    "load_model": [(sd_models, "load_model_weights")],
+}
+
+
+def raise_runtime_error() -> None:
+    raise RuntimeError("armed by the probe")
+
+
+def raise_out_of_memory() -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory, armed by the probe")
+
+
+ERRORS = {
+    "RuntimeError": raise_runtime_error,
+    "OutOfMemoryError": raise_out_of_memory,
+    "interrupt": shared.state.interrupt,
+    "skip": shared.state.skip,
+}
+
+
+@dataclass
+class Fault:
+    """What happens, once, at the call of a place that follows `after` others."""
+
+    where: str
+    after: int
+    error: str
+
+
+class Probe:
+    """Records UNet calls and lets one armed fault fire; the places it watches are replaced only while it does."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.recording = False
+        self.fault: Fault | None = None
+        self.replaced = contextlib.ExitStack()
+
+    def record(self, on: bool) -> None:
+        self.recording = on
+        self.watch()
+
+    def arm(self, fault: Fault | None) -> None:
+        self.fault = fault
+        self.watch()
+
+    def watch(self) -> None:
+        self.replaced.close()
+        places = set(UNETS) if self.recording else set()
+        if self.fault:
+            places.add(self.fault.where)
+        for place in places:
+            for owner, name in PLACES[place]:
+                self.replaced.enter_context(patch.object(owner, name, self.watched(place, getattr(owner, name))))
+
+    def watched(self, place: str, original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.fire(place)
+            if self.recording and place in UNETS:
+                self.calls.append(describe_unet_call(place, *args, **kwargs))
+            return original(*args, **kwargs)
+
+        return call
+
+    def fire(self, place: str) -> None:
+        fault = self.fault
+        if fault is None or fault.where != place:
+            return
+        fault.after -= 1
+        if fault.after < 0:
+            self.arm(None)
+            ERRORS[fault.error]()
+
+
+def describe_unet_call(place: str, unet: torch.nn.Module, x: torch.Tensor, timesteps: torch.Tensor, *_, **__) -> dict:
+    """One UNet call; its timestep is None if the rows disagree."""
+    first, *others = timesteps.tolist()
+    return {
+        "model": MODEL_OF_UNET[place],
+        "rows": x.shape[0],
+        "timestep": first if all(other == first for other in others) else None,
+        "height": x.shape[2],
+        "width": x.shape[3],
+    }
+
+
+def live_models() -> list[torch.nn.Module]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing).__name__ in (BASE, UPGRADED)]
+
+
+def hooks(model: torch.nn.Module) -> list[str]:
+    """Every forward hook and forward pre-hook below the model, as "class module: function"."""
+    return [
+        f"{type(model).__name__} {name}: {getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', hook)}"
+        for name, module in model.named_modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+
+
+def checkpoint_name(model: torch.nn.Module | None) -> str | None:
+    return model.sd_checkpoint_info.name if model is not None else None
+
+
+def loaded_networks() -> list[str]:
+    lora_extension = sys.modules.get("networks")
+    return [network.name for network in lora_extension.loaded_networks] if lora_extension else []
+
+
+def state() -> dict[str, Any]:
+    """Waits for the running job and for a checkpoint that is being loaded."""
+    with queue_lock, sd_models.model_data.lock:
+        return state_between_jobs()
+
+
+def state_between_jobs() -> dict[str, Any]:
+    models, current = live_models(), sd_models.model_data.sd_model
+    all_hooks = [hook for model in models for hook in hooks(model)]
+    embeddings = model_hijack.embedding_db
+    return {
+        "checkpoint": checkpoint_name(current),
+        "model": type(current).__name__,
+        "loaded_checkpoints": [checkpoint_name(model) for model in sd_models.model_data.loaded_sd_models],
+        "live_models": sorted(f"{type(model).__name__} on {model.device}" for model in models),
+        "hooks": [hook for hook in all_hooks if MEDVRAM not in hook],
+        "medvram_hooks": [hook for hook in all_hooks if MEDVRAM in hook],
+        "sd_model_checkpoint": shared.opts.data.get("sd_model_checkpoint"),
+        "sd_checkpoint_hash": shared.opts.data.get("sd_checkpoint_hash"),
+        "sd_unet": sd_unet.current_unet_option.label if sd_unet.current_unet_option else None,
+        "loaded_vae_file": sd_vae.loaded_vae_file,
+        "vae_of_current_checkpoint": sd_vae.checkpoint_info in (None, getattr(current, "sd_checkpoint_info", None)),
+        "loaded_networks": loaded_networks(),
+        "extensions": [extension.name for extension in extensions.active()],
+        "embeddings": sorted(embeddings.word_embeddings),
+        "skipped_embeddings": sorted(embeddings.skipped_embeddings),
+        "embedding_shape": embeddings.expected_shape,
+        "hijack_has_current_text_encoder": model_hijack.clip is getattr(current, "cond_stage_model", None),
+        "hijack_has_current_layers": {*map(id, model_hijack.layers or [])} == {*map(id, current.modules())}
+        if current is not None
+        else not model_hijack.layers,
+        "optimization": model_hijack.optimization_method,
+        "job": shared.state.job,
+        "job_count": shared.state.job_count,
+        "fp8": devices.fp8,
+        "dtype_unet": str(devices.dtype_unet),
+        "unet_needs_upcast": devices.unet_needs_upcast,
+        "callbacks": {category: len(callbacks) for category, callbacks in script_callbacks.callback_map.items()},
+    }
+
+
+def add_routes(_: object, app: fastapi.FastAPI) -> None:
+    probe = Probe()
+    script_callbacks.on_script_unloaded(lambda: (probe.record(False), probe.arm(None)))
+
+    @app.get("/probe/calls")
+    def calls() -> list[dict[str, Any]]:
+        return probe.calls
+
+    @app.post("/probe/reset")
+    def reset() -> None:
+        probe.calls = []
+        probe.record(True)
+
+    @app.post("/probe/stop")
+    def stop() -> None:
+        probe.record(False)
+
+    @app.post("/probe/arm")
+    def arm(
+        where: str = fastapi.Body(...), after: int = fastapi.Body(0), error: str = fastapi.Body("RuntimeError")
+    ) -> None:
+        if where not in PLACES or error not in ERRORS:
+            raise fastapi.HTTPException(422, f"where: one of {[*PLACES]}, error: one of {[*ERRORS]}")
+        probe.arm(Fault(where, after, error))
+
+    @app.post("/probe/disarm")
+    def disarm() -> bool:
+        was_armed = probe.fault is not None
+        probe.arm(None)
+        return was_armed
+
+    app.get("/probe/state")(state)
+
+
+def exit_with_the_tests() -> None:
+    """The tests hold the other end of standard input: it closes when they end, however they end."""
+    sys.stdin.read()
+    os._exit(0)
+
+
+script_callbacks.on_app_started(add_routes)
+threading.Thread(target=exit_with_the_tests, daemon=True).start()

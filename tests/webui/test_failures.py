@@ -1,0 +1,208 @@
+"""What goes wrong ends the job with its message, and leaves the WebUI as it was."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from .conftest import PLAIN, grey_levels_apart
+from .requests import TITLE, arguments, plain, with_xadapter
+from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
+
+BAD_REQUEST, SERVER_ERROR = 422, 500
+
+
+@pytest.fixture(autouse=True)
+def the_webui_is_as_it_was(webui: WebUIServer):
+    """After whatever a test does: the next plain picture, SDXL, its embeddings, no hook, and X-Adapter still works."""
+    usual = with_xadapter(webui, steps=2).image
+    before, state = plain(webui, prompt="an upgradedxl cat"), webui.state()
+    yield
+    assert grey_levels_apart(plain(webui, prompt="an upgradedxl cat"), before) <= 1
+    after = webui.state()
+    assert after["hooks"] == []
+    assert {**after, "live_models": None} == {**state, "live_models": None}
+    assert grey_levels_apart(with_xadapter(webui, steps=2).image, usual) <= 1
+
+
+def refused(server: WebUIServer, status: int, given: dict | list, **request) -> str:
+    """The message of a request that must not work."""
+    args = given if isinstance(given, list) else [given]
+    answer = server.txt2img(**{**PLAIN, **request}, alwayson_scripts={TITLE: {"args": args}})
+    assert answer.status == status, answer.error
+    assert answer.images == ()
+    return answer.error
+
+
+class TestBadRequests:
+    """Status 422, and one sentence that names what is wrong."""
+
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            ({"swich_point": 1}, "'swich_point' is no argument of X-Adapter"),
+            ({"switch_point": 2}, "'switch_point' is 2, expected a number from 0 to 1"),
+            ({"switch_point": "0.5"}, "'switch_point' is '0.5', expected a number"),
+            ({"enabled": "yes"}, "'enabled' is 'yes', expected true or false"),
+            ({"weight": [1, 2]}, "'weight' is [1, 2]"),
+            ({"base_width": 100}, "'base_width' is 100, expected 0 or a multiple of 8"),
+            ({"base_checkpoint": "nobody"}, "'base_checkpoint' is 'nobody', which is not among tiny15"),
+            ({"base_checkpoint": "tinyxl"}, "a checkpoint of the family sdxl, expected SD1.5"),
+            ({"adapter": "nobody"}, "'adapter' is 'nobody', which is not among tiny.bin"),
+            ({"guidance_start": 0.9, "guidance_end": 0.1}, "'guidance_start' is 0.9, after"),
+            ({"base_prompt": "a cat <lora:stylexl:1>"}, "'stylexl' in the SD1.5 prompt was made for SDXL"),
+            ({"base_prompt": "a cat <lora:nobody:1>"}, "There is no LoRA named 'nobody'"),
+            ([True, "nobody"], "'base_checkpoint' is 'nobody'"),
+            ([True, "tiny15", "tiny", 3], "'switch_point' is 3"),
+        ],
+        ids=str,
+    )
+    def test_the_argument_is_named(self, webui, given, sentence):
+        assert sentence in refused(webui, BAD_REQUEST, given)
+
+    def test_a_lora_that_is_nowhere_is_named(self, webui):
+        assert "There is no LoRA named 'nobody'" in refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:nobody:1>")
+
+    def test_sdxl_must_be_selected(self, webui):
+        message = refused(webui, BAD_REQUEST, {}, override_settings={"sd_model_checkpoint": BASE_CHECKPOINT})
+        assert "select an SDXL checkpoint; tiny15 is none" in message
+
+    def test_hires_fix_is_not_there_yet(self, webui):
+        assert "Hires. fix" in refused(webui, BAD_REQUEST, {}, enable_hr=True, hr_upscaler="Latent")
+
+    def test_the_img2img_tab_does_not_know_it(self, webui):
+        answer = webui.img2img(plain(webui), **PLAIN, **arguments())
+        assert answer.status == BAD_REQUEST
+
+
+class TestWrongFiles:
+    """Status 422, and the file and key that are wrong."""
+
+    @pytest.fixture
+    def adapter_weights(self, models):
+        from safetensors.numpy import load_file
+
+        return load_file(models / "models/X-Adapter/tiny.safetensors")
+
+    @pytest.fixture
+    def file(self, webui):
+        """Gives a path below the WebUI's models and takes the file away afterwards."""
+        made = []
+
+        def name(*parts: str):
+            made.append(webui.data.joinpath("models", *parts))
+            made[-1].parent.mkdir(parents=True, exist_ok=True)
+            return made[-1]
+
+        yield name
+        for path in made:
+            path.unlink(missing_ok=True)
+        webui.post("/sdapi/v1/refresh-checkpoints")
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (lambda weights: weights.pop("body.4.block2.weight"), "misses 'body.4.block2.weight'"),
+            (lambda weights: weights["zero_out.0.bias"].fill(numpy.nan), "'zero_out.0.bias' holds NaN"),
+            (lambda weights: weights.clear(), "is not an X-Adapter file"),
+        ],
+    )
+    def test_an_adapter_with_a_fault_is_told(self, webui, file, adapter_weights, change, sentence):
+        change(adapter_weights)
+        save_file(adapter_weights, file("X-Adapter", "faulty.safetensors"))
+        assert sentence in refused(webui, BAD_REQUEST, {"adapter": "faulty"})
+
+    def test_an_adapter_that_is_cut_off_is_told(self, webui, file, models):
+        whole = (models / "models/X-Adapter/tiny.bin").read_bytes()
+        file("X-Adapter", "short.bin").write_bytes(whole[: len(whole) // 2])
+        assert "short.bin is cut off" in refused(webui, BAD_REQUEST, {"adapter": "short"})
+
+    def test_an_adapter_for_other_models_is_told(self, webui, file, adapter_weights):
+        for key in ("body.3.in_conv.weight",):
+            adapter_weights[key] = numpy.concatenate([adapter_weights[key]] * 2, axis=1)
+        save_file(adapter_weights, file("X-Adapter", "other.safetensors"))
+        message = refused(webui, BAD_REQUEST, {"adapter": "other"})
+        assert "level 1 ('body.3') takes features of 128 channels, the base gives 64" in message
+
+    def test_a_base_checkpoint_that_cannot_be_read_is_told(self, webui, file, models):
+        whole = (models / "models/Stable-diffusion/tiny15.safetensors").read_bytes()
+        header = struct.unpack("<Q", whole[:8])[0]
+        file("Stable-diffusion", "broken.safetensors").write_bytes(whole[: 8 + header + 1000])
+        (models / "models/Stable-diffusion/tiny15.yaml").exists()
+        webui.post("/sdapi/v1/refresh-checkpoints")
+        assert "broken.safetensors" in refused(webui, BAD_REQUEST, {"base_checkpoint": "broken"})
+
+    def test_a_lora_of_other_shapes_is_told(self, webui, file):
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+        wrong = {
+            f"{name}.lora_down.weight": numpy.ones((2, 768), dtype=numpy.float32),
+            f"{name}.lora_up.weight": numpy.ones((320, 2), dtype=numpy.float32),
+        }
+        save_file(wrong, file("Lora", "bigger.safetensors"))
+        message = refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:bigger:1>")
+        assert "'bigger' (1 layers)" in message
+
+    def test_a_lora_that_is_no_lora_is_told(self, webui, file):
+        header = json.dumps({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
+        file("Lora", "rotten.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        assert "rotten.safetensors" in refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:rotten:1>")
+
+
+class TestFaults:
+    """Status 500 for what nobody asked for, wherever it happens."""
+
+    @pytest.mark.parametrize(
+        ("where", "after", "error"),
+        [
+            ("base_unet", 0, "RuntimeError"),
+            ("base_unet", 2, "OutOfMemoryError"),
+            ("base_unet", 9, "OutOfMemoryError"),
+            ("upgraded_unet", 1, "RuntimeError"),
+            ("upgraded_unet", 1, "OutOfMemoryError"),
+            ("sampler", 0, "RuntimeError"),
+            ("sampler", 1, "RuntimeError"),
+            ("vae_decode", 0, "RuntimeError"),
+            ("vae_encode", 0, "RuntimeError"),
+            ("vae_decode", 1, "RuntimeError"),
+        ],
+    )
+    def test_a_model_that_raises_ends_the_job_with_its_message(self, webui, where, after, error):
+        with webui.fault(where, after, error):
+            assert "armed by the probe" in refused(webui, SERVER_ERROR, {})
+
+    @pytest.mark.parametrize("error", ["RuntimeError", "OutOfMemoryError"])
+    def test_a_base_that_fails_to_load_does_not_take_sdxl_with_it(self, start_webui, error):
+        with start_webui("loading") as fresh:
+            before = plain(fresh)
+            with fresh.fault("load_model", 0, error):
+                answer = fresh.txt2img(**PLAIN, **arguments())
+            assert answer.status == (BAD_REQUEST if error == "RuntimeError" else SERVER_ERROR)
+            assert "armed by the probe" in answer.error
+            assert fresh.state()["checkpoint"] == UPGRADED_CHECKPOINT
+            assert grey_levels_apart(plain(fresh), before) <= 1
+            assert with_xadapter(fresh).status == 200
+
+
+class TestStopping:
+    """Interrupt and skip return what there is, in both stages."""
+
+    @pytest.mark.parametrize("how", ["interrupt", "skip"])
+    @pytest.mark.parametrize(("where", "after"), [("base_unet", 2), ("upgraded_unet", 2), ("base_unet", 8)])
+    def test_the_picture_so_far_comes_back_at_its_size(self, webui, how, where, after):
+        with webui.fault(where, after, how):
+            answer = with_xadapter(webui)
+        assert answer.image.size == (PLAIN["width"], PLAIN["height"])
+
+    def test_a_skipped_picture_is_followed_by_the_next_one(self, webui):
+        alone = with_xadapter(webui, seed=PLAIN["seed"] + 1).image
+        with webui.fault("base_unet", 2, "skip"):
+            answer = with_xadapter(webui, n_iter=2, do_not_save_grid=True)
+        assert grey_levels_apart(answer.images[-1], alone) <= 1
+
+    def test_an_interrupted_job_makes_no_further_pictures(self, webui):
+        with webui.fault("upgraded_unet", 1, "interrupt"):
+            assert len(with_xadapter(webui, n_iter=3).images) == 1

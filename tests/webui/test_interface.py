@@ -1,0 +1,121 @@
+"""The routes, the positional arguments and the infotext of the real WebUI."""
+
+from __future__ import annotations
+
+import re
+
+import jsonschema
+import pytest
+
+import lib_xadapter
+
+from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .requests import TITLE, arguments, made, with_xadapter
+
+EVERYTHING = {
+    "base_checkpoint": "tiny15",
+    "adapter": "tiny.safetensors",
+    "switch_point": 0.65,
+    "weight": [1.0, 0.5, 1.25],
+    "base_prompt": 'a dog, "fluffy": (soft:1.2)',
+    "base_negative_prompt": "a horse\na cow",
+    "base_width": 192,
+    "base_height": 128,
+    "base_cfg_scale": 5.5,
+    "base_steps": 5,
+    "guidance_start": 0.1,
+    "guidance_end": 0.9,
+    "return_base_image": True,
+}
+
+
+class TestRoutes:
+    def test_models_are_listed_by_the_names_that_requests_take(self, webui):
+        listed = webui.get("/xadapter/v1/models").content
+        assert listed["adapters"] == ["tiny.bin", "tiny.safetensors"]
+        assert [name.split(" [")[0] for name in listed["base_checkpoints"]] == ["tiny15.safetensors"]
+        for name in (*listed["base_checkpoints"], "tiny15", "tiny15.safetensors", "tiny15 [0123456789]"):
+            assert with_xadapter(webui, {"base_checkpoint": name}, steps=1)
+        for name in (*listed["adapters"], "tiny", "tiny [0123456789]"):
+            assert with_xadapter(webui, {"adapter": name}, steps=1)
+
+    def test_the_schema_describes_the_object(self, webui):
+        schema = webui.get("/xadapter/v1/schema").content
+        jsonschema.validate({**EVERYTHING, "enabled": True, "single_stage": False}, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"swich_point": 1}, schema)
+
+    def test_the_version_is_the_packages(self, webui):
+        assert webui.get("/xadapter/v1/version").content == {"version": lib_xadapter.__version__}
+
+    def test_they_ask_for_the_apis_password(self, start_webui):
+        with start_webui("auth", credentials="user:secret") as server:
+            assert server.get("/xadapter/v1/models").status == 200
+            assert server.get("/xadapter/v1/version").status == 200
+            for wrong in ("user:guess", "nobody:secret", None):
+                server.credentials = wrong
+                for route in ("models", "schema", "version"):
+                    assert server.get(f"/xadapter/v1/{route}").status == 401
+            server.credentials = "user:secret"
+
+    def test_the_script_is_listed_for_txt2img_alone(self, webui):
+        scripts = webui.get("/sdapi/v1/scripts").content
+        assert TITLE.lower() in scripts["txt2img"]
+        assert TITLE.lower() not in scripts["img2img"]
+
+
+class TestPositionalArguments:
+    def test_the_pages_list_means_the_same_as_the_object(self, webui):
+        listed = {TITLE: {"args": [True, "tiny15", "tiny.safetensors", 0.65, 0.5]}}
+        from_list = made(webui.txt2img(**PLAIN, alwayson_scripts=listed)).image
+        given = {"base_checkpoint": "tiny15", "adapter": "tiny.safetensors", "switch_point": 0.65, "weight": 0.5}
+        assert same_bytes(from_list, with_xadapter(webui, given).image)
+
+    def test_an_empty_list_leaves_it_off(self, webui):
+        answer = made(webui.txt2img(**PLAIN, alwayson_scripts={TITLE: {"args": []}}))
+        assert "X-Adapter" not in answer.infotexts[0]
+
+
+class TestInfotext:
+    def test_defaults_are_left_out(self, webui):
+        keys = re.findall(r"X-Adapter [\w ]+(?=:)", with_xadapter(webui).infotexts[0])
+        assert keys == ["X-Adapter version", "X-Adapter base checkpoint", "X-Adapter adapter"]
+
+    @pytest.mark.parametrize(
+        "given",
+        [{}, EVERYTHING, {"single_stage": True, "weight": 0.5}, {"adapter": "None"}],
+        ids=["defaults", "everything", "single stage", "no adapter"],
+    )
+    def test_the_infotext_alone_makes_the_picture_again(self, webui, given):
+        first = with_xadapter(webui, given)
+        infotext = first.infotexts[0]
+        again = made(webui.txt2img(infotext=infotext))
+        assert again.infotexts[0] == infotext
+        assert len(again.images) == len(first.images)
+        for one, other in zip(first.images, again.images, strict=True):
+            assert grey_levels_apart(one, other) <= 1
+
+    def test_an_object_wins_over_the_infotext(self, webui):
+        infotext = with_xadapter(webui, {"switch_point": 0.5, "base_prompt": "a dog"}).infotexts[0]
+        again = made(webui.txt2img(infotext=infotext, **arguments(switch_point=0.25)))
+        assert "X-Adapter switch point: 0.25" in again.infotexts[0]
+        assert "X-Adapter base prompt: a dog" in again.infotexts[0]
+
+    def test_the_loras_of_both_models_keep_their_tags(self, webui):
+        prompt = "a cat <lora:style15:0.8> <lora:stylexl:1>"
+        assert with_xadapter(webui, prompt=prompt).infotexts[0].startswith(prompt)
+
+
+class TestProgress:
+    def test_both_stages_count(self, webui):
+        """The WebUI's own hires fix counts two jobs a picture, too."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        seen = []
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(with_xadapter, webui, steps=12, n_iter=2)
+            while not job.done():
+                seen.append(webui.get("/sdapi/v1/progress?skip_current_image=true").content["state"])
+        counts = {state["job_count"] for state in seen if state["job_no"] > 0}
+        assert counts == {4}
+        assert {state["job_no"] for state in seen} >= {0, 1, 2, 3}

@@ -1,0 +1,71 @@
+"""Every sampler and scheduler that the WebUI lists runs, at any size and batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import same_bytes
+from .requests import with_xadapter
+
+SHAPES = [
+    {"width": 512, "height": 512},
+    {"width": 512, "height": 768},
+    {"width": 512, "height": 512, "batch_size": 3},
+]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def samplers(webui) -> list[str]:
+    return [sampler["name"] for sampler in webui.get("/sdapi/v1/samplers").content]
+
+
+@pytest.fixture(scope="module")
+def schedulers(webui) -> list[str]:
+    return [scheduler["label"] for scheduler in webui.get("/sdapi/v1/schedulers").content]
+
+
+def is_a_picture(image, shape) -> bool:
+    spread = max(high - low for low, high in image.convert("RGB").getextrema())
+    return image.size == (shape["width"], shape["height"]) and spread > 8
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_sampler_runs(webui, samplers, shape):
+    for sampler in samplers:
+        answer = with_xadapter(webui, sampler_name=sampler, steps=STEPS, do_not_save_grid=True, **shape)
+        for image in answer.images[-shape.get("batch_size", 1) :]:
+            assert is_a_picture(image, shape), sampler
+    assert webui.state()["hooks"] == []
+
+
+@pytest.mark.parametrize("given", [{"single_stage": True}], ids=str)
+def test_every_sampler_runs_in_a_single_stage(webui, samplers, given):
+    for sampler in samplers:
+        answer = with_xadapter(webui, given, sampler_name=sampler, steps=STEPS, width=256, height=256)
+        assert is_a_picture(answer.image, {"width": 256, "height": 256}), sampler
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_scheduler_runs(webui, schedulers, shape):
+    for scheduler in schedulers:
+        answer = with_xadapter(webui, scheduler=scheduler, steps=STEPS, do_not_save_grid=True, **shape)
+        for image in answer.images[-shape.get("batch_size", 1) :]:
+            assert is_a_picture(image, shape), scheduler
+
+
+@pytest.mark.parametrize("size", [(520, 392), (64, 128), (1000, 256)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_odd_sizes_run(webui, size):
+    answer = with_xadapter(webui, width=size[0], height=size[1], steps=2)
+    assert answer.image.size == size
+
+
+def test_a_base_of_another_ratio_runs(webui):
+    given = {"base_width": 200, "base_height": 328}
+    once, again = (with_xadapter(webui, given, steps=2).image for _ in range(2))
+    assert same_bytes(once, again)
+
+
+@pytest.mark.parametrize("switch_point", [0, 0.01, 0.999, 1])
+def test_the_ends_of_the_switch_point_run(webui, switch_point):
+    assert with_xadapter(webui, {"switch_point": switch_point}, steps=4).image
