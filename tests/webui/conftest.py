@@ -1,6 +1,5 @@
 """Real WebUI servers for the tests: each starts when a test first asks for it and lives until the session ends."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -45,14 +44,6 @@ def installation() -> Installation:
     if found is None:
         pytest.skip("needs an AUTOMATIC1111 WebUI: set WEBUI_DIR to its folder (and WEBUI_PYTHON to its Python)")
     return found
-
-
-@pytest.fixture(scope="session")
-def controlnet() -> Path:
-    """The folder of the ControlNet extension; the test is skipped where there is none."""
-    if not os.environ.get("CONTROLNET_DIR"):
-        pytest.skip("needs the sd-webui-controlnet extension: set CONTROLNET_DIR to its folder")
-    return Path(os.environ["CONTROLNET_DIR"]).resolve()
 
 
 @pytest.fixture(scope="session")

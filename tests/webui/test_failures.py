@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from .conftest import PLAIN, grey_levels_apart
-from .requests import TITLE, arguments, plain, with_xadapter
+from .asking import TITLE, arguments, plain, with_xadapter
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
 
 BAD_REQUEST, SERVER_ERROR = 422, 500

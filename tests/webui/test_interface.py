@@ -10,7 +10,7 @@ import pytest
 import lib_xadapter
 
 from .conftest import PLAIN, grey_levels_apart, same_bytes
-from .requests import TITLE, arguments, made, with_xadapter
+from .asking import TITLE, arguments, made, with_xadapter
 
 EVERYTHING = {
     "base_checkpoint": "tiny15",

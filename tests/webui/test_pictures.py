@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .conftest import PLAIN, grey_levels_apart, same_bytes
-from .requests import HALF, arguments, base_alone, made, plain, sdedit, with_xadapter
+from .asking import HALF, arguments, base_alone, made, plain, sdedit, with_xadapter
 
 STYLE = "a cat <lora:style15:1>"
 

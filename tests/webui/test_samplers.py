@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .conftest import same_bytes
-from .requests import with_xadapter
+from .asking import with_xadapter
 
 SHAPES = [
     {"width": 512, "height": 512},

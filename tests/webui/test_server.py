@@ -117,14 +117,22 @@ def test_a_fault_ends_the_job_once(server, where, after, error, message):
     assert same_bytes(before, server.txt2img(**PLAIN).image)
 
 
+def test_a_fault_while_a_picture_is_encoded_ends_the_job(server):
+    start = server.txt2img(**PLAIN).image
+    with server.fault("vae_encode"):
+        assert server.img2img(start, **PLAIN).status == 500
+    assert server.img2img(start, **PLAIN).status == 200
+
+
 def test_a_fault_in_the_base_spares_sdxl(server):
     with server.fault("base_unet", after=2):
         assert server.txt2img(**PLAIN | {"steps": 1}).status == 200
         assert server.txt2img(**PLAIN, **USE_BASE).status == 500
 
 
-def test_an_interrupted_job_makes_fewer_unet_calls(server):
-    with server.recorded() as calls, server.fault("upgraded_unet", after=3, error="interrupt"):
+@pytest.mark.parametrize("how", ["interrupt", "skip"])
+def test_a_job_that_is_cut_short_makes_fewer_unet_calls(server, how):
+    with server.recorded() as calls, server.fault("upgraded_unet", after=3, error=how):
         assert server.txt2img(**PLAIN).status == 200
     assert len(calls) == 4
 
@@ -134,9 +142,11 @@ def test_a_fault_that_never_fires_is_reported(server):
         server.txt2img(**PLAIN)
 
 
-def test_other_extensions_and_flags_can_be_added(start_webui, controlnet):
-    with start_webui("more", extension=False, more_extensions=[controlnet], flags=["--medvram"]) as server:
-        assert server.get("/controlnet/version").status == 200
+def test_other_extensions_and_flags_can_be_added(start_webui, tmp_path):
+    another = tmp_path / "another-extension"
+    another.mkdir()
+    with start_webui("more", extension=False, more_extensions=[another], flags=["--medvram"]) as server:
+        assert "another-extension" in server.state()["extensions"]
         assert server.get("/sdapi/v1/cmd-flags").content["medvram"]
         assert server.txt2img(**PLAIN).status == 200
         assert server.state()["hooks"] == []

@@ -1,0 +1,128 @@
+"""The accordion in a real browser: open, tick, set, generate, read the infotext back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+
+from .conftest import PLAIN
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright from requirements-webui.txt")
+
+ID = "#script_xadapter_"
+PATIENCE = 180_000
+"""Milliseconds for a picture on a slow machine."""
+LOOK = 30_000
+"""Milliseconds for what the page does by itself."""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs Chromium: install it, or set CHROMIUM to its program")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=executable, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, webui):
+    opened = browser.new_page(viewport={"width": 1400, "height": 1600})
+    opened.set_default_timeout(LOOK)
+    opened.goto(webui.url, timeout=PATIENCE)
+    opened.wait_for_selector("#txt2img_generate")
+    opened.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
+    yield opened
+    opened.close()
+
+
+def fill(page, selector: str, value: object) -> None:
+    field = page.locator(f"{selector} input[type=number], {selector} textarea").first
+    field.fill(str(value))
+    field.dispatch_event("change")
+    field.blur()
+
+
+def ask_for(page) -> None:
+    """The request of the other tests, on the page."""
+    fill(page, "#txt2img_prompt", PLAIN["prompt"])
+    for name in ("width", "height", "steps"):
+        fill(page, f"#txt2img_{name}", PLAIN[name])
+    fill(page, "#txt2img_seed", PLAIN["seed"])
+
+
+def enable(page) -> None:
+    page.locator(f"{ID}enabled .label-wrap").first.click()
+    page.wait_for_selector(f"{ID}switch_point", state="visible")
+
+
+def generate(page) -> str:
+    """The infotext under the finished picture, or the error."""
+    page.locator("#txt2img_generate").click()
+    page.wait_for_selector("#html_log_txt2img .time, #html_log_txt2img .error", timeout=PATIENCE)
+    return "".join(page.locator(f"#html_{part}_txt2img").first.inner_text() for part in ("info", "log"))
+
+
+def value(page, name: str) -> str:
+    return page.locator(f"{ID}{name} input, {ID}{name} textarea").first.input_value()
+
+
+def test_open_tick_set_generate_and_read_back(page, tmp_path):
+    ask_for(page)
+    enable(page)
+    assert "SD1.5 paints 128×128 in 6 steps; then SDXL paints 256×256" in page.locator(f"{ID}explanation").inner_text()
+    fill(page, f"{ID}switch_point", 0.6)
+    fill(page, f"{ID}weight", 1.25)
+    page.locator(f"{ID}more .label-wrap").first.click()
+    fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
+    fill(page, f"{ID}base_steps", 5)
+    infotext = generate(page)
+    for part in (
+        "X-Adapter switch point: 0.6",
+        "X-Adapter weight: 1.25",
+        "X-Adapter base steps: 5",
+        "a dog, (soft:1.2)",
+    ):
+        assert part in infotext
+    for name, other in (("switch_point", 0.1), ("weight", 0), ("base_steps", 0), ("base_prompt", "")):
+        fill(page, f"{ID}{name}", other)
+    page.locator(f"{ID}enabled .label-wrap").first.click()
+    fill(page, "#txt2img_prompt", re.search(r"a cat.*", infotext, re.DOTALL).group(0).split("Time taken")[0])
+    page.locator("#paste").click()
+    page.wait_for_function(f"document.querySelector('{ID}base_prompt textarea').value !== ''")
+    assert page.locator(f"{ID}enabled-checkbox input").is_checked()
+    read_back = {name: value(page, name) for name in ("switch_point", "weight", "base_steps", "base_prompt")}
+    assert read_back == {
+        "switch_point": "0.6",
+        "weight": "1.25",
+        "base_steps": "5",
+        "base_prompt": "a dog, (soft:1.2)",
+    }
+
+
+def test_a_preset_moves_the_two_sliders(page):
+    enable(page)
+    page.locator(f"{ID}preset input").click()
+    page.locator("ul.options li", has_text="LoRA").click()
+    page.wait_for_function(f"document.querySelector('{ID}weight input').value == 1.5")
+    assert value(page, "switch_point") == "0.95"
+
+
+def test_what_is_wrong_stands_in_red(page):
+    ask_for(page)
+    fill(page, "#txt2img_prompt", "a cat <lora:nobody:1>")
+    enable(page)
+    assert "There is no LoRA named 'nobody'" in generate(page)
+    assert page.locator("#html_log_txt2img .error").is_visible()
+
+
+def test_tooltips_say_what_the_switch_point_does(page):
+    enable(page)
+    titled = page.locator(f"{ID}switch_point [title], {ID}switch_point[title]").first
+    assert "denoising strength" in titled.get_attribute("title")
