@@ -268,7 +268,7 @@ PARAMETERS = re.compile(
     r")"
 )
 # tensors that have four dimensions where the changed layer is a convolution
-OF_THE_WEIGHTS_DIMENSIONS = ("down", "up", "diff", "dora_scale", "a1_weight", "lokr_w2", "weight")
+OF_THE_WEIGHTS_DIMENSIONS = ("down", "diff", "dora_scale", "a1_weight", "lokr_w2", "weight")
 
 
 def _convolutional(shapes: Shapes) -> bool | None:

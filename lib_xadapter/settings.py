@@ -121,8 +121,8 @@ class Settings:
         "base CFG scale",
         "How closely the SD1.5 model follows its prompt. 0: the CFG scale above.",
         minimum=0.0,
-        maximum=30.0,
         step=0.5,
+        reach=(0.0, 30.0),
     )
     base_steps: int = argument(
         0,
@@ -130,8 +130,8 @@ class Settings:
         "base steps",
         "Sampling steps of the SD1.5 picture. 0: the steps above.",
         minimum=0,
-        maximum=150,
         step=1,
+        reach=(0, 150),
     )
     guidance_start: float = argument(
         0.0,
@@ -244,8 +244,9 @@ def _expectation(row: Argument, whole: bool) -> str:
     kind = "a whole number" if whole else "a number"
     if row.multiple_of:
         kind = f"a multiple of {row.multiple_of}"
-    span = "" if row.minimum is None else f" from {row.minimum:g} to {row.maximum:g}"
-    return f"{'0 or ' if row.or_zero else ''}{kind}{span}"
+    lowest = "" if row.minimum is None else f" from {row.minimum:g}"
+    highest = "" if row.maximum is None else f" to {row.maximum:g}"
+    return f"{'0 or ' if row.or_zero else ''}{kind}{lowest}{highest}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from modules import devices, lowvram, sd_hijack, sd_models, sd_vae, shared
 from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 
-from ..errors import WrongFile
+from ..errors import XAdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def load_base_model(info: sd_models.CheckpointInfo) -> BaseModel:
     """Load a checkpoint beside the current model, which stays the current one whatever happens.
 
     Raises:
-        WrongFile: the checkpoint cannot be read.
+        XAdapterError: the checkpoint cannot be read.
     """
     outside = Surroundings.now()
     logger.info("Loading the base model %s", info.title)
@@ -155,7 +155,7 @@ def load_base_model(info: sd_models.CheckpointInfo) -> BaseModel:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        raise WrongFile(f"The SD1.5 checkpoint {info.name} cannot be loaded: {error}") from error
+        raise XAdapterError(f"The SD1.5 checkpoint {info.name} cannot be loaded: {error}") from error
     finally:
         outside.install()
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from modules import cache, paths, sd_models, shared
 
 from ..checkpoint_files import detect_checkpoint_family
-from ..errors import WrongArgument, WrongFile
+from ..errors import WrongArgument, WrongFile, XAdapterError
 from . import options
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -78,6 +78,7 @@ def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
 
     Raises:
         WrongArgument: there is none, or it is not for SD1.5.
+        XAdapterError: its file cannot be read.
     """
     if not name:
         usable = base_checkpoints()
@@ -86,7 +87,10 @@ def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
         return next(iter(usable.values()))
     everything = {info.title: (info, info.ids) for info in sd_models.checkpoints_list.values()}
     info = _closest(name, everything, "base_checkpoint", choices=base_checkpoints)
-    detected = detect_checkpoint_family(info.filename)
+    try:
+        detected = detect_checkpoint_family(info.filename)
+    except WrongFile as error:
+        raise XAdapterError(f"The SD1.5 checkpoint cannot be loaded: {error}") from error
     if detected not in BASE_FAMILIES:
         raise WrongArgument(f"'base_checkpoint' is '{name}', a checkpoint of the family {detected}, expected SD1.5.")
     return info

@@ -51,7 +51,7 @@ def build(elem_id: ElemId) -> Panel:
             add("switch_point", "weight")
         gr.HTML(f"<p id='{elem_id('explanation')}' class='xadapter-explanation'></p>")
         _presets(made["switch_point"], made["weight"], elem_id)
-        with gr.Accordion("More", open=False, elem_id=elem_id("more")):
+        with gr.Accordion("More settings", open=False, elem_id=elem_id("more")):
             add("base_prompt", "base_negative_prompt")
             with gr.Row():
                 add("base_width", "base_height")

@@ -104,18 +104,3 @@ class TestInfotext:
     def test_the_loras_of_both_models_keep_their_tags(self, webui):
         prompt = "a cat <lora:style15:0.8> <lora:stylexl:1>"
         assert with_xadapter(webui, prompt=prompt).infotexts[0].startswith(prompt)
-
-
-class TestProgress:
-    def test_both_stages_count(self, webui):
-        """The WebUI's own hires fix counts two jobs a picture, too."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        seen = []
-        with ThreadPoolExecutor(1) as pool:
-            job = pool.submit(with_xadapter, webui, steps=12, n_iter=2)
-            while not job.done():
-                seen.append(webui.get("/sdapi/v1/progress?skip_current_image=true").content["state"])
-        counts = {state["job_count"] for state in seen if state["job_no"] > 0}
-        assert counts == {4}
-        assert {state["job_no"] for state in seen} >= {0, 1, 2, 3}
