@@ -128,6 +128,7 @@ class Generation:
         self._adapter: MappingLayers | None = None
         self._base_job: StableDiffusionProcessingTxt2Img | None = None
         self._base_networks: plugins.NetworkData = {}
+        self._networks_are_active = False
         self._caches: tuple[list, list] = ([None, None], [None, None])
 
     # ---- standing in for the processing object's methods
@@ -154,6 +155,7 @@ class Generation:
     def end(self) -> None:
         """Detach and let the models rest."""
         self.detach()
+        self._let_networks_be()
         self._base_job = self._base = self._adapter = None
         self._models.rest()
 
@@ -182,17 +184,40 @@ class Generation:
         p, settings = self._p, self.settings
         written = list(p.prompts)
         self._hosts["parse_extra_network_prompts"]()
+        added = None if p.disable_extra_networks else plugins.network_of_the_settings(p.extra_network_data)
         split = plugins.split_networks(p.extra_network_data)
         p.extra_network_data = split.upgraded
+        if added is not None:
+            self._add_to_base(added, split.base)
         own_prompts, own_networks = extra_networks.parse_prompts([settings.base_prompt] * len(written))
         self._base_networks = plugins.base_networks(split.base, own_networks)
         prompts = own_prompts if settings.base_prompt else list(p.prompts)
         negative = [settings.base_negative_prompt] * len(written) if settings.base_negative_prompt else None
         self._base_job = self._base_processing(prompts, negative or list(p.negative_prompts))
 
+    def _add_to_base(self, added: extra_networks.ExtraNetworkParams, base: plugins.NetworkData) -> None:
+        """Give the base the LoRA that the WebUI's settings add to every prompt, and keep SDXL from it.
+
+        The WebUI activates SDXL's LoRAs right after this, with what it adds. So that they are activated here without,
+        and not again; whether this job has any is the processing object's own flag until `setup_conds`.
+        """
+        p = self._p
+        base.setdefault(plugins.LORA_TAGS[0], []).append(added)
+        # as the Lora extension writes it into the prompts that the infotext shows
+        p.all_prompts = [f"{prompt}<lora:{':'.join(map(str, added.items))}>" for prompt in p.all_prompts]
+        with plugins.no_added_network(), devices.autocast():
+            extra_networks.activate(p, p.extra_network_data)
+        self._networks_are_active, p.disable_extra_networks = True, True
+
+    def _let_networks_be(self) -> None:
+        """Give the processing object its flag back."""
+        if self._networks_are_active:
+            self._networks_are_active = self._p.disable_extra_networks = False
+
     @ends_the_job
     def setup_conds(self) -> None:
         """Encode SDXL's prompts, then the base's with its LoRAs and embeddings."""
+        self._let_networks_be()
         self._hosts["setup_conds"]()
         job = self._base_job
         # the refiner has prompts encoded in the middle of sampling; the base's are there by then
@@ -264,7 +289,7 @@ class Generation:
         upgraded_only = upgraded_embeddings & set(hijack.embedding_db.skipped_embeddings)
         job.extra_network_data = self._base_networks
         if not job.disable_extra_networks:
-            with devices.autocast():
+            with plugins.no_added_network(), devices.autocast():
                 extra_networks.activate(job, self._base_networks)
             plugins.check_loaded(self._base_networks)
         job.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in job.prompts]

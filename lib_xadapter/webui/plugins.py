@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from modules import extra_networks
+from modules import cache, extra_networks, shared
 
 from ..errors import WrongArgument, WrongFile
 from ..lora_files import detect_lora_base
@@ -14,6 +16,13 @@ from .base_model import lora_extension
 
 LORA_TAGS = ("lora", "lyco")
 BASE_LORAS = ("sd1", "sd2")
+MODEL_ARGUMENT = "model"
+BASE, UPGRADED = "base", "sdxl"
+MODELS_OF_CHOICE = {"base": (BASE,), "sdxl": (UPGRADED,), "both": (BASE, UPGRADED)}
+"""What `<lora:name:1:model=…>` can say."""
+
+ADDED_NETWORK = "sd_lora"
+"""Key of the WebUI's setting "Add network to prompt"."""
 
 NetworkData = dict[str, list[extra_networks.ExtraNetworkParams]]
 """What the WebUI reads from `<kind:…>` tags: kind → arguments of each tag."""
@@ -28,10 +37,10 @@ class Split:
 
 
 def split_networks(data: Mapping[str, Sequence[extra_networks.ExtraNetworkParams]]) -> Split:
-    """SD1.5 and SD2 LoRAs for the base, everything else for SDXL.
+    """SD1.5 and SD2 LoRAs for the base, everything else for SDXL, unless a tag says otherwise.
 
     Raises:
-        WrongArgument: a LoRA is in no folder.
+        WrongArgument: a LoRA is in no folder, or its tag names no model that there is.
         WrongFile: a LoRA's file cannot be read.
     """
     upgraded: NetworkData = {}
@@ -39,23 +48,79 @@ def split_networks(data: Mapping[str, Sequence[extra_networks.ExtraNetworkParams
     for kind, tags in data.items():
         upgraded[kind] = []
         for tag in tags:
-            goes_to_base = kind in LORA_TAGS and lora_base(tag.positional[0]) in BASE_LORAS
-            (base.setdefault(kind, []) if goes_to_base else upgraded[kind]).append(tag)
+            models = models_of(tag) if kind in LORA_TAGS else (UPGRADED,)
+            if BASE in models:
+                base.setdefault(kind, []).append(tag)
+            if UPGRADED in models:
+                upgraded[kind].append(tag)
     return Split(upgraded, base)
 
 
-def lora_base(name: str) -> str:
-    """The model that a LoRA of the user's folders was made for, "unknown" where its file does not tell."""
+def models_of(tag: extra_networks.ExtraNetworkParams) -> tuple[str, ...]:
+    """The models that a LoRA tag is for: what its `model=` says, otherwise the one that its file was made for.
+
+    Raises:
+        WrongArgument: the LoRA is in no folder, or `model=` names no model that there is.
+        WrongFile: its file cannot be read.
+    """
+    on_disk = find_lora(name_of(tag))
+    choice = tag.named.get(MODEL_ARGUMENT)
+    if choice is None:
+        return (BASE,) if on_disk is not None and lora_base(on_disk.filename) in BASE_LORAS else (UPGRADED,)
+    if choice not in MODELS_OF_CHOICE:
+        raise WrongArgument(
+            f"'{MODEL_ARGUMENT}={choice}' of the LoRA '{name_of(tag)}' is not among {', '.join(MODELS_OF_CHOICE)}."
+        )
+    return MODELS_OF_CHOICE[choice]
+
+
+def name_of(tag: extra_networks.ExtraNetworkParams) -> str:
+    """The name in a LoRA tag.
+
+    Raises:
+        WrongArgument: it has none.
+    """
+    if not tag.positional:
+        raise WrongArgument(f"The tag <lora:{':'.join(tag.items)}> names no LoRA.")
+    return tag.positional[0]
+
+
+def find_lora(name: str) -> Any:
+    """The WebUI's `NetworkOnDisk` of a name or alias; None where the Lora extension is switched off.
+
+    Raises:
+        WrongArgument: there is none of that name in the LoRA folders.
+    """
     networks = lora_extension()
     if networks is None:
-        return "unknown"
-    on_disk = networks.available_networks.get(name) or networks.available_network_aliases.get(name)
+        return None
+    on_disk = known_lora(name)
     if on_disk is None:
         networks.update_available_networks_by_names([name])
-        on_disk = networks.available_networks.get(name) or networks.available_network_aliases.get(name)
+        on_disk = known_lora(name)
     if on_disk is None:
         raise WrongArgument(f"There is no LoRA named '{name}' in the WebUI's LoRA folders.")
-    return detect_lora_base(on_disk.filename)
+    return on_disk
+
+
+def known_lora(name: str) -> Any:
+    """The `NetworkOnDisk` of a name or alias among those that the WebUI has listed, None where it has not."""
+    networks = lora_extension()
+    if networks is None:
+        return None
+    return networks.available_networks.get(name) or networks.available_network_aliases.get(name)
+
+
+def lora_base(filename: str) -> str:
+    """The model that a LoRA file was made for, "unknown" where it does not tell; looked up once for each file.
+
+    Raises:
+        WrongFile: it cannot be read.
+    """
+    found = cache.cached_data_for_file(
+        "xadapter-lora-base", filename, filename, lambda: {"base": detect_lora_base(filename)}
+    )
+    return found["base"]
 
 
 def base_networks(from_prompt: NetworkData, from_base_prompt: Mapping[str, Sequence]) -> NetworkData:
@@ -64,18 +129,65 @@ def base_networks(from_prompt: NetworkData, from_base_prompt: Mapping[str, Seque
     Raises:
         WrongArgument: the base prompt names an SDXL LoRA.
     """
-    split = split_networks(from_base_prompt)
-    for kind in LORA_TAGS:
-        for tag in split.upgraded.get(kind, []):
-            if lora_base(tag.positional[0]) == "sdxl":
-                raise WrongArgument(
-                    f"The LoRA '{tag.positional[0]}' in the SD1.5 prompt was made for SDXL; it belongs into the prompt."
-                )
+    for tag in lora_tags(from_base_prompt):
+        refuse_upgraded_only(tag)
     own = {kind: list(tags) for kind, tags in from_base_prompt.items()}
-    named = {tag.positional[0] for kind in LORA_TAGS for tag in own.get(kind, [])}
+    named = {name_of(tag) for tag in lora_tags(own)}
     for kind, tags in from_prompt.items():
-        own.setdefault(kind, []).extend(tag for tag in tags if tag.positional[0] not in named)
+        own.setdefault(kind, []).extend(tag for tag in tags if name_of(tag) not in named)
     return own
+
+
+def refuse_upgraded_only(tag: extra_networks.ExtraNetworkParams) -> None:
+    """In the base's own prompt, a LoRA that does not tell what it is for is taken for the base's.
+
+    Raises:
+        WrongArgument: it was made for SDXL, or its tag says so.
+    """
+    on_disk, choice = find_lora(name_of(tag)), tag.named.get(MODEL_ARGUMENT)
+    made_for_sdxl = choice is None and on_disk is not None and lora_base(on_disk.filename) == UPGRADED
+    if made_for_sdxl or (choice is not None and BASE not in models_of(tag)):
+        raise WrongArgument(
+            f"The LoRA '{name_of(tag)}' in the SD1.5 prompt was made for SDXL; it belongs into the prompt."
+        )
+
+
+def lora_tags(data: Mapping[str, Sequence]) -> Iterator[extra_networks.ExtraNetworkParams]:
+    """The tags of LoRAs among all."""
+    return (tag for kind in LORA_TAGS for tag in data.get(kind, []))
+
+
+def network_of_the_settings(named: Mapping[str, Sequence]) -> extra_networks.ExtraNetworkParams | None:
+    """The LoRA that the setting "Add network to prompt" adds to these, if it was made for the base.
+
+    The Lora extension adds one for SDXL by itself; it would give SDXL the base's, too.
+
+    Raises:
+        WrongFile: its file cannot be read.
+    """
+    name = shared.opts.data.get(ADDED_NETWORK, "None")
+    networks = lora_extension()
+    # only what the extension itself would add: it looks at names, not at aliases
+    if networks is None or name == "None" or name not in networks.available_networks:
+        return None
+    if any(tag.items[0] == name for tag in lora_tags(named)):
+        return None
+    tag = extra_networks.ExtraNetworkParams(items=[name, shared.opts.extra_networks_default_multiplier])
+    return tag if models_of(tag) == (BASE,) else None
+
+
+@contextmanager
+def no_added_network() -> Iterator[None]:
+    """While open, the setting "Add network to prompt" adds nothing."""
+    if ADDED_NETWORK not in shared.opts.data:
+        yield
+        return
+    added = shared.opts.data[ADDED_NETWORK]
+    shared.opts.data[ADDED_NETWORK] = "None"
+    try:
+        yield
+    finally:
+        shared.opts.data[ADDED_NETWORK] = added
 
 
 def check_loaded(wanted: NetworkData) -> None:
@@ -88,10 +200,10 @@ def check_loaded(wanted: NetworkData) -> None:
     if networks is None:
         return
     loaded = {network.name: network for network in networks.loaded_networks}
-    for tag in (tag for kind in LORA_TAGS for tag in wanted.get(kind, [])):
-        network = loaded.get(tag.positional[0])
+    for tag in lora_tags(wanted):
+        network = loaded.get(name_of(tag))
         if network is None:
-            raise WrongFile(f"The LoRA '{tag.positional[0]}' cannot be loaded; the WebUI's log tells more.")
+            raise WrongFile(f"The LoRA '{name_of(tag)}' cannot be loaded; the WebUI's log tells more.")
         if not network.modules and not network.bundle_embeddings:
             raise WrongFile(f"The LoRA '{network.name}' holds no weights for the SD1.5 model's layers.")
 

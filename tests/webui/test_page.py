@@ -94,7 +94,7 @@ def test_open_tick_set_generate_and_read_back(page, tmp_path):
         fill(page, f"{ID}{name}", other)
     page.locator(f"{ID}enabled .label-wrap").first.click()
     fill(page, "#txt2img_prompt", re.search(r"a cat.*", infotext, re.DOTALL).group(0).split("Time taken")[0])
-    page.locator("#paste").click()
+    page.locator("#txt2img_tools #paste").click()
     page.wait_for_function(f"document.querySelector('{ID}base_prompt textarea').value !== ''")
     assert page.locator(f"{ID}enabled-checkbox input").is_checked()
     read_back = {name: value(page, name) for name in ("switch_point", "weight", "base_steps", "base_prompt")}
