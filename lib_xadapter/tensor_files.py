@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,8 @@ def read_tensor_infos(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file or of a PyTorch pickle (`.pt`, `.pth`, `.bin`, `.ckpt`), by name.
 
     Of a safetensors file only the header is read, of a pickle only the part before the weights. What lies under
-    "state_dict" in a pickle counts as its top. No object of a pickle is ever made, so no code of it can run.
+    "state_dict" in a pickle counts as its top; tensors in other groups below the top are named "group.name". No object
+    of a pickle is ever made, so no code of it can run.
 
     Raises:
         WrongFile: the file is missing, cut off, or neither of the two.
@@ -179,7 +180,20 @@ def _pickled_tensors(file: BinaryIO, name: str) -> dict[str, TensorInfo]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise WrongFile(f"{name} holds one {type(content).__name__}, expected tensors by name.")
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, TensorInfo)}
+    return dict(_named_tensors(content))
+
+
+def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, TensorInfo]]:
+    """The tensors at the top, and those one level below as "group.name" (IP-Adapter files hold two groups)."""
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, TensorInfo):
+            yield key, value
+        elif isinstance(key, str) and isinstance(value, Mapping):
+            yield from (
+                (f"{key}.{name}", inner)
+                for name, inner in value.items()
+                if isinstance(name, str) and isinstance(inner, TensorInfo)
+            )
 
 
 def _unpickle_zip(file: BinaryIO) -> Any:

@@ -1,0 +1,35 @@
+"""Progress in the terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Bars:
+    """A progress bar for each stage; give its `show` to the pipeline as progress."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._bar: tqdm | None = None
+        self._finished = 0
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """One step of one stage is over."""
+        if done == 0:
+            self.__exit__(None, None, None)
+            label = f"picture {min(self._finished + 1, self._total)} of {self._total}: {stage}"
+            self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def finished(self, pictures: int = 1) -> None:
+        """So many pictures are done."""
+        self._finished += pictures

@@ -1,0 +1,59 @@
+"""`python -m lib_xadapter`: demo, generate, inspect, convert."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from ..errors import XAdapterError
+from .options import EXIT_WRONG, make_parser, read_options
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; gives the exit status: 2 where the user can mend what is wrong, 130 after Ctrl-C."""
+    options = read_options(arguments)
+    logging.basicConfig(format="%(message)s")
+    stay_offline()
+    try:
+        return _run(options)
+    except XAdapterError as error:
+        sys.stderr.write(f"{make_parser().prog} {options.command}: {' '.join(str(error).split())}\n")
+        return EXIT_WRONG
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted; what was finished is kept.\n")
+        return EXIT_INTERRUPTED
+
+
+def stay_offline() -> None:
+    """No library may fetch anything, whatever is missing; to be called before any of them is imported."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _run(options: argparse.Namespace) -> int:
+    # each command imports what it needs: inspecting a file takes no diffusers
+    if options.command == "inspect":
+        from .inspection import inspect_file
+
+        return inspect_file(options)
+    if options.command == "convert":
+        from .conversion import convert_adapter
+
+        return convert_adapter(options)
+    if options.command == "generate":
+        from .generate import generate
+
+        return generate(options)
+    if options.ui:
+        from .page import open_page
+
+        return open_page(options)
+    from .demo import run_demo
+
+    return run_demo(options)

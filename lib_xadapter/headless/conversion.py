@@ -1,0 +1,26 @@
+"""`convert`: an adapter as safetensors, which can hold nothing but tensors."""
+
+from __future__ import annotations
+
+import argparse
+
+import safetensors.torch
+import torch
+
+from ..errors import WrongArgument
+from ..mapping import load_adapter
+from .options import say
+from .saving import write_whole
+
+
+def convert_adapter(options: argparse.Namespace) -> int:
+    """Read, check and write an adapter."""
+    if options.out.suffix != ".safetensors":
+        raise WrongArgument(f"OUT is {options.out}, expected a name that ends in .safetensors.")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    state = load_adapter(options.file, dtype=dtype).state_dict()
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    write_whole(options.out, lambda to: to.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"})))
+    parameters = sum(value.numel() for value in tensors.values())
+    say(f"{options.out}: {len(tensors)} tensors, {parameters:,} parameters, {options.out.stat().st_size / 1e6:.1f} MB")
+    return 0

@@ -1,0 +1,208 @@
+"""`demo`: the whole pipeline on small models with random weights, so that anyone can see it work on any machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy
+import torch
+import transformers
+from PIL import Image, ImageDraw
+
+from .. import __version__
+from ..errors import WrongArgument
+from ..settings import Settings
+from .bars import Bars
+from .generate import Files, load_models
+from .grid import labelled_grid, save_picture
+from .jobs import LARGEST_SEED, Job, Picture, make_pictures
+from .loras import Lora
+from .models import Models, Placement
+from .options import say
+from .pipeline import Progress, no_progress
+from .saving import write_whole
+from .small_models import SmallModels, make_small_models
+
+NOTICE = "These models have random weights: they make patterns, not pictures. What to see is what leads what."
+WEIGHTS = (0.0, 0.5, 1.0, 1.5)
+STEPS = 8
+SIZE = 256
+PROMPT = "a house by the sea"
+BASELINE = "SDEdit + SDXL"
+BASE_ALONE = "SD1.5 alone"
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """A row of the grid: what the base wears."""
+
+    name: str
+    lora: bool = False
+    control: bool = False
+
+
+ROWS = (Plugins("no plugin"), Plugins("LoRA", lora=True), Plugins("ControlNet", control=True))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of the grid and how long it took."""
+
+    row: str
+    column: str
+    image: Image.Image
+    seconds: float
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """What can be turned."""
+
+    prompt: str = PROMPT
+    seed: int = 1
+    switch_point: float = Settings().switch_point
+    weights: tuple[float, ...] = WEIGHTS
+    steps: int = STEPS
+    rows: tuple[Plugins, ...] = ROWS
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Make the models, the pictures, the grid and the report, and say where they are."""
+    began = time.perf_counter()
+    if not 0 <= options.seed <= LARGEST_SEED:
+        raise WrongArgument(f"--seed is {options.seed}, expected a whole number from 0 to {LARGEST_SEED}.")
+    say(NOTICE)
+    small = make_small_models(options.cache or default_cache())
+    made_models = time.perf_counter() - began
+    request = DemoRequest(seed=options.seed)
+    with Bars(len(request.rows) * len(request.weights)) as bars:
+        cells = []
+        for cell in make_cells(small, request, bars.show):
+            cells.append(cell)
+            bars.finished(cell.column != BASE_ALONE)
+    for number, cell in enumerate(cells):
+        save_picture(options.out / f"{number:02d} {cell.row}, {cell.column}.png", cell.image, cell.text)
+    grid = save_picture(options.out / "grid.png", cells_grid(cells))
+    whole = time.perf_counter() - began
+    facts = report(small, request, cells) | {"seconds": {"models": round(made_models, 1), "whole": round(whole, 1)}}
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    path = write_whole(options.out / "report.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
+    say(f"{len(cells)} pictures in {whole:.0f} s.\n  grid:   {grid}\n  report: {path}\n  models: {small.folder}")
+    return 0
+
+
+def default_cache() -> Path:
+    """Where the small models are kept."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "lib_xadapter" / "demo"
+
+
+def make_cells(small: SmallModels, request: DemoRequest, progress: Progress = no_progress) -> Iterator[Cell]:
+    """The cells of the grid, row after row, each as soon as it is finished."""
+    for row in request.rows:
+        yield from _row(row, _load(small, row), request, progress)
+
+
+def _load(small: SmallModels, row: Plugins) -> Models:
+    files = Files(
+        base=small.base,
+        upgraded=small.upgraded,
+        adapter=small.adapter,
+        loras=(Lora(small.lora),) if row.lora else (),
+        controlnets=(small.controlnet,) if row.control else (),
+    )
+    return load_models(files, Placement(), small.tokenizer)
+
+
+def _row(row: Plugins, models: Models, request: DemoRequest, progress: Progress) -> Iterator[Cell]:
+    job = Job(
+        prompt=request.prompt,
+        settings=Settings(base_checkpoint="small-sd15", adapter="small"),
+        width=SIZE,
+        height=SIZE,
+        steps=request.steps,
+        seed=request.seed,
+        switch_points=(request.switch_point,),
+        weights=request.weights,
+        control_images=(control_map(SIZE // 2),) if row.control else (),
+        control_scales=((1.0,),) if row.control else (),
+        model="small-sdxl",
+        loras=(("small-style", 1.0),) if row.lora else (),
+        control_names=("small-edges",) if row.control else (),
+    )
+    began = time.perf_counter()
+    for place, picture in enumerate(make_pictures(models, job, progress=progress)):
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        if place == 0:
+            yield Cell(row.name, BASE_ALONE, picture.base_image, 0.0)
+        yield Cell(row.name, _column(picture), picture.image, seconds, picture.text)
+
+
+def _column(picture: Picture) -> str:
+    weight = picture.settings.weight
+    return f"X-Adapter {weight:g}" if weight else BASELINE
+
+
+def control_map(size: int) -> Image.Image:
+    """White outlines on black, as an edge detector gives."""
+    image = Image.new("RGB", (size, size))
+    draw = ImageDraw.Draw(image)
+    line = max(size // 32, 1)
+    draw.ellipse((size // 8, size // 8, size * 7 // 8, size * 7 // 8), outline="white", width=line)
+    draw.polygon([(size // 2, size // 4), (size * 3 // 4, size * 3 // 4), (size // 4, size * 3 // 4)], outline="white")
+    return image
+
+
+def cells_grid(cells: Sequence[Cell]) -> Image.Image:
+    """The cells, a row for each set of plugins."""
+    rows, columns = (list(dict.fromkeys(getattr(cell, side) for cell in cells)) for side in ("row", "column"))
+    images = {(cell.row, cell.column): cell.image for cell in cells}
+    return labelled_grid([[images.get((row, column)) for column in columns] for row in rows], rows, columns)
+
+
+def report(small: SmallModels, request: DemoRequest, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What was done, on what, and how far every picture is from the baseline of its row."""
+    baselines = {cell.row: cell.image for cell in cells if cell.column == BASELINE}
+    files = (small.upgraded, small.base, small.lora, small.controlnet, small.adapter)
+    return {
+        "notice": NOTICE,
+        "versions": {
+            "lib_xadapter": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {"system": platform.platform(), "processors": os.cpu_count(), "threads": torch.get_num_threads()},
+        "models": {str(path): path.stat().st_size for path in files},
+        "request": dataclasses.asdict(request),
+        "size": SIZE,
+        "pictures": [
+            {
+                "row": cell.row,
+                "column": cell.column,
+                "seconds": round(cell.seconds, 2),
+                "grey_levels_from_baseline": _difference(cell.image, baselines.get(cell.row)),
+            }
+            for cell in cells
+        ],
+    }
+
+
+def _difference(image: Image.Image, baseline: Image.Image | None) -> float | None:
+    """Mean absolute difference in grey levels, None where there is nothing of the same size to compare with."""
+    if baseline is None or baseline.size != image.size:
+        return None
+    first, second = (numpy.asarray(picture, dtype=numpy.float32) for picture in (image, baseline))
+    return round(float(numpy.abs(first - second).mean()), 2)

@@ -1,0 +1,190 @@
+"""LoRAs merged into the weights of the model that they were made for.
+
+Which model that is, `lib_xadapter.detect_lora_base` tells. Every tensor of a file must find its layer: a LoRA that goes
+in by halves, or not at all, would be a picture that looks right and is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from ..errors import DoesNotFit, WrongArgument, WrongFile
+from ..lora_files import detect_lora_base
+from ..mapping import read_weights
+from .model_files import unet_table_of
+
+Factors = Mapping[str, Tensor]
+
+PARAMETERS = {
+    "lora_down": re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A)(\.default)?\.weight$"),
+    "lora_up": re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B)(\.default)?\.weight$"),
+    "lora_mid": re.compile(r"\.lora_mid\.weight$"),
+    "alpha": re.compile(r"\.alpha$"),
+    "hada_w1_a": re.compile(r"\.hada_w1_a$"),
+    "hada_w1_b": re.compile(r"\.hada_w1_b$"),
+    "hada_w2_a": re.compile(r"\.hada_w2_a$"),
+    "hada_w2_b": re.compile(r"\.hada_w2_b$"),
+    "diff": re.compile(r"\.diff$"),
+}
+"""How a tensor is called behind its layer: kohya, LyCORIS, diffusers, peft."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file and how strongly it is merged."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """Name and weight of `name:0.8`; 1 where no weight follows.
+
+    Raises:
+        WrongArgument: what follows is no number.
+    """
+    name, colon, weight = text.rpartition(":")
+    # the colon of C:\\style.safetensors is none of ours
+    if not colon or re.match(r"[\\/]", weight):
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise WrongArgument(f"--lora: '{text}' is no FILE or FILE:WEIGHT, as '{weight}' is no number.") from None
+
+
+def merge_lora(lora: Lora, base: StableDiffusionPipeline, upgraded: StableDiffusionXLPipeline) -> str:
+    """Merge a LoRA into the model it was made for; gives "base" or "upgraded".
+
+    Raises:
+        WrongFile: the file is no LoRA for SD1.5 or SDXL, or of a kind that is not read here.
+        DoesNotFit: a tensor finds no layer, or one of another shape.
+    """
+    found = detect_lora_base(lora.path)
+    if found not in ("sd1", "sdxl"):
+        raise WrongFile(f"{lora.path.name} is no LoRA for SD1.5 or SDXL as far as its keys and shapes tell ({found}).")
+    layers = _layers_of(base) if found == "sd1" else _layers_of(upgraded)
+    file = read_weights(lora.path)
+    changes = [_change(name, factors, layers, lora.path.name) for name, factors in _by_layer(file, lora).items()]
+    with torch.no_grad():
+        for layer, delta in changes:
+            layer.weight += (lora.weight * delta).reshape(layer.weight.shape).to(layer.weight)
+    return "base" if found == "sd1" else "upgraded"
+
+
+def _by_layer(file: Mapping[str, Tensor], lora: Lora) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in file.items():
+        if key.startswith("bundle_emb."):
+            continue
+        for parameter, pattern in PARAMETERS.items():
+            if found := pattern.search(key):
+                layers.setdefault(key[: found.start()], {})[parameter] = tensor.float()
+                break
+        else:
+            raise WrongFile(
+                f"{lora.path.name} holds '{key}', of a kind that is read only in the WebUI; "
+                "here LoRA, LoCon, LoHa and full differences are."
+            )
+    return layers
+
+
+def _change(name: str, factors: Factors, layers: Mapping[str, nn.Module], file_name: str) -> tuple[nn.Module, Tensor]:
+    layer = layers.get(_spelled(name))
+    if layer is None:
+        raise DoesNotFit(f"{file_name}: there is no layer for '{name}' in the model that the LoRA was made for.")
+    delta = next((_delta(factors) for needed, _delta in KINDS if needed <= factors.keys()), None)
+    if delta is None:
+        raise WrongFile(f"{file_name}: '{name}' has only {', '.join(sorted(factors))}.")
+    if delta.numel() != layer.weight.numel() or delta.shape[0] != layer.weight.shape[0]:
+        found, expected = ("x".join(map(str, shape)) for shape in (delta.shape, layer.weight.shape))
+        raise DoesNotFit(f"{file_name}: '{name}' changes a weight of {found}, the model's is {expected}.")
+    return layer, delta
+
+
+def _lora_delta(factors: Factors) -> Tensor:
+    """up · down · alpha / rank, through the middle convolution where there is one."""
+    down, up = factors["lora_down"], factors["lora_up"]
+    scale = _scale(factors, rank=down.shape[0])
+    if "lora_mid" in factors:
+        return scale * torch.einsum("or,rshw,si->oihw", up.flatten(1), factors["lora_mid"], down.flatten(1))
+    return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def _loha_delta(factors: Factors) -> Tensor:
+    """(w1_a · w1_b) ∘ (w2_a · w2_b) · alpha / rank."""
+    first, second = (factors[f"hada_w{n}_a"] @ factors[f"hada_w{n}_b"] for n in (1, 2))
+    return _scale(factors, rank=factors["hada_w1_b"].shape[0]) * first * second
+
+
+def _full_delta(factors: Factors) -> Tensor:
+    return factors["diff"]
+
+
+def _scale(factors: Factors, rank: int) -> float:
+    return float(factors["alpha"]) / rank if "alpha" in factors else 1.0
+
+
+KINDS: tuple[tuple[set[str], Callable[[Factors], Tensor]], ...] = (
+    ({"lora_down", "lora_up"}, _lora_delta),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _loha_delta),
+    ({"diff"}, _full_delta),
+)
+
+
+def _layers_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    """Every layer by each of its names: diffusers' and CompVis' for the UNet, numbered or not for text encoders."""
+    layers: dict[str, nn.Module] = {}
+    table = unet_table_of(pipeline.unet)
+    for name, module in _weighted(pipeline.unet):
+        compvis = table(f"{name}.weight").name.removesuffix(".weight")
+        for spelling in (name, compvis):
+            for prefix in ("unet", "diffusion_model"):
+                layers[_spelled(f"{prefix}.{spelling}")] = module
+    second = getattr(pipeline, "text_encoder_2", None)
+    first_prefixes = ("te1", "text_encoder") if second is not None else ("te", "te1", "text_encoder")
+    for prefixes, encoder in ((first_prefixes, pipeline.text_encoder), (("te2", "text_encoder_2"), second)):
+        for name, module in _weighted(encoder) if encoder is not None else ():
+            for prefix in prefixes:
+                layers[_spelled(f"{prefix}.text_model.{name.removeprefix('text_model.')}")] = module
+    return layers
+
+
+def _weighted(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+
+
+def _spelled(name: str) -> str:
+    """One spelling for `lora_unet_down_blocks_0_…`, `unet.down_blocks.0.…` and `base_model.model.…`."""
+    spelled = name.replace(".", "_").replace("_processor_", "_")
+    spelled = re.sub(r"^(base_model_model_|lycoris_|lora_)+", "", spelled)
+    return re.sub(r"_to_([qkv]|out)_lora$", r"_to_\1", re.sub(r"_to_out$", "_to_out_0", spelled))
+
+
+@dataclass(frozen=True)
+class LoraTags:
+    """A prompt without its `<lora:name:weight>` tags, and what they named."""
+
+    prompt: str
+    loras: tuple[tuple[str, float], ...] = field(default=())
+
+
+TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^:>]+))?[^>]*>")
+
+
+def take_tags(prompt: str) -> LoraTags:
+    """Raises: WrongArgument: the weight of a tag is no number."""
+    loras = []
+    for found in TAG.finditer(prompt):
+        try:
+            loras.append((found[1], float(found[2] or 1)))
+        except ValueError:
+            raise WrongArgument(f"prompt: '{found[0]}' has the weight '{found[2]}', expected a number.") from None
+    return LoraTags(re.sub(r"  +", " ", TAG.sub("", prompt)).strip(), tuple(loras))

@@ -1,0 +1,159 @@
+"""The command line: what there is to say, and one line where it is said wrongly."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import WrongArgument
+from ..settings import Settings, arguments, checked, defaults
+
+EXIT_WRONG = 2
+
+SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight")
+"""Fields of `Settings` that are options of another kind."""
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_WRONG, f"{self.prog}: {message}\n")
+
+
+def read_options(arguments_given: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; ends the program with status 2 where they are wrong."""
+    return make_parser().parse_args(arguments_given)
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m lib_xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="see it work on small models with random weights; fetches nothing"))
+    _add_generate(commands.add_parser("generate", help="make pictures with your own models"))
+    inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    convert = commands.add_parser("convert", help="write an adapter as safetensors")
+    convert.add_argument("file", type=Path, metavar="FILE")
+    convert.add_argument("out", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as in FILE)")
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("xadapter-demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the small models are kept")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--ui", action="store_true", help="a page in the browser instead")
+    parser.add_argument("--port", type=int, help="of the page (default: the first free one)")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
+    models.add_argument("--upgraded", required=True, metavar="FILE", help="SDXL checkpoint")
+    models.add_argument("--base", "--base-checkpoint", required=True, metavar="FILE", help="SD1.5 checkpoint")
+    models.add_argument("--adapter", required=True, metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
+    models.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL; may be repeated"
+    )
+    models.add_argument(
+        "--controlnet", action="append", default=[], metavar="FILE", help="of SD1.5; may be repeated, each with"
+    )
+    models.add_argument("--control-image", action="append", default=[], type=Path, metavar="IMAGE", help="its map")
+    models.add_argument(
+        "--control-scale", action="append", nargs="+", type=float, default=[], metavar="X", help="and its strength"
+    )
+    models.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
+    models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
+
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("--prompt", default="", help="(attention:1.2) and <lora:name:0.8> as in the WebUI")
+    picture.add_argument("--negative-prompt", default="")
+    picture.add_argument("--width", type=int, default=1024, help="default: %(default)s")
+    picture.add_argument("--height", type=int, default=1024, help="default: %(default)s")
+    picture.add_argument("--steps", type=int, help="default: 20, with --reference 50")
+    picture.add_argument("--cfg", "--cfg-scale", type=float, help="default: 7, with --reference 7.5")
+    picture.add_argument("--sampler", default="DPM++ 2M", help="default: %(default)s")
+    picture.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    picture.add_argument("--batch", type=int, default=1, help="pictures at once, with seeds one after the other")
+
+    group = parser.add_argument_group("X-Adapter")
+    group.add_argument(
+        "--switch-point",
+        nargs="+",
+        type=_setting("switch_point"),
+        default=[Settings().switch_point],
+        metavar="X",
+        help=f"{arguments()['switch_point'].tooltip} Several values make a grid.",
+    )
+    group.add_argument(
+        "--weight",
+        nargs="+",
+        type=_weight,
+        default=[Settings().weight],
+        metavar="X",
+        help=f"{arguments()['weight'].tooltip} Several values make a grid; 1,0.5,0 is one weight a level.",
+    )
+    for name, row in arguments().items():
+        if name not in SETTINGS_ELSEWHERE:
+            _add_setting(group, name, row.tooltip)
+    group.add_argument(
+        "--reference", action="store_true", help="the released pipeline's rules for the switch and the steps"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    machine.add_argument("--low-memory", action="store_true", help="models are on the device only while they work")
+    machine.add_argument(
+        "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
+    )
+
+
+def _add_setting(group: Any, name: str, tooltip: str) -> None:
+    option, default = f"--{name.replace('_', '-')}", defaults()[name]
+    help_text = tooltip.replace("%", "%%")
+    if isinstance(default, bool):
+        group.add_argument(option, action="store_true", help=help_text)
+    else:
+        group.add_argument(option, type=_setting(name), default=default, metavar="X", help=help_text)
+
+
+def _setting(name: str) -> Callable[[str], Any]:
+    """Reads the text of an option as a value of `Settings`."""
+    kind = type(defaults()[name])
+
+    def read(text: str) -> Any:
+        try:
+            return checked(name, text if kind is str else _number(text))
+        except WrongArgument as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"'{name}' ")) from None
+
+    return read
+
+
+def _number(text: str) -> float | int | str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _weight(text: str) -> float | tuple[float, ...]:
+    numbers = [_number(part) for part in text.split(",")]
+    try:
+        return checked("weight", numbers if len(numbers) > 1 else numbers[0])
+    except WrongArgument as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("'weight' ")) from None
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    print(text, file=sys.stdout, flush=True)  # noqa: T201

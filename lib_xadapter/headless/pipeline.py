@@ -1,0 +1,273 @@
+"""One batch of pictures: the base's picture, the switch, the joint stage.
+
+Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_adapter_controlnet.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..joint_stage import JointStage, Window
+from ..settings import Settings
+from ..taps import read_features
+from ..trajectory import Trajectory
+from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
+from .models import Models, noise_schedule_of
+from .pictures import to_latents, to_pictures
+from .samplers import RELEASED_SPACING, Sampler, Steps, joint_steps, released_joint_steps, sampler_named, take_steps
+
+SOLVER_ORDER = 2
+
+BASE_NOISE_SEED = 0x2312_2238
+"""Added to an image's seed for the noise that the base's picture gets at the switch, as in the WebUI."""
+STEP_SEEDS = (0x2312_2239, 0x2312_2240)
+"""Added for the noise of samplers that add noise: base, upgraded."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Where the paper leaves a choice.
+
+    Attributes:
+        joint_steps: (steps, switch point, sampler) → how many steps are joint.
+        resample: how the base's picture is brought to the upgraded size.
+        scheduler_options: on top of the sampler's own.
+        base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
+    """
+
+    joint_steps: Callable[[int, float, Sampler], int] = joint_steps
+    resample: Image.Resampling = Image.Resampling.LANCZOS
+    scheduler_options: dict[str, object] = field(default_factory=dict)
+    base_follows_sampler: bool = False
+
+
+WEBUI_RULES = Rules()
+RELEASED_RULES = Rules(released_joint_steps, Image.Resampling.BICUBIC, RELEASED_SPACING, base_follows_sampler=True)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """All the randomness of one image, each kind from a generator of its own, so that batches do not matter.
+
+    Attributes:
+        base, upgraded: what the models start from, (4, h, w).
+        base_again: what the base's finished latent is noised with at the switch, (4, h, w).
+        base_steps, upgraded_steps: generators for samplers that add noise.
+        encoding: generator for the upgraded VAE.
+    """
+
+    base: Tensor
+    upgraded: Tensor
+    base_again: Tensor
+    base_steps: torch.Generator
+    upgraded_steps: torch.Generator
+    encoding: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
+        """Sizes are (height, width) in latent pixels."""
+        base_steps, upgraded_steps = (torch.Generator("cpu").manual_seed(seed + shift) for shift in STEP_SEEDS)
+        return cls(
+            _standard_normal(seed, base_size),
+            _standard_normal(seed, upgraded_size),
+            _standard_normal(seed + BASE_NOISE_SEED, base_size),
+            base_steps,
+            upgraded_steps,
+            torch.Generator("cpu").manual_seed(seed),
+        )
+
+
+def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(4, *size, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one batch of pictures is asked for; sizes in pixels, 0 in `settings` already replaced.
+
+    Attributes:
+        base_prompts, upgraded_prompts: what each model is told.
+        settings: as in the WebUI.
+        steps, cfg_scale, sampler: of the upgraded model; the base's own are in `settings`.
+        noises: one an image.
+        controls: ControlNets at work on the base.
+    """
+
+    base_prompts: Prompts
+    upgraded_prompts: Prompts
+    settings: Settings
+    steps: int
+    cfg_scale: float
+    sampler: str
+    noises: Sequence[Noise]
+    controls: Sequence[Control] = ()
+
+    @property
+    def base_steps(self) -> int:
+        return self.settings.base_steps or self.steps
+
+    @property
+    def base_cfg_scale(self) -> float:
+        return self.settings.base_cfg_scale or self.cfg_scale
+
+
+Progress = Callable[[str, int, int], None]
+"""(what is under way, steps done, steps in all) → None; called before each step and after the last."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """For those who do not look."""
+
+
+class TwoStages:
+    """Makes pictures with a set of models.
+
+    Args:
+        models: loaded, on the CPU or where they run.
+        rules: where the paper leaves a choice.
+        progress: told of every step.
+    """
+
+    def __init__(self, models: Models, rules: Rules = WEBUI_RULES, progress: Progress = no_progress) -> None:
+        models.check()
+        self._models = models
+        self._rules = rules
+        self._progress = progress
+
+    @property
+    def _device(self) -> str:
+        return self._models.placement.device
+
+    def base_latents(self, request: Request) -> Tensor:
+        """Stage 1: the base's finished latents, (images, 4, h, w)."""
+        steps = self._steps(request, request.base_steps, request.base_steps, self._models.base)
+        noise = self._stacked([noise.base for noise in request.noises])
+        model = self._base(request)
+        with self._models.placement.holding(self._models.base.unet, *self._models.controlnets):
+            return self._walk("base", steps, noise * steps.scheduler.init_noise_sigma, model.predict)
+
+    def base_pictures(self, latents: Tensor) -> list[Image.Image]:
+        """The base's pictures, in 8 bits."""
+        return self._decoded(self._models.base, latents)
+
+    def upgraded_latents(self, request: Request, finished: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """The switch and stage 2: the upgraded model's finished latents.
+
+        Args:
+            request: as for stage 1.
+            finished: the base's finished latents, None for a single stage from noise.
+            size: of the pictures, (width, height) in pixels.
+        """
+        steps = self.joint_steps_of(request)
+        noise = self._stacked([noise.upgraded for noise in request.noises])
+        if finished is None:
+            return self.joint_stage(request, None, noise * steps.scheduler.init_noise_sigma, steps)
+        clean = self.carried_over(finished, request.noises, size)
+        return self.joint_stage(request, finished, steps.noised(clean, noise), steps)
+
+    def upgraded_pictures(self, latents: Tensor) -> list[Image.Image]:
+        """The upgraded model's pictures, in 8 bits."""
+        return self._decoded(self._models.upgraded, latents)
+
+    def joint_steps_of(self, request: Request) -> Steps:
+        """The steps of the joint stage."""
+        taken = request.steps
+        if not request.settings.single_stage:
+            sampler = sampler_named(request.sampler)
+            taken = self._rules.joint_steps(request.steps, request.settings.switch_point, sampler)
+        return self._steps(request, request.steps, taken, self._models.upgraded)
+
+    def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
+        """The base's pictures, resized, as clean latents of the upgraded model."""
+        resized = [picture.resize(size, self._rules.resample) for picture in self.base_pictures(finished)]
+        vae = self._models.upgraded.vae
+        with self._models.placement.holding(vae):
+            return to_latents(vae, resized, [noise.encoding for noise in noises])
+
+    def joint_stage(
+        self,
+        request: Request,
+        finished: Tensor | None,
+        latents: Tensor,
+        steps: Steps,
+        each_step: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Stage 2 from noised latents of the upgraded model.
+
+        Args:
+            request: prompts, guidance and settings.
+            finished: the base's finished latents, None for a single stage from noise.
+            latents: at the noise level of the first step.
+            steps: the joint ones.
+            each_step: is given the upgraded latents after every step.
+        """
+        models, settings = self._models, request.settings
+        upgraded = GuidedUnet(models.upgraded.unet, request.upgraded_prompts, request.cfg_scale)
+        if models.adapter is None or not any(settings.weights):
+            with models.placement.holding(models.upgraded.unet):
+                return self._walk("SDXL", steps, latents, upgraded.predict, each_step)
+
+        schedule = noise_schedule_of(models.upgraded)
+        order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
+        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in request.noises])
+        trajectory = Trajectory(again, finished, order)
+        together = (models.base.unet, *models.controlnets, models.adapter, models.upgraded.unet)
+        with models.placement.holding(*together), read_features(models.base.unet) as reader:
+            base = LockstepBase(
+                self._base(request), noise_schedule_of(models.base), _prediction_type(models.base), reader
+            )
+            window = Window(settings.guidance_start, settings.guidance_end)
+            stage = JointStage(base, trajectory, models.adapter, settings.weights, window)
+            with stage.coupled_to(models.upgraded.unet):
+                done = 0
+
+                def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+                    nonlocal done
+                    stage.advance(schedule.sigma_at(float(timestep)), done / len(steps.timesteps), upgraded.rows)
+                    stage.select(slice(0, len(upgraded.rows)))
+                    done += 1
+                    return upgraded.predict(latent, timestep)
+
+                return self._walk("base and SDXL", steps, latents, predict, each_step)
+
+    def _walk(
+        self,
+        stage: str,
+        steps: Steps,
+        latent: Tensor,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        each_step: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        for done, timestep in enumerate(steps.timesteps):
+            self._progress(stage, done, len(steps.timesteps))
+            output = predict(steps.scaled(latent, timestep), timestep)
+            latent = steps.step(output, timestep, latent)
+            if each_step is not None:
+                each_step(latent)
+        self._progress(stage, len(steps.timesteps), len(steps.timesteps))
+        return latent
+
+    def _steps(self, request: Request, steps: int, taken: int, pipeline: object) -> Steps:
+        scheduler = sampler_named(request.sampler).make(pipeline.scheduler.config, **self._rules.scheduler_options)
+        upgraded = pipeline is self._models.upgraded
+        noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
+        return take_steps(scheduler, steps, taken, self._device, noises)
+
+    def _base(self, request: Request) -> GuidedUnet:
+        return GuidedUnet(self._models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
+
+    def _stacked(self, noises: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(noises)).to(self._device)
+
+    def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
+        with self._models.placement.holding(pipeline.vae):
+            return to_pictures(pipeline.vae, latents)
+
+
+def _prediction_type(pipeline: object) -> str:
+    return pipeline.scheduler.config.get("prediction_type", "epsilon")

@@ -1,0 +1,174 @@
+"""Prompts to what the UNets are told, long ones and `(attention:1.2)` included, as the WebUI reads them.
+
+Not read: `[from:to:when]` schedules, `AND`, `BREAK`; embeddings by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from .denoisers import Prompts
+from .models import Models
+
+WINDOW = 75
+"""Tokens that fit between start and end of text."""
+
+MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|[)\]]|[^\\()\[\]:]+|.", re.DOTALL)
+STRONGER, WEAKER = 1.1, 1 / 1.1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a prompt and how much attention it gets."""
+
+    text: str
+    weight: float
+
+
+def read_attention(prompt: str) -> list[Part]:
+    """Pieces of a prompt: `(x)` 1.1 times the attention, `[x]` as much less, `(x:1.5)` as said, `\\(` a bracket."""
+    pieces: list[tuple[str, float]] = []
+    open_brackets: list[tuple[str, int]] = []
+
+    def close(kind: str, factor: float) -> bool:
+        if not open_brackets or open_brackets[-1][0] != kind:
+            return False
+        first = open_brackets.pop()[1]
+        pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
+        return True
+
+    for found in MARKS.finditer(prompt):
+        mark = found[0]
+        if mark in "([":
+            open_brackets.append((mark, len(pieces)))
+        elif found["weight"] and close("(", float(found["weight"])):
+            continue
+        elif (mark == ")" and close("(", STRONGER)) or (mark == "]" and close("[", WEAKER)):
+            continue
+        else:
+            escaped = len(mark) == 2 and mark[0] == "\\"
+            pieces.append((mark[1] if escaped else mark, 1.0))
+    for kind, first in reversed(open_brackets):
+        factor = STRONGER if kind == "(" else WEAKER
+        pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
+    return _joined(pieces)
+
+
+def _joined(pieces: Sequence[tuple[str, float]]) -> list[Part]:
+    parts: list[Part] = []
+    for text, weight in pieces:
+        if parts and parts[-1].weight == weight:
+            parts[-1] = Part(parts[-1].text + text, weight)
+        else:
+            parts.append(Part(text, weight))
+    return parts or [Part("", 1.0)]
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """A prompt in windows of 77 tokens, start and end of text included.
+
+    Attributes:
+        tokens: (windows, 77) token numbers.
+        weights: (windows, 77), the attention that each gets.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+
+def split_into_windows(prompt: str, tokenizer: CLIPTokenizer, at_least: int = 1) -> TokenWindows:
+    """The tokens of a prompt, filled up to whole windows and to the number of windows asked for."""
+    numbers: list[int] = []
+    weights: list[float] = []
+    for part in read_attention(prompt):
+        tokens = tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
+        numbers += tokens
+        weights += [part.weight] * len(tokens)
+    windows = max(-(-len(numbers) // WINDOW), at_least, 1)
+    rows = [_window(numbers[WINDOW * row : WINDOW * (row + 1)], tokenizer) for row in range(windows)]
+    padded = weights + [1.0] * (windows * WINDOW - len(weights))
+    attention = [[1.0, *padded[WINDOW * row : WINDOW * (row + 1)], 1.0] for row in range(windows)]
+    return TokenWindows(torch.tensor(rows), torch.tensor(attention))
+
+
+def _window(numbers: list[int], tokenizer: CLIPTokenizer) -> list[int]:
+    filled = [tokenizer.bos_token_id, *numbers, tokenizer.eos_token_id]
+    return filled + [tokenizer.pad_token_id] * (WINDOW + 2 - len(filled))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as a text encoder gives it: (1, tokens, channels), and pooled (1, channels) where it has that."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+
+@torch.no_grad()
+def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool, windows: int = 1) -> Encoded:
+    """A prompt through one text encoder.
+
+    Args:
+        prompt: with or without attention weights.
+        tokenizer: of the encoder.
+        encoder: CLIPTextModel or CLIPTextModelWithProjection.
+        penultimate: whether the last layer but one is taken, as SDXL does; else the last one, normed.
+        windows: at least so many.
+    """
+    split = split_into_windows(prompt, tokenizer, windows)
+    output = encoder(split.tokens.to(encoder.device), output_hidden_states=True)
+    hidden = (output.hidden_states[-2] if penultimate else output.last_hidden_state).float()
+    weighted = hidden * split.weights[..., None].to(hidden)
+    # keep the mean of every window, so that attention shifts and does not grow
+    weighted = weighted * (hidden.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+    pooled = getattr(output, "text_embeds", None)
+    return Encoded(weighted.flatten(0, 1)[None], None if pooled is None else pooled[:1].float())
+
+
+def base_prompts(models: Models, prompt: str, negative_prompt: str, images: int, guided: bool) -> Prompts:
+    """What SD1.5 is told."""
+    pipeline = models.base
+    windows = _windows((prompt, negative_prompt), pipeline.tokenizer)
+    with models.placement.holding(pipeline.text_encoder):
+        cond, uncond = (
+            encode(text, pipeline.tokenizer, pipeline.text_encoder, False, windows).tokens
+            for text in (prompt, negative_prompt)
+        )
+    return Prompts(cond.repeat(images, 1, 1), uncond.repeat(images, 1, 1) if guided else None)
+
+
+def upgraded_prompts(
+    models: Models, prompt: str, negative_prompt: str, images: int, guided: bool, size: tuple[int, int]
+) -> Prompts:
+    """What SDXL is told; an empty negative prompt is all zeros, as in its training. `size` is (width, height)."""
+    windows = _windows((prompt, negative_prompt), models.upgraded.tokenizer)
+    cond, uncond = (_encode_for_sdxl(models, text, windows) for text in (prompt, negative_prompt))
+    if not negative_prompt.strip():
+        uncond = Encoded(torch.zeros_like(uncond.tokens), torch.zeros_like(uncond.pooled))
+    width, height = size
+    return Prompts(
+        cond.tokens.repeat(images, 1, 1),
+        uncond.tokens.repeat(images, 1, 1) if guided else None,
+        cond.pooled.repeat(images, 1),
+        uncond.pooled.repeat(images, 1) if guided else None,
+        torch.tensor([[height, width, 0, 0, height, width]] * images, device=models.placement.device).float(),
+    )
+
+
+def _encode_for_sdxl(models: Models, prompt: str, windows: int) -> Encoded:
+    pipeline = models.upgraded
+    with models.placement.holding(pipeline.text_encoder, pipeline.text_encoder_2):
+        first = encode(prompt, pipeline.tokenizer, pipeline.text_encoder, True, windows)
+        second = encode(prompt, pipeline.tokenizer_2, pipeline.text_encoder_2, True, windows)
+    return Encoded(torch.cat([first.tokens, second.tokens], dim=-1), second.pooled)
+
+
+def _windows(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> int:
+    return max(len(split_into_windows(prompt, tokenizer).tokens) for prompt in prompts)

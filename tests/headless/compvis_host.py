@@ -1,0 +1,222 @@
+"""A host of the core made of the real ldm classes: UNets, VAEs and the DDIM sampler of the CompVis code base.
+
+It stands for the WebUI, which builds on the same classes, and says by a second way what a picture must be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy
+import torch
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
+from PIL import Image
+from torch import Tensor, nn
+
+from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
+from lib_xadapter.headless.denoisers import Prompts
+from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
+from lib_xadapter.headless.pipeline import Request
+from lib_xadapter.joint_stage import BaseStep, JointStage
+from lib_xadapter.mapping import MappingLayers
+from lib_xadapter.rows import batch_rows
+from lib_xadapter.taps import FeatureReader, read_features
+from lib_xadapter.trajectory import Trajectory
+
+ROWS = batch_rows([1])
+UNCOND_FIRST = [1, 0]
+"""ldm's sampler puts the uncond before the cond."""
+
+File = Mapping[str, Tensor]
+
+
+def part(file: File, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in file.items() if key.startswith(prefix)}
+
+
+def compvis_base(file: File) -> UNetModel:
+    """The small SD1.5, as `v1-inference.yaml` would have it."""
+    unet = UNetModel(
+        image_size=32,
+        in_channels=4,
+        model_channels=32,
+        out_channels=4,
+        num_res_blocks=2,
+        attention_resolutions=[4, 2, 1],
+        channel_mult=[1, 2, 4, 4],
+        num_heads=8,
+        use_spatial_transformer=True,
+        context_dim=64,
+        legacy=False,
+    )
+    return loaded(unet, part(file, UNET_PREFIX))
+
+
+def compvis_upgraded(file: File) -> UNetModel:
+    """The small SDXL with one transformer block everywhere, as `sd_xl_base.yaml` would have it."""
+    unet = UNetModel(
+        image_size=32,
+        in_channels=4,
+        model_channels=32,
+        out_channels=4,
+        num_res_blocks=2,
+        attention_resolutions=[4, 2],
+        channel_mult=[1, 2, 4],
+        num_head_channels=64,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=True,
+        context_dim=128,
+        legacy=False,
+    )
+    # SDXL's embedding of pooled prompt and sizes came to these classes later, in sgm
+    weights = part(file, UNET_PREFIX)
+    width, told = weights["label_emb.0.0.weight"].shape
+    unet.num_classes = "sequential"
+    unet.label_emb = nn.Sequential(nn.Sequential(nn.Linear(told, width), nn.SiLU(), nn.Linear(width, width)))
+    return loaded(unet, weights)
+
+
+def loaded(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    module.load_state_dict(weights)
+    return module.eval().requires_grad_(False)
+
+
+class CompVisVae:
+    """ldm's encoder and decoder with the convolutions between them."""
+
+    def __init__(self, file: File, scaling_factor: float) -> None:
+        shape = {
+            "ch": 32,
+            "out_ch": 3,
+            "ch_mult": (1, 1, 1, 1),
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "in_channels": 3,
+            "resolution": 64,
+            "z_channels": 4,
+        }
+        weights = part(file, VAE_PREFIX)
+        self._scaling_factor = scaling_factor
+        self._encoder = loaded(Encoder(**shape, double_z=True), part(weights, "encoder."))
+        self._decoder = loaded(Decoder(**shape), part(weights, "decoder."))
+        self._quant = loaded(nn.Conv2d(8, 8, 1), part(weights, "quant_conv."))
+        self._post_quant = loaded(nn.Conv2d(4, 4, 1), part(weights, "post_quant_conv."))
+
+    def picture(self, latent: Tensor) -> Image.Image:
+        pixels = self._decoder(self._post_quant(latent / self._scaling_factor))[0]
+        grey = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+        return Image.fromarray(grey.permute(1, 2, 0).numpy())
+
+    def latent(self, picture: Image.Image) -> Tensor:
+        """The mean of the posterior."""
+        pixels = torch.from_numpy(numpy.array(picture, dtype=numpy.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+        return self._quant(self._encoder(pixels))[:, :4] * self._scaling_factor
+
+
+@dataclass
+class SamplerModel:
+    """What ldm's sampler asks of a model."""
+
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor]
+    device: str = "cpu"
+    num_timesteps: int = 1000
+    parameterization: str = "eps"
+
+    def __post_init__(self) -> None:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.num_timesteps, dtype=torch.float64) ** 2
+        self.betas = betas
+        self.alphas_cumprod = (1 - betas).cumprod(0)
+        self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+
+    def apply_model(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        # with current numpy the sampler's own factors are double
+        return self.apply(latent.float(), timestep, context)
+
+    def sigma(self, timestep: Tensor) -> float:
+        alpha = float(self.alphas_cumprod[int(timestep[0])])
+        return math.sqrt((1 - alpha) / alpha)
+
+
+@dataclass(frozen=True)
+class CompVisHost:
+    """Two stages for one image, by ldm's classes and the core alone."""
+
+    base: UNetModel
+    upgraded: UNetModel
+    base_vae: CompVisVae
+    upgraded_vae: CompVisVae
+    adapter: MappingLayers
+
+    @torch.no_grad()
+    def base_latents(self, request: Request) -> Tensor:
+        sampler = DDIMSampler(SamplerModel(lambda x, t, context: self.base(x, t, context=context)))
+        noise = request.noises[0].base[None]
+        prompts = request.base_prompts
+        return sampler.sample(
+            request.steps,
+            1,
+            noise.shape[1:],
+            prompts.cond,
+            x_T=noise,
+            unconditional_conditioning=prompts.uncond,
+            unconditional_guidance_scale=request.cfg_scale,
+            verbose=False,
+        )[0]
+
+    @torch.no_grad()
+    def upgraded_latents(self, request: Request, finished: Tensor, size: tuple[int, int], joint_steps: int) -> Tensor:
+        noise, prompts = request.noises[0], request.upgraded_prompts
+        clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.LANCZOS))
+        with read_features(self.base) as reader:
+            stage = JointStage(
+                self._lockstep_base(request, reader),
+                Trajectory(noise.base_again[None], finished),
+                self.adapter,
+                request.settings.weights,
+            )
+            model = SamplerModel(lambda x, t, context: self._joint(stage, model, request, x, t, context))
+            sampler = DDIMSampler(model)
+            sampler.make_schedule(request.steps, verbose=False)
+            start = sampler.stochastic_encode(clean, torch.tensor([joint_steps - 1]), noise=noise.upgraded[None])
+            with stage.coupled_to(self.upgraded):
+                finished = sampler.decode(
+                    start.float(),
+                    prompts.cond,
+                    joint_steps,
+                    unconditional_conditioning=prompts.uncond,
+                    unconditional_guidance_scale=request.cfg_scale,
+                )
+        return finished.float()
+
+    def _joint(
+        self, stage: JointStage, model: SamplerModel, request: Request, x: Tensor, t: Tensor, context: Tensor
+    ) -> Tensor:
+        stage.advance(model.sigma(t), 0.5, [ROWS[place] for place in UNCOND_FIRST])
+        stage.select(slice(0, 2))
+        told = told_to_sdxl(request.upgraded_prompts)[UNCOND_FIRST]
+        return self.upgraded(x, t, context=context, y=told)
+
+    def _lockstep_base(self, request: Request, reader: FeatureReader) -> Callable[[Tensor, float], BaseStep]:
+        context = torch.cat([request.base_prompts.cond, request.base_prompts.uncond])
+        model = SamplerModel(lambda *arguments: arguments[0])
+        levels = ((1 - model.alphas_cumprod) / model.alphas_cumprod).sqrt()
+
+        def evaluate(latent: Tensor, sigma: float) -> BaseStep:
+            timestep = (levels - sigma).abs().argmin().repeat(2)
+            scaled = latent / math.sqrt(1 + sigma**2)
+            cond, uncond = self.base(torch.cat([scaled] * 2), timestep, context=context).chunk(2)
+            noise = uncond + request.cfg_scale * (cond - uncond)
+            return BaseStep(latent - sigma * noise, reader.take(), ROWS)
+
+        return evaluate
+
+
+def told_to_sdxl(prompts: Prompts) -> Tensor:
+    """Pooled prompt and embedded sizes, cond and uncond, as sgm's conditioner joins them."""
+    sizes = timestep_embedding(prompts.time_ids[0], SIZE_EMBEDDING).flatten()
+    return torch.stack([torch.cat([pooled[0], sizes]) for pooled in (prompts.pooled_cond, prompts.pooled_uncond)])

@@ -1,0 +1,138 @@
+"""What is wrong is said in one line that names the option, with exit status 2 and nothing written."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+
+from lib_xadapter.headless.cli import main
+from tests.small_adapter import AdapterPlan, save
+
+OUT_OF_RANGE = [
+    (["--switch-point", "1.5"], "argument --switch-point: is 1.5, expected a number from 0 to 1"),
+    (["--switch-point", "high"], "argument --switch-point: is 'high', expected a number"),
+    (["--weight", "1,2"], "argument --weight: is [1, 2], expected a number or a list of 3 numbers"),
+    (["--base-width", "100"], "argument --base-width: is 100, expected 0 or a multiple of 8"),
+    (["--base-steps", "2.5"], "argument --base-steps: is 2.5, expected a whole number"),
+    (["--guidance-start", "0.9", "--guidance-end", "0.1"], "--guidance-start is 0.9, after 'guidance_end' at 0.1"),
+    (["--width", "100"], "--width is 100, expected a multiple of 8 from 64 to 4096"),
+    (["--height", "32"], "--height is 32, expected a multiple of 8"),
+    (["--steps", "0"], "--steps is 0, expected a whole number from 1 to 150"),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--cfg", "0"], "--cfg is 0, expected a number from 1 to 30"),
+    (["--cfg", "nan"], "--cfg is nan, expected a number from 1 to 30"),
+    (["--batch", "0"], "--batch is 0, expected a whole number from 1"),
+    (["--seed", "-1"], "--seed is -1, expected a whole number from 0"),
+    (["--sampler", "Best"], "--sampler is 'Best', expected one of DPM++ 2M"),
+    (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["--device", "abacus"], "--device is 'abacus', which this machine does not have"),
+    (["--lora", "small-style:strong"], "--lora: 'small-style:strong' is no FILE or FILE:WEIGHT"),
+    (["--lora", "nobody"], "--lora: there is no lora 'nobody'"),
+    (["--prompt", "<lora:nobody>"], "--prompt: there is no lora 'nobody'"),
+    (["--upgraded", "nobody"], "--upgraded: there is no checkpoint 'nobody'"),
+    (["--adapter", "nobody"], "--adapter: there is no adapter 'nobody'"),
+    (["--controlnet", "small-edges"], "--control-image is given 0 times, expected once for each --controlnet"),
+    (["--controlnet", "nobody"], "--controlnet: there is no controlnet 'nobody'"),
+    (["--control-scale", "1"], "--control-scale is given 1 times"),
+    (["--models-dir", "nowhere"], "--models-dir: there is no folder nowhere"),
+    (["--tokenizer", "nowhere"], "--base: The tokenizer folder nowhere misses vocab.json"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+]
+
+
+@pytest.fixture
+def refused(generate, capsys):
+    """Runs a command that must be refused; gives its one line."""
+
+    def run(*more: str, **replaced: str | None) -> str:
+        try:
+            status = generate(*more, **replaced)
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr().err
+        assert status == 2
+        assert len(said.splitlines()) == 1
+        assert not generate.out.exists()
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(("more", "sentence"), OUT_OF_RANGE, ids=[" ".join(more) for more, _ in OUT_OF_RANGE])
+def test_a_wrong_option_is_named(more, sentence, refused):
+    assert sentence in refused(*more)
+
+
+def test_a_missing_option_is_named(refused):
+    assert "--adapter" in refused(adapter=None)
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "sentence"),
+    [
+        ("base", "small-sdxl", "--base: small-sdxl.safetensors is a checkpoint of SDXL, expected SD1.5"),
+        ("upgraded", "small-sd15", "--upgraded: small-sd15.safetensors is a checkpoint of SD1.5, expected SDXL"),
+    ],
+)
+def test_a_checkpoint_of_the_wrong_family_is_named(option, file, sentence, refused):
+    assert sentence in refused(**{option: file})
+
+
+def test_a_file_of_another_kind_is_named(refused, small):
+    assert "--adapter: small-style.safetensors is not an X-Adapter file" in refused(adapter=str(small.lora))
+    assert "--base: small.safetensors is no checkpoint that is known" in refused(base=str(small.adapter))
+    assert "--lora: small.safetensors is no LoRA" in refused("--lora", str(small.adapter))
+
+
+def test_an_adapter_for_other_models_is_named(refused, tmp_path):
+    path = save(AdapterPlan(in_channels=(128, 128, 32)).weights(), tmp_path / "other.safetensors")
+    assert "--adapter: The adapter does not fit the base model: level 1" in refused(adapter=str(path))
+
+
+def test_a_cut_off_file_is_named(refused, tmp_path, small):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(small.base.read_bytes()[:5000])
+    assert "--base: cut.safetensors" in refused(base=str(path))
+
+
+def test_a_pickle_that_holds_code_is_refused(refused, tmp_path):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"model.diffusion_model.x": print}}, path)
+    assert "--base: evil.ckpt" in refused(base=str(path))
+
+
+def test_an_unreadable_picture_is_named(refused, tmp_path):
+    path = tmp_path / "edge.png"
+    path.write_bytes(b"no picture")
+    control = ["--controlnet", "small-edges", "--control-image", str(path)]
+    assert "--control-image: edge.png is no picture that can be read" in refused(*control)
+    path.unlink()
+    assert f"--control-image: there is no file {path}" in refused(*control)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(generate, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert generate(out=str(tmp_path / "file" / "out")) == 2
+    assert "--out is" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_named(refused, tmp_path):
+    assert "misses model_index.json" in refused(base=str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["convert"], ["demo", "--seed", "-1"], ["convert", "a", "b.bin"]])
+def test_the_other_commands_say_so_too(command, capsys):
+    try:
+        status = main(command)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, capsys):
+    source, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, source)
+    assert main(["convert", str(source), str(out)]) == 2
+    assert list(tmp_path.iterdir()) == [source]

@@ -1,0 +1,130 @@
+"""A LoRA goes into the model it was made for, whole, with its alpha, or not at all."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+
+from lib_xadapter.errors import DoesNotFit, WrongArgument, WrongFile
+from lib_xadapter.headless.loras import Lora, merge_lora, read_lora, take_tags
+from lib_xadapter.headless.model_files import load_base, load_upgraded
+
+
+@pytest.fixture(scope="module")
+def loaded(small):
+    return load_base(small.base, torch.float32, small.tokenizer), load_upgraded(
+        small.upgraded, torch.float32, small.tokenizer
+    )
+
+
+@pytest.fixture
+def base(loaded):
+    pipeline = copy.copy(loaded[0])
+    pipeline.unet = copy.deepcopy(loaded[0].unet)
+    pipeline.text_encoder = copy.deepcopy(loaded[0].text_encoder)
+    return pipeline
+
+
+@pytest.fixture
+def upgraded(loaded):
+    pipeline = copy.copy(loaded[1])
+    pipeline.unet = copy.deepcopy(loaded[1].unet)
+    return pipeline
+
+
+def written(tmp_path, tensors: dict[str, torch.Tensor]) -> Lora:
+    path = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    return Lora(path)
+
+
+BASE_LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def test_the_merged_model_is_what_peft_computes(small, base, upgraded):
+    """The same file through diffusers' own loader, alpha and text encoder included."""
+    pytest.importorskip("peft", reason="to compare with")
+    theirs = load_base(small.base, torch.float32, small.tokenizer)
+    theirs.load_lora_weights(str(small.lora.parent), weight_name=small.lora.name, adapter_name="style")
+    theirs.set_adapters(["style"], [0.7])
+    assert merge_lora(Lora(small.lora, 0.7), base, upgraded) == "base"
+    latent, tokens = torch.ones(1, 4, 8, 8), torch.tensor([[512, 64, 65, 513]])
+    context = torch.ones(1, 4, 64)
+    for ours, peft in (
+        (base.unet(latent, 500, context).sample, theirs.unet(latent, 500, context).sample),
+        (base.text_encoder(tokens).last_hidden_state, theirs.text_encoder(tokens).last_hidden_state),
+    ):
+        torch.testing.assert_close(ours, peft, rtol=1e-3, atol=1e-4)
+
+
+def test_alpha_scales_a_lora(tmp_path, base, upgraded):
+    layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    before = layer.weight.clone()
+    factors = {"lora_down": torch.randn(4, 32), "lora_up": torch.randn(32, 4)}
+    tensors = {f"{BASE_LAYER}.{name}.weight": value for name, value in factors.items()}
+    merge_lora(written(tmp_path, tensors | {f"{BASE_LAYER}.alpha": torch.tensor(1.0)}), base, upgraded)
+    torch.testing.assert_close(layer.weight - before, factors["lora_up"] @ factors["lora_down"] / 4)
+
+
+def test_an_sdxl_lora_goes_to_the_upgraded_model(tmp_path, base, upgraded):
+    """Under the names of the CompVis layout, as trainers write them."""
+    layer = upgraded.unet.mid_block.attentions[0].transformer_blocks[1].attn2.to_k
+    before = layer.weight.clone()
+    name = "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 128), f"{name}.lora_up.weight": torch.ones(128, 2)}
+    assert merge_lora(written(tmp_path, tensors), base, upgraded) == "upgraded"
+    torch.testing.assert_close(layer.weight, before + 2)
+
+
+def test_a_loha_is_the_product_of_two_products(tmp_path, base, upgraded):
+    layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    before = layer.weight.clone()
+    first, second = (torch.randn(32, 2), torch.randn(2, 32)), (torch.randn(32, 2), torch.randn(2, 32))
+    tensors = {
+        f"{BASE_LAYER}.hada_w{number}_{half}": value
+        for number, halves in ((1, first), (2, second))
+        for half, value in zip("ab", halves, strict=True)
+    }
+    merge_lora(written(tmp_path, tensors), base, upgraded)
+    delta = (first[0] @ first[1]) * (second[0] @ second[1])
+    torch.testing.assert_close(layer.weight - before, delta, rtol=1e-4, atol=1e-5)
+
+
+def pair(name: str, inner: int = 32, outer: int = 32) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_down.weight": torch.ones(2, inner), f"{name}.lora_up.weight": torch.ones(outer, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "sentence"),
+    [
+        (pair(BASE_LAYER, inner=48), DoesNotFit, "changes a weight of 32x48, the model's is 32x32"),
+        (pair(BASE_LAYER) | {f"{BASE_LAYER}.dora_scale": torch.ones(32, 1)}, WrongFile, "dora_scale', of a kind"),
+        (
+            pair(BASE_LAYER) | pair(BASE_LAYER.replace("attn1", "attn7")),
+            DoesNotFit,
+            "there is no layer for '.*attn7_to_q'",
+        ),
+        ({"something": torch.ones(1)}, WrongFile, "is no LoRA for SD1.5 or SDXL"),
+    ],
+)
+def test_a_lora_that_does_not_go_in_whole_changes_nothing(tensors, kind, sentence, tmp_path, base, upgraded):
+    before = copy.deepcopy(base.unet.state_dict())
+    with pytest.raises(kind, match=sentence):
+        merge_lora(written(tmp_path, tensors), base, upgraded)
+    assert all(torch.equal(value, before[key]) for key, value in base.unet.state_dict().items())
+
+
+def test_file_and_weight_are_read_from_one_word():
+    assert read_lora("style.safetensors:0.8") == ("style.safetensors", 0.8)
+    assert read_lora("style") == ("style", 1.0)
+    assert read_lora(r"C:\loras\style.safetensors") == (r"C:\loras\style.safetensors", 1.0)
+    with pytest.raises(WrongArgument, match="'strong' is no number"):
+        read_lora("style:strong")
+
+
+def test_tags_are_taken_out_of_the_prompt():
+    tags = take_tags("a cat <lora:ink:0.5> on a mat <lora:grain>")
+    assert (tags.prompt, tags.loras) == ("a cat on a mat", (("ink", 0.5), ("grain", 1.0)))

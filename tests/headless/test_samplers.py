@@ -1,0 +1,140 @@
+"""Every sampler walks both stages, and a switch point means what it means in the WebUI."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lib_xadapter import load_adapter
+from lib_xadapter.errors import WrongArgument
+from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase, Prompts
+from lib_xadapter.headless.jobs import Job, half, request_of
+from lib_xadapter.headless.model_files import load_base, load_upgraded
+from lib_xadapter.headless.models import Models, noise_schedule_of
+from lib_xadapter.headless.noise_schedule import NoiseSchedule
+from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, TwoStages
+from lib_xadapter.headless.samplers import SAMPLERS, joint_steps, released_joint_steps, sampler_named
+from lib_xadapter.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def models(small):
+    return Models(
+        load_base(small.base, torch.float32, small.tokenizer),
+        load_upgraded(small.upgraded, torch.float32, small.tokenizer),
+        load_adapter(small.adapter),
+    )
+
+
+@pytest.mark.parametrize("rules", [WEBUI_RULES, RELEASED_RULES], ids=["webui", "released"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_finishes_both_stages(sampler, rules, models):
+    job = Job(width=64, height=64, steps=4, sampler=sampler)
+    stages, request = TwoStages(models, rules), request_of(models, job, job.settings)
+    latents = stages.upgraded_latents(request, stages.base_latents(request), job.size)
+    assert latents.shape == (1, 4, 8, 8)
+    assert bool(torch.isfinite(latents).all())
+    assert latents.std() < 20
+
+
+@pytest.mark.parametrize(
+    ("switch_point", "on_levels", "on_timesteps", "released"),
+    [(1.0, 20, 19, 20), (0.8, 17, 16, 16), (0.5, 11, 10, 10), (0.0, 1, 1, 1)],
+)
+def test_the_switch_point_is_the_hosts_denoising_strength(switch_point, on_levels, on_timesteps, released):
+    assert joint_steps(20, switch_point, sampler_named("DPM++ 2M")) == on_levels
+    assert joint_steps(20, switch_point, sampler_named("DDIM")) == on_timesteps
+    assert released_joint_steps(20, switch_point, sampler_named("DDIM")) == released
+
+
+def test_the_adapter_ends_with_its_window(models, monkeypatch):
+    """After it the base rests: no evaluation is spent on it."""
+    calls = []
+    monkeypatch.setattr(models.base.unet, "forward", counted(models.base.unet.forward, calls))
+    job = Job(width=64, height=64, steps=4, settings=Settings(guidance_end=0.5, single_stage=True))
+    stages = TwoStages(models)
+    stages.upgraded_latents(request_of(models, job, job.settings), None, job.size)
+    assert len(calls) == 3
+
+
+def counted(forward, calls):
+    def count(*arguments, **named):
+        calls.append(arguments)
+        return forward(*arguments, **named)
+
+    return count
+
+
+def test_a_base_without_guidance_leads_guided_sdxl(models):
+    job = Job(width=64, height=64, steps=2, settings=Settings(base_cfg_scale=1.0))
+    request = request_of(models, job, job.settings)
+    assert len(request.base_prompts.rows) == 2
+    stages = TwoStages(models)
+    assert bool(torch.isfinite(stages.upgraded_latents(request, stages.base_latents(request), job.size)).all())
+
+
+def test_timesteps_and_noise_levels_lead_back_and_forth(models):
+    schedule = noise_schedule_of(models.base)
+    for timestep in (0, 1, 500, 701.5, 999):
+        assert schedule.timestep_at(schedule.sigma_at(timestep)) == pytest.approx(timestep, abs=1e-6)
+    assert schedule.sigma_at(999) == pytest.approx(14.6146, rel=1e-3)
+    assert schedule.sigma_at(0) == pytest.approx(0.0292, rel=1e-2)
+
+
+def test_a_zero_snr_schedule_ends_in_a_finite_level():
+    assert math.isfinite(NoiseSchedule(torch.tensor([0.9, 0.5, 0.0])).sigma_at(2))
+
+
+class Velocity(torch.nn.Module):
+    """Predicts, as velocity or as noise, what leads back to a latent that is all 3."""
+
+    def __init__(self, sigma: float, prediction_type: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.sigma, self.prediction_type = sigma, prediction_type
+
+    def forward(self, latent, timestep, **told):
+        alpha = 1 / math.sqrt(1 + self.sigma**2)
+        noise = (latent - alpha * 3) / (self.sigma * alpha)
+        return (noise if self.prediction_type == "epsilon" else alpha * noise - self.sigma * alpha * 3,)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_bases_clean_latent_follows_from_either_prediction(prediction_type, models):
+    sigma = 2.5
+    unet = GuidedUnet(Velocity(sigma, prediction_type), Prompts(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)), 7.0)
+    base = LockstepBase(unet, noise_schedule_of(models.base), prediction_type, StillReader())
+    denoised = base(torch.randn(1, 4, 2, 2), sigma).denoised
+    torch.testing.assert_close(denoised, torch.full_like(denoised, 3.0), rtol=1e-4, atol=1e-4)
+
+
+class StillReader:
+    """Has features without a UNet of known blocks."""
+
+    def clear(self) -> None:
+        """Nothing to forget."""
+
+    def take(self) -> None:
+        """Nothing was read."""
+
+
+def test_half_a_size_is_a_multiple_of_8():
+    assert [half(size) for size in (1024, 1048, 136, 64)] == [512, 520, 64, 64]
+
+
+def test_an_unknown_sampler_is_told_with_all_there_are():
+    with pytest.raises(WrongArgument, match=r"'sampler' is 'x', expected one of DPM\+\+ 2M, .*UniPC"):
+        sampler_named("x")
+
+
+def test_images_of_a_batch_start_from_their_own_base_pictures(models):
+    """The released code starts all of them from the first one's."""
+    job = Job(width=64, height=64, steps=2, batch=2)
+    stages, request = TwoStages(models), request_of(models, job, job.settings)
+    finished = stages.base_latents(request)
+    together = stages.carried_over(finished, request.noises, job.size)
+    alone = stages.carried_over(finished[1:], request.noises[1:], job.size)
+    torch.testing.assert_close(together[1:], alone)
+    assert not torch.allclose(together[0], together[1])
