@@ -1,8 +1,11 @@
-// Says in plain words, under the two sliders, what the next picture will do.
+// Says in plain words, under the two sliders, what the next picture will do and which plugin goes to which model.
 (function () {
     "use strict";
 
     const ID = "script_xadapter_";
+    const PAUSE = 400; // milliseconds without typing before the server is asked
+    let asked = "";
+    let timer;
 
     function number(id) {
         const field = gradioApp().querySelector(`#${id} input[type=number]`);
@@ -33,7 +36,57 @@
             `of ${steps} steps, led by SD1.5.`;
     }
 
+    function text(id) {
+        const field = gradioApp().querySelector(`#${id} textarea`);
+        return field === null ? "" : field.value;
+    }
+
+    function prompts() {
+        return JSON.stringify({
+            prompt: text("txt2img_prompt"),
+            negative_prompt: text("txt2img_neg_prompt"),
+            base_prompt: text(ID + "base_prompt"),
+            base_negative_prompt: text(ID + "base_negative_prompt"),
+        });
+    }
+
+    // Without the user's password: where the API asks for one (--api-auth), the line stays empty.
+    async function route(body) {
+        const answer = await fetch("./xadapter/v1/route", {
+            method: "POST",
+            headers: {"Content-Type": "application/json"},
+            credentials: "omit",
+            body: body,
+        });
+        const summary = answer.ok ? (await answer.json()).summary : "";
+        const place = gradioApp().querySelector(`#${ID}plugins`);
+        if (place !== null && body === asked) {
+            place.textContent = summary === "" ? "" : `Plugins: ${summary}.`;
+        }
+    }
+
+    function updatePlugins() {
+        const body = prompts();
+        if (body === asked || !checked(ID + "enabled-checkbox")) {
+            return;
+        }
+        asked = body;
+        clearTimeout(timer);
+        timer = setTimeout(() => route(body).catch((problem) => console.warn("X-Adapter:", problem)), PAUSE);
+    }
+
+    // style.css shows the base's LoRA cards while this class is there.
+    function updateCards() {
+        document.body.classList.toggle("xadapter-on", checked(ID + "enabled-checkbox"));
+    }
+
     function update() {
+        updateCards();
+        updateExplanation();
+        updatePlugins();
+    }
+
+    function updateExplanation() {
         const place = gradioApp().querySelector(`#${ID}explanation`);
         if (place === null) {
             return;

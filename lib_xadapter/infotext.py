@@ -20,6 +20,8 @@ def key_of(name: str) -> str:
 
 
 VERSION_KEY = key_of("enabled")
+PLUGINS_KEY = PREFIX + "plugins"
+"""Which plugin went to which model, in words; for the reader only, pasting passes over it."""
 
 
 def write_infotext(settings: Settings, version: str) -> dict[str, str]:

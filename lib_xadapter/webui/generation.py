@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,18 +30,19 @@ from modules import (
     shared,
 )
 from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..infotext import write_infotext
+from ..infotext import PLUGINS_KEY, write_infotext
 from ..joint_stage import JointStage, Window
 from ..mapping import MappingLayers
 from ..settings import Settings, read_settings
 from ..taps import check_fit, read_features
 from ..trajectory import Trajectory
-from . import model_files, plugins, switch
+from . import model_files, plugins, routing, switch
 from .base_model import BaseModel
 from .lockstep import BaseEvaluation, lockstep, noise_level
 from .models import Models
@@ -184,27 +185,34 @@ class Generation:
         p, settings = self._p, self.settings
         written = list(p.prompts)
         self._hosts["parse_extra_network_prompts"]()
-        added = None if p.disable_extra_networks else plugins.network_of_the_settings(p.extra_network_data)
+        added = None if p.disable_extra_networks else plugins.network_of_the_settings()
+        if added is not None:
+            self._write_into_prompts(added)
         split = plugins.split_networks(p.extra_network_data)
         p.extra_network_data = split.upgraded
-        if added is not None:
-            self._add_to_base(added, split.base)
         own_prompts, own_networks = extra_networks.parse_prompts([settings.base_prompt] * len(written))
         self._base_networks = plugins.base_networks(split.base, own_networks)
         prompts = own_prompts if settings.base_prompt else list(p.prompts)
         negative = [settings.base_negative_prompt] * len(written) if settings.base_negative_prompt else None
         self._base_job = self._base_processing(prompts, negative or list(p.negative_prompts))
+        if added is not None:
+            self._activate_what_is_written()
 
-    def _add_to_base(self, added: extra_networks.ExtraNetworkParams, base: plugins.NetworkData) -> None:
-        """Give the base the LoRA that the WebUI's settings add to every prompt, and keep SDXL from it.
+    def _write_into_prompts(self, added: extra_networks.ExtraNetworkParams) -> None:
+        """Treat the LoRA that the WebUI's settings add to every prompt as if each prompt named it."""
+        p = self._p
+        if not any(tag.items[0] == added.items[0] for tag in plugins.lora_tags(p.extra_network_data)):
+            p.extra_network_data.setdefault(plugins.LORA_TAGS[0], []).append(added)
+            # as the Lora extension writes it into the prompts that the infotext shows
+            p.all_prompts = [f"{prompt}<lora:{':'.join(map(str, added.items))}>" for prompt in p.all_prompts]
 
-        The WebUI activates SDXL's LoRAs right after this, with what it adds. So that they are activated here without,
-        and not again; whether this job has any is the processing object's own flag until `setup_conds`.
+    def _activate_what_is_written(self) -> None:
+        """Activate SDXL's LoRAs without the one that the WebUI's settings add, which may be the base's.
+
+        The WebUI would activate them right after this, with the addition; whether this job has any is the processing
+        object's own flag, which says that it has none until `setup_conds`.
         """
         p = self._p
-        base.setdefault(plugins.LORA_TAGS[0], []).append(added)
-        # as the Lora extension writes it into the prompts that the infotext shows
-        p.all_prompts = [f"{prompt}<lora:{':'.join(map(str, added.items))}>" for prompt in p.all_prompts]
         with plugins.no_added_network(), devices.autocast():
             extra_networks.activate(p, p.extra_network_data)
         self._networks_are_active, p.disable_extra_networks = True, True
@@ -224,13 +232,38 @@ class Generation:
         if job is None or job.c is not None:
             return
         upgraded_embeddings = set(sd_hijack.model_hijack.embedding_db.word_embeddings)
+        in_force = not job.disable_extra_networks
+        loras = routing.taken_loras(self._base_networks, self._p.extra_network_data) if in_force else []
+        written = [*job.prompts, *job.negative_prompts]
         with self._base.current():
             self._prepare_base(job, upgraded_embeddings)
+            base_embeddings = sd_hijack.model_hijack.embedding_db
             job.setup_conds()
+        self._tell(loras, written, upgraded_embeddings, base_embeddings)
         self._p.lora_hashes = {**getattr(self._p, "lora_hashes", {}), **getattr(job, "lora_hashes", {})}
         if self._p.lora_hashes:
             hashes = ", ".join(f"{name}: {value}" for name, value in self._p.lora_hashes.items())
             self._p.extra_generation_params["Lora hashes"] = hashes
+
+    def _tell(
+        self,
+        loras: Sequence[routing.Route],
+        base_texts: Sequence[str],
+        upgraded_embeddings: Collection[str],
+        base_embeddings: EmbeddingDatabase,
+    ) -> None:
+        """Say in the infotext and under the picture which plugin went to which model."""
+        p = self._p
+        texts = {routing.BASE: base_texts, routing.UPGRADED: [*p.prompts, *p.negative_prompts]}
+        known = {
+            routing.BASE: base_embeddings.word_embeddings,
+            routing.UPGRADED: upgraded_embeddings,
+            "": base_embeddings.skipped_embeddings,
+        }
+        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)])
+        if told:
+            p.extra_generation_params[PLUGINS_KEY] = told
+            p.comment(f"X-Adapter: {told}.")
 
     @ends_the_job
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:

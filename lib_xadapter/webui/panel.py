@@ -49,7 +49,11 @@ def build(elem_id: ElemId) -> Panel:
             made["adapter"] = _adapter(table["adapter"], elem_id)
         with gr.Row():
             add("switch_point", "weight")
-        gr.HTML(f"<p id='{elem_id('explanation')}' class='xadapter-explanation'></p>")
+        # xadapter.js fills both
+        gr.HTML(
+            f"<p id='{elem_id('explanation')}' class='xadapter-explanation'></p>"
+            f"<p id='{elem_id('plugins')}' class='xadapter-explanation'></p>"
+        )
         _presets(made["switch_point"], made["weight"], elem_id)
         with gr.Accordion("More settings", open=False, elem_id=elem_id("more")):
             add("base_prompt", "base_negative_prompt")

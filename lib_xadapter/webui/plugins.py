@@ -157,23 +157,14 @@ def lora_tags(data: Mapping[str, Sequence]) -> Iterator[extra_networks.ExtraNetw
     return (tag for kind in LORA_TAGS for tag in data.get(kind, []))
 
 
-def network_of_the_settings(named: Mapping[str, Sequence]) -> extra_networks.ExtraNetworkParams | None:
-    """The LoRA that the setting "Add network to prompt" adds to these, if it was made for the base.
-
-    The Lora extension adds one for SDXL by itself; it would give SDXL the base's, too.
-
-    Raises:
-        WrongFile: its file cannot be read.
-    """
+def network_of_the_settings() -> extra_networks.ExtraNetworkParams | None:
+    """The LoRA that the setting "Add network to prompt" adds to every prompt that does not name it."""
     name = shared.opts.data.get(ADDED_NETWORK, "None")
     networks = lora_extension()
     # only what the extension itself would add: it looks at names, not at aliases
     if networks is None or name == "None" or name not in networks.available_networks:
         return None
-    if any(tag.items[0] == name for tag in lora_tags(named)):
-        return None
-    tag = extra_networks.ExtraNetworkParams(items=[name, shared.opts.extra_networks_default_multiplier])
-    return tag if models_of(tag) == (BASE,) else None
+    return extra_networks.ExtraNetworkParams(items=[name, shared.opts.extra_networks_default_multiplier])
 
 
 @contextmanager

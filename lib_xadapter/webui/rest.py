@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from secrets import compare_digest
 from typing import Any
 
@@ -10,10 +11,11 @@ import gradio as gr
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
+from pydantic import BaseModel
 
 from .. import __version__
 from ..settings import json_schema
-from . import model_files
+from . import model_files, routing
 
 PREFIX = "/xadapter/v1"
 
@@ -24,9 +26,28 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     def add(path: str, answer: Callable[[], dict[str, Any]]) -> None:
         app.add_api_route(PREFIX + path, answer, methods=["GET"], dependencies=_authentication())
 
+    app.add_api_route(PREFIX + "/route", _route, methods=["POST"], dependencies=_authentication())
     add("/version", lambda: {"version": __version__})
     add("/schema", json_schema)
     add("/models", _models)
+
+
+class Prompts(BaseModel):
+    """What the page is about to ask for."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    base_prompt: str = ""
+    base_negative_prompt: str = ""
+    units: list[dict[str, Any]] = []
+
+
+def _route(prompts: Prompts) -> dict[str, Any]:
+    """Where each plugin would go, one object for each, and all of them in one line."""
+    routes = routing.expected(
+        prompts.prompt, prompts.negative_prompt, prompts.base_prompt, prompts.base_negative_prompt
+    )
+    return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes)}
 
 
 def _models() -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from modules.processing import Processed, StableDiffusionProcessing
 from . import panel
 from .generation import ATTRIBUTE, Generation
 from .models import Models
+from .network_cards import exchange_page
 from .options import add_options
 from .rest import add_routes
 
@@ -24,6 +25,8 @@ class XAdapter(scripts.Script):
 
     def __init__(self) -> None:
         self._models = Models()
+        # by then every extension has registered its pages, in whichever order the WebUI asks them
+        self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
 
     def title(self) -> str:
         return "X-Adapter"

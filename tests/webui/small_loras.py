@@ -23,7 +23,8 @@ def add_lora(server: WebUIServer, name: str, shapes: Shapes, suffix: str = ".saf
     if suffix == ".safetensors":
         save_file(tensors, path)
     else:
-        torch.save(tensors, path)
+        # the WebUI takes no files with the entries that newer versions of torch add
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
     return path
 
 

@@ -56,6 +56,7 @@ class TestRoutes:
                 server.credentials = wrong
                 for route in ("models", "schema", "version"):
                     assert server.get(f"/xadapter/v1/{route}").status == 401
+                assert server.post("/xadapter/v1/route", {}).status == 401
             server.credentials = "user:secret"
 
     def test_the_script_is_listed_for_txt2img_alone(self, webui):

@@ -130,3 +130,60 @@ class TestAddNetworkToPrompt:
         network_of_the_settings("None")
         after = both_pictures(server, "a cat").images
         assert all(same_bytes(*pair) for pair in zip(before, after, strict=True))
+
+
+class TestTelling:
+    """The picture says which plugin went to which model, and the route says it before."""
+
+    PROMPT = "a base15 cat, upgradedxl <lora:style15:0.5> <lora:stylexl:1> <lora:numbered:1:model=both>"
+    SPLIT = (
+        "LoRA style15 to SD1.5; LoRA numbered to SD1.5 and SDXL; LoRA stylexl to SDXL; "
+        "textual inversion base15 to SD1.5; textual inversion upgradedxl to SDXL"
+    )
+
+    def test_it_stands_in_the_infotext(self, server):
+        answer = both_pictures(server, self.PROMPT)
+        assert f"X-Adapter plugins: {self.SPLIT}, " in answer.infotexts[0]
+
+    def test_nothing_is_said_where_there_are_none(self, server):
+        assert "X-Adapter plugins" not in both_pictures(server, "a cat").infotexts[0]
+
+    def test_what_nothing_could_take_is_named(self, server):
+        add_lora(server, "strange", {"transformer_single_blocks_0_attn_to_q.lora_up.weight": (8, 2)})
+        answer = both_pictures(server, "a cat <lora:strange:1> <lora:style15:1>")
+        assert "X-Adapter plugins: LoRA style15 to SD1.5; LoRA strange to neither model" in answer.infotexts[0]
+
+    def route(self, server, **prompts):
+        return server.post("/xadapter/v1/route", prompts).content
+
+    def test_the_route_splits_as_the_run_does(self, server):
+        split = self.route(server, prompt=self.PROMPT)
+        found = {plugin["name"]: plugin["models"] for plugin in split["plugins"]}
+        assert found == {
+            "style15": ["base"],
+            "stylexl": ["sdxl"],
+            "numbered": ["base", "sdxl"],
+            "base15": ["base"],
+            "upgradedxl": ["sdxl"],
+        }
+        assert set(split["summary"].split("; ")) == set(self.SPLIT.split("; "))
+
+    def test_the_route_tells_what_will_be_refused(self, server):
+        prompt = "a cat <lora:nobody:1> <lora:style15:1:model=sd15>"
+        split = self.route(server, prompt=prompt, base_prompt="<lora:stylexl:1>")
+        problems = {plugin["name"]: plugin["problem"] for plugin in split["plugins"]}
+        assert problems["nobody"] == "there is none of that name"
+        assert "'model=sd15'" in problems["style15"]
+        assert "was made for SDXL" in problems["stylexl"]
+
+    def test_the_base_prompt_is_the_bases(self, server):
+        split = self.route(server, prompt="a cat <lora:style15:1>, upgradedxl", base_prompt="base15, upgradedxl")
+        found = {plugin["name"]: plugin["models"] for plugin in split["plugins"]}
+        assert found == {"style15": ["base"], "base15": ["base"], "upgradedxl": ["sdxl"]}
+
+    def test_the_route_counts_the_setting(self, server, network_of_the_settings):
+        network_of_the_settings("style15")
+        assert self.route(server, prompt="a cat")["summary"] == "LoRA style15 to SD1.5"
+
+    def test_another_shape_of_request_is_refused(self, server):
+        assert server.post("/xadapter/v1/route", {"prompt": ["a cat"]}).status == 422

@@ -126,3 +126,44 @@ def test_tooltips_say_what_the_switch_point_does(page):
     enable(page)
     titled = page.locator(f"{ID}switch_point [title], {ID}switch_point[title]").first
     assert "denoising strength" in titled.get_attribute("title")
+
+
+def open_tab(page, name: str) -> None:
+    page.locator("#txt2img_extra_tabs > .tab-nav button", has_text=re.compile(f"^\\s*{name}\\s*$")).click()
+
+
+def lora_card(page, name: str):
+    return page.locator(f"#txt2img_lora_cards .card[data-name='{name}']")
+
+
+def mark(page, name: str) -> str:
+    """What style.css writes onto a card."""
+    return lora_card(page, name).evaluate("card => getComputedStyle(card, '::before').content")
+
+
+def test_loras_of_the_base_have_cards_while_it_is_ticked(page):
+    open_tab(page, "Lora")
+    lora_card(page, "stylexl").wait_for(state="visible")
+    assert lora_card(page, "style15").is_hidden()
+    open_tab(page, "Generation")
+    enable(page)
+    open_tab(page, "Lora")
+    lora_card(page, "style15").wait_for(state="visible")
+    assert [mark(page, name) for name in ("style15", "stylexl")] == ['"SD1.5"', '"SDXL"']
+    lora_card(page, "style15").click()
+    assert "<lora:style15:1>" in page.locator("#txt2img_prompt textarea").input_value()
+    assert page.locator("#img2img_lora_cards .card[data-name='style15']").count() == 0
+
+
+def test_the_page_says_where_each_plugin_will_go_and_where_it_went(page):
+    ask_for(page)
+    enable(page)
+    fill(page, "#txt2img_prompt", "a base15 cat <lora:style15:1> <lora:stylexl:0.5> <lora:<b>bold</b>:1>")
+    split = "LoRA style15 to SD1.5; LoRA stylexl to SDXL"
+    page.wait_for_function(f"document.querySelector('{ID}plugins').textContent.includes('{split}')")
+    assert "LoRA <b to neither model" in page.locator(f"{ID}plugins").inner_text()
+    assert page.locator(f"{ID}plugins b").count() == 0
+    fill(page, "#txt2img_prompt", "a base15 cat <lora:style15:1> <lora:stylexl:0.5>")
+    log = generate(page)
+    assert f"X-Adapter plugins: {split}; textual inversion base15 to SD1.5" in log
+    assert f"X-Adapter: {split}; textual inversion base15 to SD1.5." in log

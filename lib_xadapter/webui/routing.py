@@ -1,0 +1,158 @@
+"""Which plugin goes to which model, in words: before a run for the page, after it for the picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from modules import extra_networks, sd_hijack
+
+from ..errors import XAdapterError
+from . import plugins
+from .base_model import lora_extension
+from .plugins import BASE, UPGRADED
+
+LORA = "LoRA"
+EMBEDDING = "textual inversion"
+NAMES = {BASE: "SD1.5", UPGRADED: "SDXL"}
+NO_MODEL = "neither model"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a plugin goes.
+
+    Attributes:
+        kind: what it is, in the user's words.
+        name: as the prompt names it.
+        models: "base", "sdxl", both, or none where nothing can take it.
+        made_for: the model of its file: sd1, sd2, sdxl, or unknown.
+        problem: why nothing can take it, where that is known.
+    """
+
+    kind: str
+    name: str
+    models: tuple[str, ...]
+    made_for: str = "unknown"
+    problem: str = ""
+
+    def __str__(self) -> str:
+        models = " and ".join(NAMES[model] for model in self.models) or NO_MODEL
+        return f"{self.kind} {self.name} to {models}" + (f" ({self.problem})" if self.problem else "")
+
+
+def sentence(routes: Iterable[Route]) -> str:
+    """All of them in one line, "" for none."""
+    return "; ".join(map(str, routes))
+
+
+# --- after a run ------------------------------------------------------------------------------------------------------
+
+
+def taken_loras(base: plugins.NetworkData, upgraded: plugins.NetworkData) -> list[Route]:
+    """Where the LoRAs went, with SDXL as the current model and its LoRAs active.
+
+    The base's are checked before it runs; of SDXL's, the WebUI leaves out in silence what holds nothing for it.
+    """
+    networks = lora_extension()
+    loaded = networks.loaded_networks if networks else []
+    in_force = {network.name for network in loaded if network.modules or network.bundle_embeddings}
+    of_base = [plugins.name_of(tag) for tag in plugins.lora_tags(base)]
+    of_upgraded = [plugins.name_of(tag) for tag in plugins.lora_tags(upgraded)]
+
+    def models(name: str) -> Iterator[str]:
+        if name in of_base:
+            yield BASE
+        if name in of_upgraded and name in in_force:
+            yield UPGRADED
+
+    return [Route(LORA, name, tuple(models(name))) for name in dict.fromkeys([*of_base, *of_upgraded])]
+
+
+def taken_embeddings(texts: Mapping[str, Sequence[str]], known: Mapping[str, Collection[str]]) -> list[Route]:
+    """Where the textual inversions of the prompts went.
+
+    Args:
+        texts: each model's prompts and negative prompts.
+        known: the names that each model has vectors for, and under "" those that neither has.
+    """
+    everything = dict.fromkeys(name for names in known.values() for name in names)
+    written = {name: [model for model in texts if mentions(texts[model], name)] for name in everything}
+    return [
+        Route(EMBEDDING, name, tuple(model for model in models if name in known[model]))
+        for name, models in written.items()
+        if models
+    ]
+
+
+def mentions(texts: Iterable[str], name: str) -> bool:
+    """Whether one of the texts has the name as a word of its own."""
+    pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", flags=re.IGNORECASE)
+    return any(pattern.search(text) for text in texts)
+
+
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str) -> list[Route]:
+    """Where the plugins of these prompts will go, from the files and without any model."""
+    text, networks = extra_networks.parse_prompt(prompt)
+    base_text, base_networks = extra_networks.parse_prompt(base_prompt)
+    added = plugins.network_of_the_settings()
+    tags = list(plugins.lora_tags(networks))
+    if added is not None and not any(tag.items[0] == added.items[0] for tag in tags):
+        tags.append(added)
+    own_tags = list(plugins.lora_tags(base_networks))
+    own = {tag.items[0] for tag in own_tags}
+    loras = [_expected_lora(tag, plugins.models_of) for tag in tags]
+    # what the base prompt names, too, goes to the base as it stands there
+    loras = [_without_base(route) if route.name in own else route for route in loras]
+    texts = {
+        UPGRADED: [text, negative_prompt],
+        BASE: [base_text or text, base_negative_prompt or negative_prompt],
+    }
+    return _joined([*loras, *(_expected_lora(tag, _own_model) for tag in own_tags), *_expected_embeddings(texts)])
+
+
+def _expected_lora(
+    tag: extra_networks.ExtraNetworkParams, models_of: Callable[[extra_networks.ExtraNetworkParams], tuple[str, ...]]
+) -> Route:
+    name = str(tag.items[0])
+    # a name that is being typed is not looked for on the disk
+    on_disk = plugins.known_lora(name)
+    if on_disk is None:
+        return Route(LORA, name, (), problem="there is none of that name")
+    try:
+        return Route(LORA, name, models_of(tag), plugins.lora_base(on_disk.filename))
+    except XAdapterError as problem:
+        return Route(LORA, name, (), problem=str(problem))
+
+
+def _own_model(tag: extra_networks.ExtraNetworkParams) -> tuple[str, ...]:
+    plugins.refuse_upgraded_only(tag)
+    return (BASE,)
+
+
+def _without_base(route: Route) -> Route:
+    return Route(route.kind, route.name, tuple(model for model in route.models if model != BASE), route.made_for)
+
+
+def _expected_embeddings(texts: Mapping[str, Sequence[str]]) -> Iterator[Route]:
+    database = sd_hijack.model_hijack.embedding_db
+    for name, embedding in {**database.skipped_embeddings, **database.word_embeddings}.items():
+        # SDXL's have one vector for each of its text encoders
+        model, made_for = (UPGRADED, "sdxl") if isinstance(embedding.vec, dict) else (BASE, "unknown")
+        if mentions(texts[model], name):
+            yield Route(EMBEDDING, name, (model,), made_for)
+
+
+def _joined(routes: Iterable[Route]) -> list[Route]:
+    """One route for each plugin."""
+    found: dict[tuple[str, str], Route] = {}
+    for route in routes:
+        known = found.get((route.kind, route.name))
+        models = {*(known.models if known else ()), *route.models}
+        ordered = tuple(model for model in NAMES if model in models)
+        found[route.kind, route.name] = Route(route.kind, route.name, ordered, route.made_for, route.problem)
+    return list(found.values())
