@@ -17,7 +17,7 @@
         return box !== null && box.checked;
     }
 
-    // The size that the extension takes for 0: half, as a multiple of 8, at least 64 (generation.py, half).
+    // The size that the extension takes for 0: half, as a multiple of 8, at least 64 (settings.py, half).
     function baseSize(own, target) {
         return own || Math.max(Math.floor(target / 16) * 8, 64);
     }

@@ -16,6 +16,9 @@ from .taps import TAPS
 
 LEVELS = len(TAPS)
 
+BASE_NOISE_SEED = 0x2312_2238
+"""Added to an image's seed for the base's noise in the joint stage, which must not be the upgraded model's."""
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -166,6 +169,11 @@ class Settings:
     def has_adapter(self) -> bool:
         """Whether an adapter acts at all: "None" asks for the SDEdit + SDXL baseline."""
         return self.adapter.lower() != "none"
+
+
+def half(size: int) -> int:
+    """Half of a size in pixels, as a multiple of 8, at least 64: what a base size of 0 means."""
+    return max(size // 16 * 8, 64)
 
 
 def arguments() -> dict[str, Argument]:

@@ -138,6 +138,7 @@ class FeatureReader:
     def __init__(self) -> None:
         self._levels: list[list[Tensor]] = [[] for _ in TAPS]
         self._time_embedding: list[Tensor] = []
+        self._paused = False
 
     def take(self) -> BaseFeatures:
         """The features of all calls since the last `take`, their rows one after the other."""
@@ -150,6 +151,15 @@ class FeatureReader:
         for collected in (*self._levels, self._time_embedding):
             collected.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, calls of the UNet leave nothing behind."""
+        outside, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outside
+
 
 @contextmanager
 def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
@@ -157,7 +167,7 @@ def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
     reader = FeatureReader()
 
     def collect(into: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda module, inputs, output: into.append(output)
+        return lambda module, inputs, output: None if reader._paused else into.append(output)
 
     with ExitStack() as hooks:
         for module, level in zip(base_modules(base_unet), reader._levels, strict=True):

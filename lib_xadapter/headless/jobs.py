@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..settings import Settings
+from ..settings import Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
@@ -119,11 +119,6 @@ class Picture:
     control_scales: tuple[float, ...]
     seed: int
     text: str
-
-
-def half(size: int) -> int:
-    """Half of a size in pixels, as a multiple of 8, at least 64."""
-    return max(size // 16 * 8, 64)
 
 
 def make_pictures(

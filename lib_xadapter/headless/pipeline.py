@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..joint_stage import JointStage, Window
-from ..settings import Settings
+from ..settings import BASE_NOISE_SEED, Settings
 from ..taps import read_features
 from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
@@ -23,8 +23,6 @@ from .samplers import RELEASED_SPACING, Sampler, Steps, joint_steps, released_jo
 
 SOLVER_ORDER = 2
 
-BASE_NOISE_SEED = 0x2312_2238
-"""Added to an image's seed for the noise that the base's picture gets at the switch, as in the WebUI."""
 STEP_SEEDS = (0x2312_2239, 0x2312_2240)
 """Added for the noise of samplers that add noise: base, upgraded."""
 

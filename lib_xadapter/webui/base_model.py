@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ class BaseModel:
 
     def __init__(self, info: sd_models.CheckpointInfo, surroundings: Surroundings) -> None:
         self.info = info
+        self.control_models: dict[str, Any] = OrderedDict()
+        """What the ControlNet extension has loaded for it, as that keeps it."""
         self._surroundings = surroundings
 
     @property
@@ -137,6 +140,8 @@ class BaseModel:
         """Free its video memory."""
         with self.current():
             sd_models.send_model_to_cpu(self.model)
+        for control in self.control_models.values():
+            control.model.to(devices.cpu)
 
 
 def load_base_model(info: sd_models.CheckpointInfo) -> BaseModel:

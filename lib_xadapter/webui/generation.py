@@ -39,11 +39,12 @@ from ..errors import DoesNotFit, WrongArgument, XAdapterError
 from ..infotext import PLUGINS_KEY, write_infotext
 from ..joint_stage import JointStage, Window
 from ..mapping import MappingLayers
-from ..settings import Settings, read_settings
+from ..settings import BASE_NOISE_SEED, Settings, half, read_settings
 from ..taps import check_fit, read_features
 from ..trajectory import Trajectory
 from . import model_files, plugins, routing, switch
 from .base_model import BaseModel
+from .controlnet_units import BaseUnits
 from .lockstep import BaseEvaluation, lockstep, noise_level
 from .models import Models
 from .refusal import Refusal
@@ -52,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "xadapter_generation"
 STAND_INS = ("init", "parse_extra_network_prompts", "setup_conds", "sample")
-BASE_NOISE_SEED = 0x2312_2238
-"""Added to an image's seed for the base's noise in the joint stage, which must not be SDXL's own."""
-
 SHARED_FIELDS = (
     "sampler_name",
     "scheduler",
@@ -131,6 +129,7 @@ class Generation:
         self._base_networks: plugins.NetworkData = {}
         self._networks_are_active = False
         self._caches: tuple[list, list] = ([None, None], [None, None])
+        self._units = BaseUnits()
 
     # ---- standing in for the processing object's methods
 
@@ -145,6 +144,12 @@ class Generation:
         self._overridden = {name: self._p.__dict__[name] for name in STAND_INS if name in self._p.__dict__}
         for name in STAND_INS:
             setattr(self._p, name, getattr(self, name))
+        self._units.take_over(self._p)
+
+    @property
+    def detected_maps(self) -> list[Image.Image]:
+        """What the base's ControlNet units show beside the pictures."""
+        return self._units.detected_maps
 
     def detach(self) -> None:
         """Give the processing object its own methods back."""
@@ -168,6 +173,7 @@ class Generation:
         info = model_files.find_base_checkpoint(settings.base_checkpoint)
         path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
         self._base = self._models.base(info)
+        self._units.check(self._base)
         if path is not None:
             self._adapter = self._models.adapter(path)
             check_fit(self._adapter, self._base.unet, shared.sd_model.model.diffusion_model)
@@ -271,6 +277,7 @@ class Generation:
         p, settings = self._p, self.settings
         with ExitStack() as scope:
             scope.enter_context(self._token_merging())
+            scope.enter_context(self._units.hooked(self._base_job, self._base))
             if settings.single_stage:
                 samples = self._sample_single_stage(conditioning, unconditional_conditioning)
             else:
@@ -334,7 +341,7 @@ class Generation:
     def _sample_base(self) -> StageOne:
         """The base's own picture, by the WebUI's own sampler."""
         job, levels = self._base_job, []
-        with self._base.current() as model:
+        with self._base.current() as model, self._units.stage_one():
             job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
             denoiser = job.sampler.model_wrap_cfg
 
@@ -342,6 +349,7 @@ class Generation:
                 levels[denoiser.step :] = [noise_level(denoiser, args[1])]
 
             job.rng = self._base_noise(job.seeds)
+            self._units.change_noise(job)
             noise = job.rng.next()
             hook = denoiser.register_forward_pre_hook(note)
             try:
@@ -351,7 +359,7 @@ class Generation:
             finally:
                 hook.remove()
             plugins.check_applied()
-            pictures = switch.decode(model, latents)
+            pictures = switch.decode(model, latents, self._units.finish)
         devices.torch_gc()
         return StageOne(latents, pictures, levels)
 
@@ -403,7 +411,7 @@ class Generation:
         noise = self._base_noise([seed + BASE_NOISE_SEED for seed in self._base_job.seeds]).next()
         with read_features(self._base.unet) as reader:
             stage = JointStage(
-                BaseEvaluation(self._base, self._base_job, reader, made.levels),
+                self._units.beside_sdxl(BaseEvaluation(self._base, self._base_job, reader, made.levels), reader),
                 Trajectory(noise, made.latents),
                 self._adapter,
                 settings.weights,
@@ -465,11 +473,6 @@ def denoising_strength(p: StableDiffusionProcessingTxt2Img, strength: float) -> 
         yield
     finally:
         p.denoising_strength = own
-
-
-def half(size: int) -> int:
-    """Half of a size in pixels, as a multiple of 8, at least 64."""
-    return max(size // 16 * 8, 64)
 
 
 def pictures_as_samples(pictures: Sequence[Image.Image], width: int, height: int) -> processing.DecodedSamples:

@@ -51,13 +51,15 @@ class XAdapter(scripts.Script):
 
     def postprocess(self, p: StableDiffusionProcessing, processed: Processed, *values: Any) -> None:
         generation: Generation | None = getattr(p, ATTRIBUTE, None)
-        if generation is None or not generation.settings.return_base_image:
+        if generation is None:
             return
-        for place, picture in enumerate(generation.base_pictures):
+        shown = generation.base_pictures if generation.settings.return_base_image else []
+        for place, picture in enumerate(shown):
             infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]
             picture.info["parameters"] = infotext
             processed.images.append(picture)
             processed.infotexts.append(infotext)
+        processed.images += generation.detected_maps
 
 
 def register() -> None:

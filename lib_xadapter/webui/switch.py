@@ -5,7 +5,7 @@ Source: paper, "Inference strategy": the latent is carried over as E_up(D_base(z
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -25,10 +25,16 @@ class CarriedOver:
     latents: Tensor
 
 
-def decode(model: torch.nn.Module, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents, in eight bits as the WebUI saves them."""
+def decode(
+    model: torch.nn.Module, latents: Tensor, finish: Callable[[Tensor], Tensor] = lambda pixels: pixels
+) -> list[Image.Image]:
+    """Pictures of latents, in eight bits as the WebUI saves them.
+
+    Args:
+        finish: what plugins do to the decoded pictures, (images, 3, height, width) in 0..1.
+    """
     decoded = processing.decode_latent_batch(model, latents, target_device=devices.cpu, check_for_nans=True)
-    pixels = torch.clamp((torch.stack(decoded).float() + 1.0) / 2.0, min=0.0, max=1.0)
+    pixels = finish(torch.clamp((torch.stack(decoded).float() + 1.0) / 2.0, min=0.0, max=1.0))
     return [Image.fromarray((255.0 * numpy.moveaxis(picture.numpy(), 0, 2)).astype(numpy.uint8)) for picture in pixels]
 
 

@@ -9,8 +9,8 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from .conftest import PLAIN, grey_levels_apart
 from .asking import TITLE, arguments, plain, with_xadapter
+from .conftest import PLAIN, grey_levels_apart
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
 
 BAD_REQUEST, SERVER_ERROR = 422, 500

@@ -9,8 +9,8 @@ import pytest
 
 import lib_xadapter
 
-from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .asking import TITLE, arguments, made, with_xadapter
+from .conftest import PLAIN, grey_levels_apart, same_bytes
 
 EVERYTHING = {
     "base_checkpoint": "tiny15",

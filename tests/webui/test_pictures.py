@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .asking import HALF, arguments, base_alone, made, plain, sdedit, with_xadapter
+from .conftest import PLAIN, grey_levels_apart, same_bytes
 
 STYLE = "a cat <lora:style15:1>"
 
