@@ -4,10 +4,9 @@
 
 CLIP is the tokenizer folder that small_models.py made. Each checkpoint comes with the .yaml that says what it is:
 
-    models/Stable-diffusion/tiny21.safetensors         SD2.1 at 512: OpenCLIP, predicts the noise
-    models/Stable-diffusion/tiny21v.safetensors        SD2.1 at 768: OpenCLIP, predicts the velocity
-    models/Stable-diffusion/tiny15v.safetensors        SD1.5 that predicts the velocity
-    models/Stable-diffusion/tiny15inpaint.safetensors  SD1.5 that takes nine channels
+    models/Stable-diffusion/tiny21.safetensors   SD2.1 at 512: OpenCLIP, predicts the noise
+    models/Stable-diffusion/tiny21v.safetensors  SD2.1 at 768: OpenCLIP, predicts the velocity
+    models/Stable-diffusion/tiny15v.safetensors  SD1.5 that predicts the velocity
 """
 
 import argparse
@@ -20,11 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 sys.path.insert(0, str(Path(__file__).parent))  # isolated Python (-I) leaves the script's folder out
 
 import small_models
-
-
-def inpainting_config(webui: Path, clip: Path) -> DictConfig:
-    config = OmegaConf.load(webui / "configs/v1-inpainting-inference.yaml")
-    return narrowed(config, small_models.tiny_base_config(webui, clip), in_channels=9)
 
 
 def velocity_config(webui: Path, clip: Path) -> DictConfig:
@@ -44,15 +38,6 @@ def sd2_config(webui: Path, name: str) -> DictConfig:
     return config
 
 
-def narrowed(config: DictConfig, narrow: DictConfig, in_channels: int) -> DictConfig:
-    """The config with the widths of a narrow one."""
-    for part in ("unet_config", "first_stage_config", "cond_stage_config"):
-        config.model.params[part] = narrow.model.params[part]
-    config.model.params.unet_config.params.in_channels = in_channels
-    config.model.params.use_ema = False
-    return config
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("webui", "output", "clip"):
@@ -68,7 +53,6 @@ def main() -> None:
         "tiny21": sd2_config(webui, "v2-inference.yaml"),
         "tiny21v": sd2_config(webui, "v2-inference-v.yaml"),
         "tiny15v": velocity_config(webui, clip),
-        "tiny15inpaint": inpainting_config(webui, clip),
     }
     for name, config in configs.items():
         small_models.write_checkpoint(given.output / "models", name, config, generator)

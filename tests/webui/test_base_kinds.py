@@ -1,4 +1,4 @@
-"""Other kinds of base than a plain SD1.5 checkpoint: SD2.x, models that predict the velocity, inpainting models."""
+"""Other kinds of base than a plain SD1.5 checkpoint: SD2.x, and models that predict the velocity."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .. import lora_formats
 from .asking import HALF, made, plain, sdedit, with_xadapter
@@ -17,7 +18,7 @@ from .small_loras import add_lora
 
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
-KINDS = ("tiny21", "tiny21v", "tiny15v", "tiny15inpaint")
+KINDS = ("tiny21", "tiny21v", "tiny15v")
 TINY21 = replace(lora_formats.SD21, channels=(32, 64, 128, 128), context_width=256, text_encoders=((256, 10),))
 
 
@@ -46,6 +47,11 @@ def own_picture(server: WebUIServer, kind: str, **request):
     return plain(server, **{**HALF, **STEPS, **request}, override_settings=chosen)
 
 
+def is_a_picture(image: Image.Image) -> bool:
+    """Numbers that are none become black."""
+    return len(image.getcolors(image.width * image.height)) > 100
+
+
 def ours(server: WebUIServer, kind: str, given: dict | None = None, **request):
     return with_xadapter(server, {**PICTURES, "base_checkpoint": kind, **(given or {})}, **{**STEPS, **request})
 
@@ -54,6 +60,7 @@ def ours(server: WebUIServer, kind: str, given: dict | None = None, **request):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_picture_is_the_webuis_own(server, kind, sampler):
     answer = ours(server, kind, sampler_name=sampler)
+    assert is_a_picture(answer.images[1])
     assert grey_levels_apart(answer.images[1], own_picture(server, kind, sampler_name=sampler)) <= 1
     expected = sdedit(server, answer.images[1], 0.2, sampler_name=sampler, **STEPS)
     assert grey_levels_apart(answer.images[0], expected) <= 1
@@ -65,7 +72,7 @@ def test_it_leads_sdxl_in_the_joint_stage(server, kind):
     without = ours(server, kind, {**usual, "weight": 0}).image
     led = ours(server, kind, {**usual, "weight": 1}).image
     assert grey_levels_apart(led, without) > 1
-    assert len(set(led.getdata())) > 100
+    assert is_a_picture(led)
 
 
 @pytest.mark.parametrize("kind", ["tiny15v", "tiny21v"])
