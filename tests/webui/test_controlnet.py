@@ -71,7 +71,6 @@ SMALL_CASES: dict[str, tuple[list[dict], dict]] = {
     "pixel perfect": ([unit(T2I_ADAPTER, pixel_perfect=True, resize_mode="Just Resize")], {}),
     "Heun": ([{**LINES, "guidance_end": 0.2}], {"sampler_name": "Heun"}),
     "DDIM": ([{**LINES, "guidance_end": 0.3}], {"sampler_name": "DDIM"}),
-    "long negative prompt": ([{**LINES, "weight": 2}], {"negative_prompt": "a dog, " * 30}),
     "reference": ([REFERENCE], {}),
     "inpaint": ([unit(T2I_ADAPTER, "inpaint_only", mask=encode_image(mask()))], {}),
     "tile": ([unit(T2I_ADAPTER, "tile_colorfix", threshold_a=8)], {}),
