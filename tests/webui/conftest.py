@@ -37,6 +37,11 @@ def same_bytes(one: Image.Image, other: Image.Image) -> bool:
     return (one.size, one.mode, one.tobytes()) == (other.size, other.mode, other.tobytes())
 
 
+def is_blank(image: Image.Image) -> bool:
+    """Whether the picture is of one colour, or nearly so."""
+    return max(high - low for low, high in image.convert("RGB").getextrema()) <= 8
+
+
 @pytest.fixture(scope="session")
 def installation() -> Installation:
     """The WebUI on this machine; the test is skipped where there is none."""
