@@ -14,6 +14,11 @@ from .settings import LEVELS, Settings, arguments, defaults
 PREFIX = "X-Adapter "
 
 
+def written_names() -> list[str]:
+    """The arguments that a picture depends on; how it was made faster or with less memory is not written."""
+    return [name for name, row in arguments().items() if row.infotext and name != "enabled"]
+
+
 def key_of(name: str) -> str:
     """The infotext key of an argument."""
     return PREFIX + arguments()[name].infotext
@@ -27,22 +32,24 @@ PLUGINS_KEY = PREFIX + "plugins"
 def write_infotext(settings: Settings, version: str) -> dict[str, str]:
     """Infotext keys and values for everything that is not at its default."""
     written = {VERSION_KEY: version}
-    for name, default in defaults().items():
+    for name in written_names():
         value = getattr(settings, name)
-        if name != "enabled" and value != default:
+        if value != defaults()[name]:
             written[key_of(name)] = _write(value)
     return written
 
 
 def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Every argument as the parsed infotext has it, defaults included; None for a picture made without X-Adapter."""
+    """Every argument as the parsed infotext has it, defaults included; None for a picture made without X-Adapter.
+
+    Arguments that no infotext holds are not among them.
+    """
     if VERSION_KEY not in parameters:
         return None
-    values = dict(defaults())
-    for name, default in defaults().items():
-        text = _find(parameters, key_of(name))
-        if name != "enabled" and text is not None:
-            values[name] = _read(name, text, default)
+    values = {"enabled": True}
+    for name in written_names():
+        text, default = _find(parameters, key_of(name)), defaults()[name]
+        values[name] = default if text is None else _read(name, text, default)
     return values
 
 

@@ -27,12 +27,13 @@ class Argument:
     Attributes:
         label: the control's label.
         tooltip: what it does, in plain words.
-        infotext: its key under a picture, after "X-Adapter ".
+        infotext: its key under a picture, after "X-Adapter "; "" for what changes nothing in a picture.
         minimum, maximum: the range of a number, both included; None where there is no limit.
         multiple_of: for sizes in pixels.
         or_zero: 0 is allowed beside the range and means "as the upgraded model".
         step: the control's step.
         reach: the slider's ends, where a number has no limits of its own.
+        choices: what a text can be, where it is one of a few.
         main: whether the control stands at the top of the panel and not folded away.
     """
 
@@ -45,6 +46,7 @@ class Argument:
     or_zero: bool = False
     step: float | None = None
     reach: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
     main: bool = False
 
 
@@ -55,6 +57,13 @@ def argument(default: Any, label: str, infotext: str, tooltip: str, **more: Any)
 
 FRACTION: dict[str, Any] = {"minimum": 0.0, "maximum": 1.0, "step": 0.01}
 SIZE: dict[str, Any] = {"minimum": 64, "maximum": 2048, "multiple_of": 8, "or_zero": True, "step": 8}
+
+NOISE, CONTROL_IMAGE = "noise", "control image"
+"""What stage 1 starts from."""
+AUTO, LOCKSTEP, RECORDED = "auto", "lockstep", "recorded"
+"""How the base runs in the joint stage."""
+SAME_SEED = -1
+"""A base seed that means SDXL's own."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,23 @@ class Settings:
         step=1,
         reach=(0, 150),
     )
+    base_seed: int = argument(
+        SAME_SEED,
+        "SD1.5 seed",
+        "base seed",
+        "Seed of the SD1.5 model. -1: the seed above. With a seed of its own, SDXL can vary over one SD1.5 picture.",
+        minimum=SAME_SEED,
+        maximum=2**32 - 1,
+        step=1,
+    )
+    base_start: str = argument(
+        NOISE,
+        "SD1.5 starts from",
+        "base start",
+        "What the SD1.5 picture is painted over: noise, or the image of its first ControlNet unit, as the paper's "
+        "tile pipeline does it.",
+        choices=(NOISE, CONTROL_IMAGE),
+    )
     guidance_start: float = argument(
         0.0,
         "Adapter starts at",
@@ -149,6 +175,29 @@ class Settings:
         "guidance end",
         "Fraction of SDXL's steps after which it no longer follows the SD1.5 model.",
         **FRACTION,
+    )
+    refresh_every: int = argument(
+        1,
+        "Refresh every … steps",
+        "refresh every",
+        "Run the SD1.5 model at every n-th step that both take, and use what it gave in between: faster, and coarser.",
+        minimum=1,
+        step=1,
+        reach=(1, 10),
+    )
+    cond_only: bool = argument(
+        False,
+        "Lead the prompt's half only",
+        "cond only",
+        "Map the SD1.5 features of the prompt alone and not of the negative prompt: faster, and less exact.",
+    )
+    memory: str = argument(
+        AUTO,
+        "Memory",
+        "",
+        "lockstep: both models stay on the GPU. recorded: the SD1.5 model runs first and leaves the GPU to SDXL; "
+        "for the same picture with less video memory. auto: whichever fits.",
+        choices=(AUTO, LOCKSTEP, RECORDED),
     )
     single_stage: bool = argument(
         False,
@@ -220,6 +269,8 @@ def checked(name: str, value: Any) -> Any:
     if isinstance(default, str):
         if not isinstance(value, str):
             raise WrongArgument(f"'{name}' is {value!r}, expected text.")
+        if row.choices and value not in row.choices:
+            raise WrongArgument(f"'{name}' is {value!r}, expected one of {', '.join(row.choices)}.")
         return value
     return _checked_number(name, value, row, whole=isinstance(default, int))
 
@@ -275,6 +326,8 @@ def _property(name: str, row: Argument) -> dict[str, Any]:
         three = {"type": "array", "items": {"type": "number"}, "minItems": LEVELS, "maxItems": LEVELS}
         return {**described, "anyOf": [{"type": "number"}, three]}
     kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    if row.choices:
+        return {**described, "enum": list(row.choices)}
     limits = {"minimum": row.minimum, "maximum": row.maximum, "multipleOf": row.multiple_of}
     span = {key: value for key, value in limits.items() if value is not None}
     if row.or_zero:

@@ -42,6 +42,10 @@ WRONG = [
     ({"base_steps": 2.5}, "'base_steps' is 2.5, expected a whole number"),
     ({"base_steps": -1}, "'base_steps' is -1, expected a whole number from 0"),
     ({"base_cfg_scale": -1}, "'base_cfg_scale' is -1, expected a number from 0"),
+    ({"base_seed": -2}, "'base_seed' is -2, expected a whole number from -1"),
+    ({"refresh_every": 0}, "'refresh_every' is 0, expected a whole number from 1"),
+    ({"memory": "little"}, "'memory' is 'little', expected one of auto, lockstep, recorded"),
+    ({"base_start": "image"}, "'base_start' is 'image', expected one of noise, control image"),
     ({"weight": [1, 2]}, r"'weight' is \[1, 2\], expected a number or a list of 3 numbers"),
     ({"weight": [1, 2, "3"]}, "'weight' is"),
     ({"guidance_start": 0.6, "guidance_end": 0.5}, "'guidance_start' is 0.6, after 'guidance_end' at 0.5"),
@@ -92,6 +96,7 @@ CHANGED = [
     {"base_prompt": "512x768"},
     {"base_negative_prompt": 'he said: "no"'},
     {"base_width": 384, "base_height": 640, "base_steps": 12, "base_cfg_scale": 4.5},
+    {"base_seed": 2**32 - 1, "base_start": "control image", "refresh_every": 3, "cond_only": True},
     {"guidance_start": 0.1, "guidance_end": 0.9, "single_stage": True, "return_base_image": True},
 ]
 
@@ -101,6 +106,11 @@ def test_what_is_written_under_a_picture_is_read_back(changed):
     written = write_infotext(Settings(**changed), "0.1.0")
     assert len(written) == 1 + len(changed)
     assert read_settings(read_infotext(pasted(written))) == Settings(**changed)
+
+
+def test_what_changes_no_picture_is_not_written():
+    assert write_infotext(Settings(memory="recorded"), "0.1.0") == write_infotext(Settings(), "0.1.0")
+    assert "memory" not in read_infotext({"X-Adapter version": "0.1.0"})
 
 
 def test_only_the_version_is_written_of_defaults():

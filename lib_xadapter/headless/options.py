@@ -121,6 +121,8 @@ def _add_setting(group: Any, name: str, tooltip: str) -> None:
     help_text = tooltip.replace("%", "%%")
     if isinstance(default, bool):
         group.add_argument(option, action="store_true", help=help_text)
+    elif choices := arguments()[name].choices:
+        group.add_argument(option, choices=choices, default=default, help=help_text)
     else:
         group.add_argument(option, type=_setting(name), default=default, metavar="X", help=help_text)
 

@@ -12,7 +12,7 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from ..infotext import read_infotext
+from ..infotext import read_infotext, written_names
 from ..presets import PRESETS
 from ..settings import LEVELS, Argument, arguments, defaults
 from . import model_files
@@ -62,13 +62,17 @@ def build(elem_id: ElemId) -> Panel:
             with gr.Row():
                 add("base_steps", "base_cfg_scale")
             with gr.Row():
+                add("base_seed", "base_start")
+            with gr.Row():
                 add("guidance_start", "guidance_end")
             with gr.Row():
                 levels = [_level_weight(level, elem_id) for level in range(LEVELS)]
             with gr.Row():
-                add("single_stage", "return_base_image")
+                add("refresh_every", "memory")
+            with gr.Row():
+                add("cond_only", "single_stage", "return_base_image")
     ordered = [made[name] for name in table]
-    pasting = [PasteField(made[name], _pasted(name)) for name in table]
+    pasting = [PasteField(made[name], _pasted(name)) for name in ("enabled", *written_names())]
     pasting += [PasteField(control, _pasted_level(level)) for level, control in enumerate(levels)]
     return Panel([*ordered, *levels], pasting)
 
@@ -93,8 +97,12 @@ def _control(name: str, row: Argument, elem_id: str) -> gr.components.Component:
     common = {"label": row.label, "elem_id": elem_id, "tooltip": row.tooltip}
     if isinstance(default, bool):
         return gr.Checkbox(value=default, **common)
+    if row.choices:
+        return gr.Radio(value=default, choices=list(row.choices), **common)
     if isinstance(default, str):
         return gr.Textbox(value=default, lines=2, placeholder=row.tooltip, **common)
+    if name == "base_seed":
+        return gr.Number(value=default, precision=0, **common)
     low, high = row.reach or (0 if row.or_zero else row.minimum, row.maximum)
     return gr.Slider(value=default, minimum=low, maximum=high, step=row.step, **common)
 
