@@ -134,11 +134,19 @@ class MappingLayers(nn.Module):
         Returns:
             (rows, out_channels[level], h, w), twice h and w where the level upsamples.
         """
-        first = sum(len(earlier) for earlier in self.levels[:level])
+        return self.zero_out[level](self.hidden(level, feature, time_embedding))
+
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """What the ResNet blocks of a level give its output convolution; arguments and sizes as for `map_level`."""
         h = feature
-        for block in self.body[first : first + len(self.levels[level])]:
+        for block in self.blocks(level):
             h = block(h, time_embedding)
-        return self.zero_out[level](h)
+        return h
+
+    def blocks(self, level: int) -> list[ResNetBlock]:
+        """The ResNet blocks of a level, in their order."""
+        first = sum(len(earlier) for earlier in self.levels[:level])
+        return list(self.body[first : first + len(self.levels[level])])
 
     def forward(self, features: Sequence[Tensor], time_embedding: Tensor | None = None) -> tuple[Tensor, ...]:
         """The residuals of all levels, unscaled.

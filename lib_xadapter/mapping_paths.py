@@ -1,0 +1,67 @@
+"""Ways to run the mapping layers: the same maths, by other kernels.
+
+A level is run in two parts. `hidden` is everything up to its output convolution and depends on the base alone; `add` is
+that 1x1 convolution together with what happens to its result, F_up + weight · (W · hidden + b), once for each call of
+the upgraded UNet.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .mapping import MappingLayers
+
+
+class MappingPath(Protocol):
+    """A way to run mapping layers."""
+
+    @property
+    def adapter(self) -> MappingLayers:
+        """The mapping layers that are run."""
+
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
+        """What the ResNet blocks of a level give.
+
+        Args:
+            level: 0, 1 or 2.
+            feature: of the base, (rows, in_channels[level], h, w), in any type.
+            time_embedding: of the base, (rows, channels); used by mapping layers with timestep conditioning.
+
+        Returns:
+            (rows, out_channels[level], h, w), twice h and w where the level upsamples; the caller's to keep.
+        """
+
+    def residual(self, level: int, hidden: Tensor) -> Tensor:
+        """The output convolution of a level: W · hidden + b, of the size of `hidden`."""
+
+    def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
+        """feature + weight · residual, in the feature's type and of its size.
+
+        Args:
+            feature: of the upgraded model, (rows, out_channels[level], h, w); it may be written into and returned.
+            hidden: of the same size.
+            weight: of the level.
+        """
+
+
+class EagerMapping:
+    """The mapping layers as torch runs them, on any device and in any type: the reference for every other path."""
+
+    def __init__(self, adapter: MappingLayers) -> None:
+        self._adapter = adapter
+
+    @property
+    def adapter(self) -> MappingLayers:
+        return self._adapter
+
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
+        weight = self._adapter.zero_out[level].weight
+        return self._adapter.hidden(level, feature.to(weight), time_embedding.to(weight))
+
+    def residual(self, level: int, hidden: Tensor) -> Tensor:
+        return self._adapter.zero_out[level](hidden)
+
+    def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
+        return feature + weight * self.residual(level, hidden).to(feature)
