@@ -5,15 +5,21 @@ Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_ada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..joint_stage import JointStage, Window
-from ..settings import BASE_NOISE_SEED, Settings
+from ..feature_sources import FeatureSource, Lockstep
+from ..joint_stage import Course, JointStage, Moment
+from ..mapping_paths import EagerMapping
+from ..overlap import SideStream
+from ..recording import Playback, Recording, record
+from ..settings import BASE_NOISE_SEED, RECORDED, Settings
 from ..taps import read_features
 from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
@@ -134,39 +140,44 @@ class TwoStages:
     def __init__(self, models: Models, rules: Rules = WEBUI_RULES, progress: Progress = no_progress) -> None:
         models.check()
         self._models = models
+        self._placement = models.placement
         self._rules = rules
         self._progress = progress
 
     @property
     def _device(self) -> str:
-        return self._models.placement.device
+        return self._placement.device
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
         steps = self._steps(request, request.base_steps, request.base_steps, self._models.base)
         noise = self._stacked([noise.base for noise in request.noises])
         model = self._base(request)
-        with self._models.placement.holding(self._models.base.unet, *self._models.controlnets):
+        with self._placement.holding(self._models.base.unet, *self._models.controlnets):
             return self._walk("base", steps, noise * steps.scheduler.init_noise_sigma, model.predict)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
         return self._decoded(self._models.base, latents)
 
-    def upgraded_latents(self, request: Request, finished: Tensor | None, size: tuple[int, int]) -> Tensor:
+    def upgraded_latents(
+        self, request: Request, finished: Tensor | None, size: tuple[int, int], recording: Recording | None = None
+    ) -> Tensor:
         """The switch and stage 2: the upgraded model's finished latents.
 
         Args:
             request: as for stage 1.
             finished: the base's finished latents, None for a single stage from noise.
             size: of the pictures, (width, height) in pixels.
+            recording: of the joint stage, where the base has run already.
         """
         steps = self.joint_steps_of(request)
         noise = self._stacked([noise.upgraded for noise in request.noises])
         if finished is None:
-            return self.joint_stage(request, None, noise * steps.scheduler.init_noise_sigma, steps)
-        clean = self.carried_over(finished, request.noises, size)
-        return self.joint_stage(request, finished, steps.noised(clean, noise), steps)
+            start = noise * steps.scheduler.init_noise_sigma
+        else:
+            start = steps.noised(self.carried_over(finished, request.noises, size), noise)
+        return self.joint_stage(request, finished, start, steps, recording=recording)
 
     def upgraded_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The upgraded model's pictures, in 8 bits."""
@@ -184,7 +195,7 @@ class TwoStages:
         """The base's pictures, resized, as clean latents of the upgraded model."""
         resized = [picture.resize(size, self._rules.resample) for picture in self.base_pictures(finished)]
         vae = self._models.upgraded.vae
-        with self._models.placement.holding(vae):
+        with self._placement.holding(vae):
             return to_latents(vae, resized, [noise.encoding for noise in noises])
 
     def joint_stage(
@@ -194,6 +205,7 @@ class TwoStages:
         latents: Tensor,
         steps: Steps,
         each_step: Callable[[Tensor], None] | None = None,
+        recording: Recording | None = None,
     ) -> Tensor:
         """Stage 2 from noised latents of the upgraded model.
 
@@ -203,35 +215,76 @@ class TwoStages:
             latents: at the noise level of the first step.
             steps: the joint ones.
             each_step: is given the upgraded latents after every step.
+            recording: of these steps, where the base has run already.
         """
-        models, settings = self._models, request.settings
+        models = self._models
         upgraded = GuidedUnet(models.upgraded.unet, request.upgraded_prompts, request.cfg_scale)
-        if models.adapter is None or not any(settings.weights):
-            with models.placement.holding(models.upgraded.unet):
+        if not self._couples(request):
+            with self._placement.holding(models.upgraded.unet):
                 return self._walk("SDXL", steps, latents, upgraded.predict, each_step)
+        with ExitStack() as scope:
+            if recording is None and self.records(request):
+                recording = self.record(request, finished)
+            if recording is None:
+                source = scope.enter_context(self._lockstep(request, finished))
+            else:
+                source = Playback(recording, self._device)
+            scope.enter_context(self._placement.holding(models.adapter, models.upgraded.unet))
+            stage = self._stage(request, source)
+            scope.enter_context(stage.coupled_to(models.upgraded.unet))
+            moments = iter(self._moments(steps))
 
-        schedule = noise_schedule_of(models.upgraded)
+            def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+                stage.advance(next(moments), upgraded.rows)
+                stage.select(slice(0, len(upgraded.rows)))
+                return upgraded.predict(latent, timestep)
+
+            name = "base and SDXL" if recording is None else "SDXL"
+            return self._walk(name, steps, latents, predict, each_step)
+
+    def records(self, request: Request) -> bool:
+        """Whether the base runs before the upgraded model and not beside it."""
+        return self._couples(request) and request.settings.memory == RECORDED
+
+    def record(self, request: Request, finished: Tensor | None) -> Recording:
+        """The base's features for the joint stage; they do not depend on the upgraded model, its prompts or weights."""
+        levels = course_of(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
+        done = itertools.count()
+        with self._lockstep(request, finished) as source:
+            return record(source, levels, lambda: self._progress("base", next(done), len(levels)))
+
+    def _couples(self, request: Request) -> bool:
+        return self._models.adapter is not None and any(request.settings.weights)
+
+    def _stage(self, request: Request, source: FeatureSource) -> JointStage:
+        settings, device = request.settings, torch.device(self._device)
+        beside = isinstance(source, Lockstep) and device.type == "cuda"
+        return JointStage(
+            source,
+            EagerMapping(self._models.adapter),
+            settings.weights,
+            course_of(settings),
+            settings.cond_only,
+            SideStream(device) if beside else None,
+        )
+
+    @contextmanager
+    def _lockstep(self, request: Request, finished: Tensor | None) -> Iterator[Lockstep]:
+        """The base at the start of the joint stage, on its device while this is open."""
+        base, noises = self._models.base, request.noises
         order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
-        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in request.noises])
-        trajectory = Trajectory(again, finished, order)
-        together = (models.base.unet, *models.controlnets, models.adapter, models.upgraded.unet)
-        with models.placement.holding(*together), read_features(models.base.unet) as reader:
-            base = LockstepBase(
-                self._base(request), noise_schedule_of(models.base), _prediction_type(models.base), reader
-            )
-            window = Window(settings.guidance_start, settings.guidance_end)
-            stage = JointStage(base, trajectory, models.adapter, settings.weights, window)
-            with stage.coupled_to(models.upgraded.unet):
-                done = 0
+        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in noises])
+        with self._placement.holding(base.unet, *self._models.controlnets), read_features(base.unet) as reader:
+            denoiser = LockstepBase(self._base(request), noise_schedule_of(base), _prediction_type(base), reader)
+            yield Lockstep(denoiser, Trajectory(again, finished, order))
 
-                def predict(latent: Tensor, timestep: Tensor) -> Tensor:
-                    nonlocal done
-                    stage.advance(schedule.sigma_at(float(timestep)), done / len(steps.timesteps), upgraded.rows)
-                    stage.select(slice(0, len(upgraded.rows)))
-                    done += 1
-                    return upgraded.predict(latent, timestep)
-
-                return self._walk("base and SDXL", steps, latents, predict, each_step)
+    def _moments(self, steps: Steps) -> list[Moment]:
+        """The model evaluations of the joint stage."""
+        schedule, count = noise_schedule_of(self._models.upgraded), len(steps.timesteps)
+        return [
+            Moment(schedule.sigma_at(timestep), place // steps.scheduler.order, place / count)
+            for place, timestep in enumerate(steps.timesteps.tolist())
+        ]
 
     def _walk(
         self,
@@ -263,9 +316,14 @@ class TwoStages:
         return torch.stack(list(noises)).to(self._device)
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
-        with self._models.placement.holding(pipeline.vae):
+        with self._placement.holding(pipeline.vae):
             return to_pictures(pipeline.vae, latents)
 
 
 def _prediction_type(pipeline: object) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+
+def course_of(settings: Settings) -> Course:
+    """When the base runs and the adapter acts."""
+    return Course(settings.guidance_start, settings.guidance_end, settings.refresh_every)
