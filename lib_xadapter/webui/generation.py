@@ -12,15 +12,13 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from modules import (
     devices,
     extra_networks,
     processing,
-    rng,
     sd_hijack,
     sd_models,
     sd_samplers,
@@ -39,37 +37,21 @@ from ..errors import DoesNotFit, WrongArgument, XAdapterError
 from ..infotext import PLUGINS_KEY, write_infotext
 from ..joint_stage import JointStage, Window
 from ..mapping import MappingLayers
-from ..settings import BASE_NOISE_SEED, Settings, half, read_settings
+from ..settings import BASE_NOISE_SEED, Settings, read_settings
 from ..taps import check_fit, read_features
 from ..trajectory import Trajectory
 from . import model_files, plugins, routing, switch
 from .base_model import BaseModel
 from .controlnet_units import BaseUnits
-from .lockstep import BaseEvaluation, lockstep, noise_level
+from .lockstep import BaseEvaluation, lockstep
 from .models import Models
 from .refusal import Refusal
+from .stage_one import StageOne, base_noise, base_processing, sample_base
 
 logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "xadapter_generation"
 STAND_INS = ("init", "parse_extra_network_prompts", "setup_conds", "sample")
-SHARED_FIELDS = (
-    "sampler_name",
-    "scheduler",
-    "subseed_strength",
-    "seed_resize_from_h",
-    "seed_resize_from_w",
-    "tiling",
-    "eta",
-    "s_min_uncond",
-    "s_churn",
-    "s_tmin",
-    "s_tmax",
-    "s_noise",
-    "disable_extra_networks",
-    "do_not_reload_embeddings",
-)
-"""What the base's processing object takes from SDXL's as it is."""
 
 
 def ends_the_job(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,21 +69,6 @@ def ends_the_job(method: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return guarded
-
-
-@dataclass(frozen=True)
-class StageOne:
-    """What the base made alone.
-
-    Attributes:
-        latents: its finished latents, (images, 4, h, w).
-        pictures: their pictures.
-        levels: the noise level of each sampling step, for prompt schedules in the joint stage.
-    """
-
-    latents: Tensor | None
-    pictures: list[Image.Image]
-    levels: list[float]
 
 
 class Generation:
@@ -200,7 +167,8 @@ class Generation:
         self._base_networks = plugins.base_networks(split.base, own_networks)
         prompts = own_prompts if settings.base_prompt else list(p.prompts)
         negative = [settings.base_negative_prompt] * len(written) if settings.base_negative_prompt else None
-        self._base_job = self._base_processing(prompts, negative or list(p.negative_prompts))
+        self._base_job = base_processing(p, settings, prompts, negative or list(p.negative_prompts))
+        self._base_job.cached_c, self._base_job.cached_uc = self._caches
         if added is not None:
             self._activate_what_is_written()
 
@@ -281,7 +249,7 @@ class Generation:
             if settings.single_stage:
                 samples = self._sample_single_stage(conditioning, unconditional_conditioning)
             else:
-                made = self._sample_base()
+                made = sample_base(self._base, self._base_job, self._units)
                 self.base_pictures += made.pictures
                 if shared.state.interrupted or shared.state.skipped:
                     samples = pictures_as_samples(made.pictures, p.width, p.height)
@@ -293,30 +261,6 @@ class Generation:
         return samples
 
     # ---- stage 1
-
-    def _base_processing(self, prompts: list[str], negative_prompts: list[str]) -> StableDiffusionProcessingTxt2Img:
-        """What the WebUI would process with the SD1.5 checkpoint selected, for the batch under way."""
-        p, settings = self._p, self.settings
-        job = StableDiffusionProcessingTxt2Img(
-            prompt=prompts,
-            negative_prompt=negative_prompts,
-            width=settings.base_width or half(p.width),
-            height=settings.base_height or half(p.height),
-            steps=settings.base_steps or p.steps,
-            cfg_scale=settings.base_cfg_scale or p.cfg_scale,
-            batch_size=len(prompts),
-            do_not_save_samples=True,
-            do_not_save_grid=True,
-            **{name: getattr(p, name) for name in SHARED_FIELDS},
-        )
-        job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
-        job.seeds = job.all_seeds = list(p.seeds)
-        job.subseeds = job.all_subseeds = list(p.subseeds)
-        job.prompts = job.all_prompts = prompts
-        job.negative_prompts = job.all_negative_prompts = negative_prompts
-        job.cached_c, job.cached_uc = self._caches
-        job.fill_fields_from_opts()
-        return job
 
     def _prepare_base(self, job: StableDiffusionProcessingTxt2Img, upgraded_embeddings: set[str]) -> None:
         """What the WebUI does before it encodes prompts, with the base as its current model."""
@@ -337,42 +281,6 @@ class Generation:
         sd_models.apply_alpha_schedule_override(model, job)
         for comment in hijack.comments:
             self._p.comment(f"SD1.5: {comment}")
-
-    def _sample_base(self) -> StageOne:
-        """The base's own picture, by the WebUI's own sampler."""
-        job, levels = self._base_job, []
-        with self._base.current() as model, self._units.stage_one():
-            job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
-            denoiser = job.sampler.model_wrap_cfg
-
-            def note(module: torch.nn.Module, args: tuple) -> None:
-                levels[denoiser.step :] = [noise_level(denoiser, args[1])]
-
-            job.rng = self._base_noise(job.seeds)
-            self._units.change_noise(job)
-            noise = job.rng.next()
-            hook = denoiser.register_forward_pre_hook(note)
-            try:
-                latents = job.sampler.sample(
-                    job, noise, job.c, job.uc, image_conditioning=job.txt2img_image_conditioning(noise)
-                )
-            finally:
-                hook.remove()
-            plugins.check_applied()
-            pictures = switch.decode(model, latents, self._units.finish)
-        devices.torch_gc()
-        return StageOne(latents, pictures, levels)
-
-    def _base_noise(self, seeds: Sequence[int]) -> rng.ImageRNG:
-        job = self._base_job
-        return rng.ImageRNG(
-            (4, job.height // processing.opt_f, job.width // processing.opt_f),
-            seeds,
-            subseeds=job.subseeds,
-            subseed_strength=job.subseed_strength,
-            seed_resize_from_h=job.seed_resize_from_h,
-            seed_resize_from_w=job.seed_resize_from_w,
-        )
 
     # ---- stage 2
 
@@ -408,7 +316,7 @@ class Generation:
         if self._adapter is None or not any(settings.weights):
             yield
             return
-        noise = self._base_noise([seed + BASE_NOISE_SEED for seed in self._base_job.seeds]).next()
+        noise = base_noise(self._base_job, [seed + BASE_NOISE_SEED for seed in self._base_job.seeds]).next()
         with read_features(self._base.unet) as reader:
             stage = JointStage(
                 self._units.beside_sdxl(BaseEvaluation(self._base, self._base_job, reader, made.levels), reader),

@@ -1,0 +1,123 @@
+"""Stage 1: the base's own picture, as the WebUI would make it with the SD1.5 checkpoint selected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from modules import devices, processing, rng, sd_samplers
+from modules.processing import StableDiffusionProcessingTxt2Img
+from PIL import Image
+from torch import Tensor
+
+from ..settings import Settings, half
+from . import plugins, switch
+from .base_model import BaseModel
+from .controlnet_units import BaseUnits
+from .lockstep import noise_level
+
+SHARED_FIELDS = (
+    "sampler_name",
+    "scheduler",
+    "subseed_strength",
+    "seed_resize_from_h",
+    "seed_resize_from_w",
+    "tiling",
+    "eta",
+    "s_min_uncond",
+    "s_churn",
+    "s_tmin",
+    "s_tmax",
+    "s_noise",
+    "disable_extra_networks",
+    "do_not_reload_embeddings",
+)
+"""What the base's processing object takes from SDXL's as it is."""
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """What the base made alone.
+
+    Attributes:
+        latents: its finished latents, (images, 4, h, w).
+        pictures: their pictures.
+        levels: the noise level of each sampling step, for prompt schedules in the joint stage.
+    """
+
+    latents: Tensor | None
+    pictures: list[Image.Image]
+    levels: list[float]
+
+
+def base_processing(
+    p: StableDiffusionProcessingTxt2Img, settings: Settings, prompts: list[str], negative_prompts: list[str]
+) -> StableDiffusionProcessingTxt2Img:
+    """What the WebUI would process with the SD1.5 checkpoint selected, for the batch under way."""
+    job = StableDiffusionProcessingTxt2Img(
+        prompt=prompts,
+        negative_prompt=negative_prompts,
+        width=settings.base_width or half(p.width),
+        height=settings.base_height or half(p.height),
+        steps=settings.base_steps or p.steps,
+        cfg_scale=settings.base_cfg_scale or p.cfg_scale,
+        batch_size=len(prompts),
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+        **{name: getattr(p, name) for name in SHARED_FIELDS},
+    )
+    job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
+    job.seeds = job.all_seeds = list(p.seeds)
+    job.subseeds = job.all_subseeds = list(p.subseeds)
+    job.prompts = job.all_prompts = prompts
+    job.negative_prompts = job.all_negative_prompts = negative_prompts
+    job.fill_fields_from_opts()
+    return job
+
+
+def base_noise(job: StableDiffusionProcessingTxt2Img, seeds: Sequence[int]) -> rng.ImageRNG:
+    """The WebUI's generators of noise in the base's size, one for each seed."""
+    return rng.ImageRNG(
+        (4, job.height // processing.opt_f, job.width // processing.opt_f),
+        seeds,
+        subseeds=job.subseeds,
+        subseed_strength=job.subseed_strength,
+        seed_resize_from_h=job.seed_resize_from_h,
+        seed_resize_from_w=job.seed_resize_from_w,
+    )
+
+
+def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits) -> StageOne:
+    """The base's own picture, by the WebUI's own sampler.
+
+    Args:
+        base: the base model.
+        job: its processing object, prompts encoded.
+        units: the base's ControlNet units, hooked.
+
+    Raises:
+        WrongFile: a LoRA does not fit the base's layers.
+    """
+    levels: list[float] = []
+    with base.current() as model, units.stage_one():
+        job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
+        denoiser = job.sampler.model_wrap_cfg
+
+        def note(module: torch.nn.Module, args: tuple) -> None:
+            levels[denoiser.step :] = [noise_level(denoiser, args[1])]
+
+        job.rng = base_noise(job, job.seeds)
+        units.change_noise(job)
+        noise = job.rng.next()
+        hook = denoiser.register_forward_pre_hook(note)
+        try:
+            latents = job.sampler.sample(
+                job, noise, job.c, job.uc, image_conditioning=job.txt2img_image_conditioning(noise)
+            )
+        finally:
+            hook.remove()
+        plugins.check_applied()
+        pictures = switch.decode(model, latents, units.finish)
+    devices.torch_gc()
+    return StageOne(latents, pictures, levels)
