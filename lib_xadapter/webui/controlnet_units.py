@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ..controlnet_files import ControlFamily, detect_control_family
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..joint_stage import BaseStep
+from ..feature_sources import BaseStep
 from ..taps import FeatureReader
 from .base_model import BaseModel
-from .lockstep import noise_level
+from .moments import noise_level
 
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""
@@ -78,7 +78,7 @@ class Unit:
             return "sdxl" if SDXL_PREPROCESSOR in self.settings.module.lower() else None
         if self.lacks_model:
             raise WrongArgument(f"{self} is enabled and has no model.")
-        path = self._model_file()
+        path = self.model_file()
         family = detect_control_family(path)
         return family if family != "unknown" else family_by_name(path.name)
 
@@ -91,8 +91,12 @@ class Unit:
         if self.settings.ipadapter_input is None and self.settings.get_input_images_rgba() is None:
             raise WrongArgument(f"{self} is enabled and has no image.")
 
-    def _model_file(self) -> Path:
-        """As the extension finds it: by its full name, by the file's, or by a part of that."""
+    def model_file(self) -> Path:
+        """The model's file, as the extension finds it: by its full name, by the file's, or by a part of that.
+
+        Raises:
+            WrongArgument: there is none.
+        """
         known = sys.modules["scripts.global_state"]
         wanted = self.settings.model
         found = known.cn_models.get(wanted) or known.cn_models.get(known.cn_models_names.get(wanted.lower()))
@@ -195,6 +199,13 @@ class BaseUnits:
                 )
         # the extension has written SDXL's own units alone in the meantime
         self._p.extra_generation_params.update(self._infotext)
+
+    def state(self) -> list[Any]:
+        """All that the units depend on: what is set in them, and when their models' files were written."""
+        return [
+            [unit.number, vars(unit.settings), None if unit.lacks_model else unit.model_file().stat().st_mtime]
+            for unit, _ in self._units
+        ]
 
     # ---- during a batch
 
