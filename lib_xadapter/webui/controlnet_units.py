@@ -91,6 +91,16 @@ class Unit:
         if self.settings.ipadapter_input is None and self.settings.get_input_images_rgba() is None:
             raise WrongArgument(f"{self} is enabled and has no image.")
 
+    def picture(self) -> Image.Image | None:
+        """The first image that the user gave it, as it came; None where there is none."""
+        images = self.settings.get_input_images_rgba()
+        return Image.fromarray(images[0][..., :3]) if images else None
+
+    @property
+    def resize_mode(self) -> int:
+        """How it fits its image to a size, as the WebUI's img2img tab numbers it."""
+        return self.settings.resize_mode.int_value()
+
     def _model_file(self) -> Path:
         """As the extension finds it: by its full name, by the file's, or by a part of that."""
         known = sys.modules["scripts.global_state"]
@@ -195,6 +205,10 @@ class BaseUnits:
                 )
         # the extension has written SDXL's own units alone in the meantime
         self._p.extra_generation_params.update(self._infotext)
+
+    def first_with_picture(self) -> Unit | None:
+        """The first unit of the base with an image of its own."""
+        return next((unit for unit, _ in self._units if unit.picture() is not None), None)
 
     # ---- during a batch
 
