@@ -50,12 +50,12 @@
         });
     }
 
-    // Without the user's password: where the API asks for one (--api-auth), the line stays empty.
+    // The page's own login (--gradio-auth) is enough; the API's password (--api-auth) is not needed.
     async function route(body) {
         const answer = await fetch("./xadapter/v1/route", {
             method: "POST",
             headers: {"Content-Type": "application/json"},
-            credentials: "omit",
+            credentials: "same-origin",
             body: body,
         });
         const summary = answer.ok ? (await answer.json()).summary : "";

@@ -60,6 +60,10 @@ SIZE: dict[str, Any] = {"minimum": 64, "maximum": 2048, "multiple_of": 8, "or_ze
 
 NOISE, CONTROL_IMAGE = "noise", "control image"
 """What stage 1 starts from."""
+START_STRENGTH = 1.0
+"""Denoising strength of the base over a control image. The released tile pipeline takes every step, from the first
+timestep's noise, which leaves a little of the image (`pipeline_sd_xl_adapter_controlnet_img2img.py`,
+`prepare_latents_sd1_5`)."""
 AUTO, LOCKSTEP, RECORDED = "auto", "lockstep", "recorded"
 """How the base runs in the joint stage."""
 SAME_SEED = -1
@@ -250,6 +254,8 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         raise WrongArgument(
             f"'guidance_start' is {settings.guidance_start:g}, after 'guidance_end' at {settings.guidance_end:g}."
         )
+    if settings.single_stage and settings.base_start != NOISE:
+        raise WrongArgument(f"'base_start' is '{settings.base_start}', but a single stage starts from noise.")
     return settings
 
 

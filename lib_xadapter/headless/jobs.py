@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import WrongArgument
 from ..recording import Recording
-from ..settings import AUTO, RECORDED, Settings, half
+from ..settings import AUTO, CONTROL_IMAGE, RECORDED, Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
@@ -70,6 +70,8 @@ class Job:
         self._check_size("height", self.height)
         if not 1 <= self.cfg_scale <= LARGEST_CFG:
             raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
+        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
+            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
 
     @staticmethod
     def _check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
@@ -91,6 +93,13 @@ class Job:
     def base_size(self) -> tuple[int, int]:
         """Width and height of the base's picture."""
         return self.settings.base_width or half(self.width), self.settings.base_height or half(self.height)
+
+    @property
+    def base_start(self) -> Image.Image | None:
+        """What the base paints over, at its size; None for noise."""
+        if self.settings.base_start != CONTROL_IMAGE:
+            return None
+        return self.control_images[0].convert("RGB").resize(self.base_size, Image.Resampling.LANCZOS)
 
     @property
     def seeds(self) -> range:
@@ -164,7 +173,8 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         Control(net, image.to(models.placement.device), scale)
         for net, image, scale in zip(models.controlnets, maps, scales, strict=True)
     ]
-    return Request(base, upgraded, settings, job.steps, job.cfg_scale, job.sampler, _noises(job), controls)
+    noises = _noises(job)
+    return Request(base, upgraded, settings, job.steps, job.cfg_scale, job.sampler, noises, controls, job.base_start)
 
 
 def _noises(job: Job) -> list[Noise]:

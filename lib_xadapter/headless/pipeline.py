@@ -19,7 +19,7 @@ from ..joint_stage import Course, JointStage, Moment
 from ..mapping_paths import EagerMapping
 from ..overlap import SideStream
 from ..recording import Playback, Recording, record
-from ..settings import BASE_NOISE_SEED, RECORDED, Settings
+from ..settings import BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
 from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
@@ -38,7 +38,7 @@ class Rules:
     """Where the paper leaves a choice.
 
     Attributes:
-        joint_steps: (steps, switch point, sampler) → how many steps are joint.
+        joint_steps: (steps, denoising strength, sampler) → how many steps are taken; a switch point is one.
         resample: how the base's picture is brought to the upgraded size.
         scheduler_options: on top of the sampler's own.
         base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
@@ -62,7 +62,7 @@ class Noise:
         base, upgraded: what the models start from, (4, h, w).
         base_again: what the base's finished latent is noised with at the switch, (4, h, w).
         base_steps, upgraded_steps: generators for samplers that add noise.
-        encoding: generator for the upgraded VAE.
+        encoding, base_encoding: generators for the upgraded VAE and the base's.
     """
 
     base: Tensor
@@ -71,6 +71,7 @@ class Noise:
     base_steps: torch.Generator
     upgraded_steps: torch.Generator
     encoding: torch.Generator
+    base_encoding: torch.Generator
 
     @classmethod
     def seeded(cls, seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
@@ -82,6 +83,7 @@ class Noise:
             _standard_normal(seed + BASE_NOISE_SEED, base_size),
             base_steps,
             upgraded_steps,
+            torch.Generator("cpu").manual_seed(seed),
             torch.Generator("cpu").manual_seed(seed),
         )
 
@@ -100,6 +102,7 @@ class Request:
         steps, cfg_scale, sampler: of the upgraded model; the base's own are in `settings`.
         noises: one an image.
         controls: ControlNets at work on the base.
+        start: what the base paints over, at its size; None for noise.
     """
 
     base_prompts: Prompts
@@ -110,6 +113,7 @@ class Request:
     sampler: str
     noises: Sequence[Noise]
     controls: Sequence[Control] = ()
+    start: Image.Image | None = None
 
     @property
     def base_steps(self) -> int:
@@ -150,11 +154,26 @@ class TwoStages:
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        steps = self._steps(request, request.base_steps, request.base_steps, self._models.base)
-        noise = self._stacked([noise.base for noise in request.noises])
+        steps = self._steps(request, request.base_steps, self._base_steps_taken(request), self._models.base)
+        start = self._base_start(request, steps)
         model = self._base(request)
         with self._placement.holding(self._models.base.unet, *self._models.controlnets):
-            return self._walk("base", steps, noise * steps.scheduler.init_noise_sigma, model.predict)
+            return self._walk("base", steps, start, model.predict)
+
+    def _base_steps_taken(self, request: Request) -> int:
+        if request.start is None:
+            return request.base_steps
+        return self._rules.joint_steps(request.base_steps, START_STRENGTH, sampler_named(request.sampler))
+
+    def _base_start(self, request: Request, steps: Steps) -> Tensor:
+        """Noise, or the picture to start from with noise over it."""
+        noise = self._stacked([noise.base for noise in request.noises])
+        if request.start is None:
+            return noise * steps.scheduler.init_noise_sigma
+        vae, generators = self._models.base.vae, [noise.base_encoding for noise in request.noises]
+        with self._placement.holding(vae):
+            clean = to_latents(vae, [request.start] * len(generators), generators)
+        return steps.noised(clean, noise)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""

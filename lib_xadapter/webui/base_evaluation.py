@@ -16,6 +16,7 @@ from ..feature_sources import BaseStep
 from ..rows import batch_rows
 from ..taps import FeatureReader
 from .base_model import BaseModel
+from .seeded import blank_conditioning
 
 
 class BaseEvaluation:
@@ -35,6 +36,7 @@ class BaseEvaluation:
         with base.current():
             self._guidance = sd_samplers_kdiffusion.CFGDenoiserKDiffusion(sampler=None)
             self._denoise = self._guidance.inner_model
+            self._conditioning = blank_conditioning(job)
 
     def __call__(self, latent: Tensor, sigma: float) -> BaseStep:
         step = self.prompt_step(sigma)
@@ -42,10 +44,13 @@ class BaseEvaluation:
             conds_list, cond = prompt_parser.reconstruct_multicond_batch(self._job.c, step)
             uncond = prompt_parser.reconstruct_cond_batch(self._job.uc, step)
             layout = batch_rows([len(conds) for conds in conds_list])
-            batch = latent[[row.image for row in layout]]
+            images = [row.image for row in layout]
             self._reader.clear()
             denoised = torch.cat(
-                [self._denoised(batch[rows], sigma, given) for rows, given in self._calls(len(batch), cond, uncond)]
+                [
+                    self._denoised(latent[images[rows]], sigma, given, self._conditioning[images[rows]])
+                    for rows, given in self._calls(len(images), cond, uncond)
+                ]
             )
         guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
         return BaseStep(self._reader.take(), layout, guided)
@@ -62,6 +67,6 @@ class BaseEvaluation:
             return [(slice(0, rows), catenate_conds([cond, uncond]))]
         return [(slice(0, len(cond)), cond), (slice(len(cond), rows), uncond)]
 
-    def _denoised(self, latent: Tensor, sigma: float, cond: Tensor) -> Tensor:
-        conditions = {"c_crossattn": [cond], "c_concat": [self._job.txt2img_image_conditioning(latent)]}
+    def _denoised(self, latent: Tensor, sigma: float, cond: Tensor, image_conditioning: Tensor) -> Tensor:
+        conditions = {"c_crossattn": [cond], "c_concat": [image_conditioning]}
         return self._denoise(latent, latent.new_full((len(latent),), sigma), cond=conditions)

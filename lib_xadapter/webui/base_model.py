@@ -116,6 +116,11 @@ class BaseModel:
         """Its UNet, in CompVis layout."""
         return self.model.model.diffusion_model
 
+    @property
+    def family(self) -> str:
+        """sd1 or sd2."""
+        return "sd2" if self.model.is_sd2 else "sd1"
+
     @contextmanager
     def current(self) -> Iterator[torch.nn.Module]:
         """While open, the base is the WebUI's current model, with its own LoRAs and embeddings in force."""

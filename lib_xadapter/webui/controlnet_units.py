@@ -91,6 +91,16 @@ class Unit:
         if self.settings.ipadapter_input is None and self.settings.get_input_images_rgba() is None:
             raise WrongArgument(f"{self} is enabled and has no image.")
 
+    def picture(self) -> Image.Image | None:
+        """The first image that the user gave it, as it came; None where there is none."""
+        images = self.settings.get_input_images_rgba()
+        return Image.fromarray(images[0][..., :3]) if images else None
+
+    @property
+    def resize_mode(self) -> int:
+        """How it fits its image to a size, as the WebUI's img2img tab numbers it."""
+        return self.settings.resize_mode.int_value()
+
     def model_file(self) -> Path:
         """The model's file, as the extension finds it: by its full name, by the file's, or by a part of that.
 
@@ -206,6 +216,10 @@ class BaseUnits:
             [unit.number, vars(unit.settings), None if unit.lacks_model else unit.model_file().stat().st_mtime]
             for unit, _ in self._units
         ]
+
+    def first_with_picture(self) -> Unit | None:
+        """The first unit of the base with an image of its own."""
+        return next((unit for unit, _ in self._units if unit.picture() is not None), None)
 
     # ---- during a batch
 

@@ -48,12 +48,13 @@ from . import model_files, plugins, routing, switch
 from .base_evaluation import BaseEvaluation
 from .base_model import BaseModel
 from .base_side import BaseSide, Encoding, key_of
-from .controlnet_units import BaseUnits
+from .controlnet_units import MODEL_NAMES, BaseUnits
 from .coupling import coupled
 from .models import Models
 from .moments import planned_moments
 from .refusal import Refusal
-from .stage_one import StageOne, base_noise, base_processing, sample_base
+from .stage_one import StageOne, base_noise, base_processing, check_start, sample_base
+from .switch import denoising_strength
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ def ends_the_job(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         except XAdapterError as problem:
-            self.end()
+            self.end(keep_base=not self._base_networks)
             raise Refusal(problem) from problem
         except BaseException:
-            self.end()
+            self.end(keep_base=False)
             raise
 
     return guarded
@@ -137,13 +138,20 @@ class Generation:
                 del self._p.__dict__[name]
                 self._p.__dict__.update({name: self._overridden[name]} if name in self._overridden else {})
 
-    def end(self) -> None:
-        """Detach and let the models rest."""
+    def end(self, keep_base: bool = True) -> None:
+        """Detach and let the models rest.
+
+        Args:
+            keep_base: False after what went wrong while the base had LoRAs, or for no known reason. A layer in which
+                the Lora extension was interrupted never gets its own weights back; the next job loads them anew.
+        """
         self.detach()
         self._let_networks_be()
         if self._in_turns:
             self._models.upgraded_turn()
         self._base_job = self._base = self._adapter = self._made_earlier = None
+        if not keep_base:
+            self._models.forget_base()
         self._models.rest()
 
     @ends_the_job
@@ -158,6 +166,7 @@ class Generation:
             self._plan(settings)
         self._base = self._models.base(info, self._in_turns)
         self._units.check(self._base)
+        check_start(settings, self._units)
         if path is not None:
             self._adapter = self._models.adapter(path)
             check_fit(self._adapter, self._base.unet, shared.sd_model.model.diffusion_model)
@@ -271,7 +280,7 @@ class Generation:
             routing.UPGRADED: upgraded_embeddings,
             "": encoding.unusable,
         }
-        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)])
+        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)], self._base.family)
         if told:
             p.extra_generation_params[PLUGINS_KEY] = told
             p.comment(f"X-Adapter: {told}.")
@@ -313,7 +322,7 @@ class Generation:
         """The base's picture; nothing in a single stage."""
         if self.settings.single_stage:
             return StageOne(None, [], [])
-        made = sample_base(self._base, self._base_job, self._units)
+        made = sample_base(self._base, self._base_job, self._units, self.settings.base_start)
         self.base_pictures += made.pictures
         if not is_broken_off():
             shared.state.nextjob()
@@ -391,12 +400,12 @@ class Generation:
         if not job.disable_extra_networks:
             with plugins.no_added_network(), devices.autocast():
                 extra_networks.activate(job, self._base_networks)
-            plugins.check_loaded(self._base_networks)
+            plugins.check_loaded(self._base_networks, MODEL_NAMES[self._base.family])
         job.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in job.prompts]
         job.negative_prompts = [plugins.without_names(prompt, upgraded_only) for prompt in job.negative_prompts]
         sd_models.apply_alpha_schedule_override(model, job)
         for comment in hijack.comments:
-            self._p.comment(f"SD1.5: {comment}")
+            self._p.comment(f"{MODEL_NAMES[self._base.family]}: {comment}")
 
     # ---- SDXL
 
@@ -517,16 +526,6 @@ def joint_steps(p: StableDiffusionProcessingTxt2Img, switch_point: float) -> int
     with denoising_strength(p, switch_point):
         _, last = sd_samplers_common.setup_img2img_steps(p)
     return last + 1
-
-
-@contextmanager
-def denoising_strength(p: StableDiffusionProcessingTxt2Img, strength: float) -> Iterator[None]:
-    """While open, the processing object has an img2img tab's denoising strength."""
-    own, p.denoising_strength = p.denoising_strength, strength
-    try:
-        yield
-    finally:
-        p.denoising_strength = own
 
 
 def pictures_as_samples(pictures: Sequence[Image.Image], width: int, height: int) -> processing.DecodedSamples:

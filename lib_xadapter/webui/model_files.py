@@ -10,12 +10,14 @@ from typing import TypeVar
 
 from modules import cache, paths, sd_models, shared
 
-from ..checkpoint_files import detect_checkpoint_family
+from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
 from . import options
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
 BASE_FAMILIES = ("sd1", "sd2")
+BASE_CHANNELS = (4, 9)
+"""What a base's UNet takes: a latent; beside it, an inpainting model's mask and masked picture."""
 EXTENSION_FOLDER = Path(__file__).parents[2]
 
 Found = TypeVar("Found")
@@ -39,23 +41,42 @@ def adapters() -> dict[str, Path]:
 
 def base_checkpoints() -> dict[str, sd_models.CheckpointInfo]:
     """Checkpoints that can be the base, by title, those of SD1.x first."""
-    found = [(family_of(info), info) for info in sd_models.checkpoints_list.values()]
+    found = [(base_family(info), info) for info in sd_models.checkpoints_list.values()]
     return {info.title: info for family in BASE_FAMILIES for kind, info in found if kind == family}
 
 
-def family_of(info: sd_models.CheckpointInfo) -> str:
-    """sd1, sd2, sdxl, sdxl-refiner or unknown, from the names and shapes in the file."""
+def base_family(info: sd_models.CheckpointInfo) -> str:
+    """The family of a checkpoint that can be the base, sd1 or sd2; "" for every other."""
 
     def look() -> dict[str, str]:
         try:
-            return {"family": detect_checkpoint_family(info.filename)}
-        except WrongFile:
+            check_base(info.name, info.filename)
+        except (WrongArgument, WrongFile):
             # a broken file among many must not empty the list; choosing it by name tells what is wrong
-            return {"family": "unknown"}
+            return {"family": ""}
+        return {"family": detect_checkpoint_family(info.filename)}
 
     if not os.path.isfile(info.filename):
-        return "unknown"
-    return cache.cached_data_for_file("xadapter-checkpoint-family", info.name, info.filename, look)["family"]
+        return ""
+    return cache.cached_data_for_file("xadapter-base-family", info.name, info.filename, look)["family"]
+
+
+def check_base(name: str, path: str) -> None:
+    """Whether a checkpoint can be the base.
+
+    Raises:
+        WrongArgument: it is not for SD1.5 or SD2, or its UNet takes more than a picture to paint in.
+        WrongFile: it cannot be read.
+    """
+    detected = detect_checkpoint_family(path)
+    if detected not in BASE_FAMILIES:
+        raise WrongArgument(f"'base_checkpoint' is '{name}', a checkpoint of the family {detected}, expected SD1.5.")
+    channels = input_channels(path)
+    if channels not in BASE_CHANNELS:
+        raise WrongArgument(
+            f"'base_checkpoint' is '{name}', whose UNet takes {channels} channels (a model that edits or follows a "
+            "given picture); expected 4, or 9 for an inpainting model."
+        )
 
 
 def find_adapter(name: str) -> Path:
@@ -73,6 +94,14 @@ def find_adapter(name: str) -> Path:
     return _closest(name, {key: (path, [key]) for key, path in files.items()}, "adapter")
 
 
+def expected_base_family(name: str) -> str:
+    """The family of the checkpoint that a name stands for as the base, sd1 where it stands for none."""
+    try:
+        return base_family(find_base_checkpoint(name))
+    except XAdapterError:
+        return "sd1"
+
+
 def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
     """The checkpoint of a name, with or without extension or hash; the first SD1.5 one for "".
 
@@ -88,11 +117,9 @@ def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
     everything = {info.title: (info, info.ids) for info in sd_models.checkpoints_list.values()}
     info = _closest(name, everything, "base_checkpoint", choices=base_checkpoints)
     try:
-        detected = detect_checkpoint_family(info.filename)
+        check_base(name, info.filename)
     except WrongFile as error:
         raise XAdapterError(f"The SD1.5 checkpoint cannot be loaded: {error}") from error
-    if detected not in BASE_FAMILIES:
-        raise WrongArgument(f"'base_checkpoint' is '{name}', a checkpoint of the family {detected}, expected SD1.5.")
     return info
 
 

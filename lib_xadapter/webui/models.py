@@ -53,6 +53,10 @@ class Models:
             self._base.to_gpu()
         return self._base
 
+    def forget_base(self) -> None:
+        """The next job loads its base from the file."""
+        self._base = None
+
     def adapter(self, path: Path) -> MappingLayers:
         """The mapping layers of a file, on the GPU, in the UNets' number type."""
         on_disk = AdapterOnDisk(path, os.path.getmtime(path))

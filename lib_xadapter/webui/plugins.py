@@ -181,8 +181,12 @@ def no_added_network() -> Iterator[None]:
         shared.opts.data[ADDED_NETWORK] = added
 
 
-def check_loaded(wanted: NetworkData) -> None:
+def check_loaded(wanted: NetworkData, model: str) -> None:
     """Whether the current model has every LoRA that it was given; the WebUI only logs one that it cannot load.
+
+    Args:
+        wanted: the LoRAs that it was given.
+        model: its name in the user's words.
 
     Raises:
         WrongFile: a LoRA could not be loaded, or holds nothing for this model.
@@ -196,11 +200,14 @@ def check_loaded(wanted: NetworkData) -> None:
         if network is None:
             raise WrongFile(f"The LoRA '{name_of(tag)}' cannot be loaded; the WebUI's log tells more.")
         if not network.modules and not network.bundle_embeddings:
-            raise WrongFile(f"The LoRA '{network.name}' holds no weights for the SD1.5 model's layers.")
+            raise WrongFile(f"The LoRA '{network.name}' holds no weights for the {model} model's layers.")
 
 
-def check_applied() -> None:
+def check_applied(model: str) -> None:
     """Whether every layer of the current model took its LoRAs; the WebUI only counts those that did not.
+
+    Args:
+        model: its name in the user's words.
 
     Raises:
         WrongFile: some layers did not.
@@ -208,7 +215,7 @@ def check_applied() -> None:
     networks = lora_extension()
     if networks is not None and networks.extra_network_lora.errors:
         told = ", ".join(f"'{name}' ({count} layers)" for name, count in networks.extra_network_lora.errors.items())
-        raise WrongFile(f"LoRAs with weights of shapes that the SD1.5 model does not have: {told}.")
+        raise WrongFile(f"LoRAs with weights of shapes that the {model} model does not have: {told}.")
 
 
 def without_names(prompt: str, names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from secrets import compare_digest
 from typing import Any
 
 import gradio as gr
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 from pydantic import BaseModel
@@ -26,7 +26,7 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     def add(path: str, answer: Callable[[], dict[str, Any]]) -> None:
         app.add_api_route(PREFIX + path, answer, methods=["GET"], dependencies=_authentication())
 
-    app.add_api_route(PREFIX + "/route", _route, methods=["POST"], dependencies=_authentication())
+    app.add_api_route(PREFIX + "/route", _route, methods=["POST"], dependencies=_authentication_of_the_page(app))
     add("/version", lambda: {"version": __version__})
     add("/schema", json_schema)
     add("/models", _models)
@@ -40,14 +40,16 @@ class Prompts(BaseModel):
     base_prompt: str = ""
     base_negative_prompt: str = ""
     units: list[dict[str, Any]] = []
+    base_checkpoint: str = ""
 
 
 def _route(prompts: Prompts) -> dict[str, Any]:
     """Where each plugin would go, one object for each, and all of them in one line."""
+    family = model_files.expected_base_family(prompts.base_checkpoint)
     routes = routing.expected(
-        prompts.prompt, prompts.negative_prompt, prompts.base_prompt, prompts.base_negative_prompt
+        prompts.prompt, prompts.negative_prompt, prompts.base_prompt, prompts.base_negative_prompt, family
     )
-    return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes)}
+    return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
 
 
 def _models() -> dict[str, list[str]]:
@@ -58,11 +60,33 @@ def _authentication() -> list[Any]:
     """The same user names and passwords as the WebUI's own routes (--api-auth)."""
     if not shared.cmd_opts.api_auth:
         return []
-    passwords = dict(pair.split(":", 1) for pair in shared.cmd_opts.api_auth.split(","))
 
     def check(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
-        expected = passwords.get(credentials.username)
-        if expected is None or not compare_digest(credentials.password.encode(), expected.encode()):
+        if not _is_known(credentials):
             raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
 
     return [Depends(check)]
+
+
+def _authentication_of_the_page(app: Any) -> list[Any]:
+    """Also whoever may see the page: it has no API password, but gradio's cookie where it asks for a login."""
+    if not shared.cmd_opts.api_auth:
+        return []
+    without_password = HTTPBasic(auto_error=False)
+
+    def check(
+        request: Request,
+        given: HTTPBasicCredentials | None = Depends(without_password),  # noqa: B008 - FastAPI's way
+    ) -> None:
+        token = request.cookies.get("access-token") or request.cookies.get("access-token-unsecure")
+        if app.auth is not None and token not in app.tokens and not (given and _is_known(given)):
+            # without the header that makes a browser ask the user for a password while they type
+            raise HTTPException(401, "Incorrect username or password")
+
+    return [Depends(check)]
+
+
+def _is_known(credentials: HTTPBasicCredentials) -> bool:
+    passwords = dict(pair.split(":", 1) for pair in shared.cmd_opts.api_auth.split(","))
+    expected = passwords.get(credentials.username)
+    return expected is not None and compare_digest(credentials.password.encode(), expected.encode())

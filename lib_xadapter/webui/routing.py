@@ -11,11 +11,13 @@ from modules import extra_networks, sd_hijack
 from ..errors import XAdapterError
 from . import plugins
 from .base_model import lora_extension
+from .controlnet_units import MODEL_NAMES
 from .plugins import BASE, UPGRADED
 
 LORA = "LoRA"
 EMBEDDING = "textual inversion"
-NAMES = {BASE: "SD1.5", UPGRADED: "SDXL"}
+EMBEDDING_WIDTHS = {768: "sd1", 1024: "sd2"}
+"""Of one vector of a textual inversion, as wide as the model's text encoder."""
 NO_MODEL = "neither model"
 
 
@@ -37,14 +39,16 @@ class Route:
     made_for: str = "unknown"
     problem: str = ""
 
-    def __str__(self) -> str:
-        models = " and ".join(NAMES[model] for model in self.models) or NO_MODEL
+    def told(self, base_family: str) -> str:
+        """In words, with a base of that family."""
+        names = {BASE: MODEL_NAMES[base_family], UPGRADED: MODEL_NAMES["sdxl"]}
+        models = " and ".join(names[model] for model in self.models) or NO_MODEL
         return f"{self.kind} {self.name} to {models}" + (f" ({self.problem})" if self.problem else "")
 
 
-def sentence(routes: Iterable[Route]) -> str:
+def sentence(routes: Iterable[Route], base_family: str) -> str:
     """All of them in one line, "" for none."""
-    return "; ".join(map(str, routes))
+    return "; ".join(route.told(base_family) for route in routes)
 
 
 # --- after a run ------------------------------------------------------------------------------------------------------
@@ -95,7 +99,9 @@ def mentions(texts: Iterable[str], name: str) -> bool:
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str) -> list[Route]:
+def expected(
+    prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str, base_family: str
+) -> list[Route]:
     """Where the plugins of these prompts will go, from the files and without any model."""
     text, networks = extra_networks.parse_prompt(prompt)
     base_text, base_networks = extra_networks.parse_prompt(base_prompt)
@@ -112,7 +118,8 @@ def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_
         UPGRADED: [text, negative_prompt],
         BASE: [base_text or text, base_negative_prompt or negative_prompt],
     }
-    return _joined([*loras, *(_expected_lora(tag, _own_model) for tag in own_tags), *_expected_embeddings(texts)])
+    own_loras = [_expected_lora(tag, _own_model) for tag in own_tags]
+    return _joined([*loras, *own_loras, *_expected_embeddings(texts, base_family)])
 
 
 def _expected_lora(
@@ -138,13 +145,18 @@ def _without_base(route: Route) -> Route:
     return Route(route.kind, route.name, tuple(model for model in route.models if model != BASE), route.made_for)
 
 
-def _expected_embeddings(texts: Mapping[str, Sequence[str]]) -> Iterator[Route]:
+def _expected_embeddings(texts: Mapping[str, Sequence[str]], base_family: str) -> Iterator[Route]:
     database = sd_hijack.model_hijack.embedding_db
     for name, embedding in {**database.skipped_embeddings, **database.word_embeddings}.items():
-        # SDXL's have one vector for each of its text encoders
-        model, made_for = (UPGRADED, "sdxl") if isinstance(embedding.vec, dict) else (BASE, "unknown")
-        if mentions(texts[model], name):
+        # SDXL's have vectors for each of its text encoders
+        made_for = "sdxl" if isinstance(embedding.vec, dict) else EMBEDDING_WIDTHS.get(embedding.shape, "unknown")
+        model = UPGRADED if made_for == "sdxl" else BASE
+        if not mentions(texts[model], name):
+            continue
+        if made_for in ("sdxl", "unknown", base_family):
             yield Route(EMBEDDING, name, (model,), made_for)
+        else:
+            yield Route(EMBEDDING, name, (), made_for, f"it was made for {MODEL_NAMES[made_for]}")
 
 
 def _joined(routes: Iterable[Route]) -> list[Route]:
@@ -153,6 +165,6 @@ def _joined(routes: Iterable[Route]) -> list[Route]:
     for route in routes:
         known = found.get((route.kind, route.name))
         models = {*(known.models if known else ()), *route.models}
-        ordered = tuple(model for model in NAMES if model in models)
+        ordered = tuple(model for model in (BASE, UPGRADED) if model in models)
         found[route.kind, route.name] = Route(route.kind, route.name, ordered, route.made_for, route.problem)
     return list(found.values())

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from modules import devices, processing, rng, sd_samplers
+from modules import devices, processing, rng, sd_samplers, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
 from PIL import Image
 from torch import Tensor
 
-from ..settings import SAME_SEED, Settings, half
+from ..errors import WrongArgument
+from ..settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
 from . import plugins, switch
 from .base_model import BaseModel
-from .controlnet_units import BaseUnits
+from .controlnet_units import MODEL_NAMES, BaseUnits
 from .moments import noise_level
+from .seeded import blank_conditioning, each_from_its_seed
 
 SHARED_FIELDS = (
     "sampler_name",
@@ -96,13 +98,26 @@ def base_noise(job: StableDiffusionProcessingTxt2Img, seeds: Sequence[int]) -> r
     )
 
 
-def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits) -> StageOne:
+def check_start(settings: Settings, units: BaseUnits) -> None:
+    """Whether there is what the base is asked to start from.
+
+    Raises:
+        WrongArgument: there is no control image.
+    """
+    if settings.base_start == CONTROL_IMAGE and units.first_with_picture() is None:
+        raise WrongArgument(
+            f"'base_start' is '{CONTROL_IMAGE}', but no enabled ControlNet unit of the base has an image to start from."
+        )
+
+
+def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits, start: str) -> StageOne:
     """The base's own picture, by the WebUI's own sampler.
 
     Args:
         base: the base model.
         job: its processing object, prompts encoded.
         units: the base's ControlNet units, hooked.
+        start: what it starts from, as `base_start` in `Settings`.
 
     Raises:
         WrongFile: a LoRA does not fit the base's layers.
@@ -120,12 +135,31 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
         noise = job.rng.next()
         hook = denoiser.register_forward_pre_hook(note)
         try:
-            latents = job.sampler.sample(
-                job, noise, job.c, job.uc, image_conditioning=job.txt2img_image_conditioning(noise)
-            )
+            latents = _from_picture(job, noise, units) if start == CONTROL_IMAGE else _from_noise(job, noise)
         finally:
             hook.remove()
-        plugins.check_applied()
+        plugins.check_applied(MODEL_NAMES[base.family])
         pictures = switch.decode(model, latents, units.finish)
     devices.torch_gc()
     return StageOne(latents, pictures, levels)
+
+
+def _from_noise(job: StableDiffusionProcessingTxt2Img, noise: Tensor) -> Tensor:
+    """As the txt2img tab does it."""
+    return job.sampler.sample(job, noise, job.c, job.uc, image_conditioning=blank_conditioning(job))
+
+
+def _from_picture(job: StableDiffusionProcessingTxt2Img, noise: Tensor, units: BaseUnits) -> Tensor:
+    """From the image of the first unit that has one, as the img2img tab does it."""
+    unit = units.first_with_picture()
+    pictures = [unit.picture()] * len(job.seeds)
+    start = switch.carry_over(pictures, job.seeds, job.width, job.height, unit.resize_mode)
+
+    def condition(place: int) -> Tensor:
+        image = slice(place, place + 1)
+        return job.img2img_image_conditioning(start.pixels[image] * 2 - 1, start.latents[image])
+
+    conditioning = each_from_its_seed(job.seeds, condition)
+    noise = noise * shared.opts.initial_noise_multiplier
+    with switch.denoising_strength(job, START_STRENGTH):
+        return job.sampler.sample_img2img(job, start.latents, noise, job.c, job.uc, image_conditioning=conditioning)

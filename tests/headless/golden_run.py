@@ -61,7 +61,7 @@ class GoldenRun:
         control = (seeded("pipeline.control", (1, 3, height // 2, width // 2)) > 0.5).float()
         unused = torch.Generator()
         noise = Noise(
-            self.noise("base.init"), self.noise("upgraded.renoise"), self.noise("base.renoise"), unused, unused, unused
+            self.noise("base.init"), self.noise("upgraded.renoise"), self.noise("base.renoise"), *[unused] * 4
         )
         return Request(
             Prompts(**base),

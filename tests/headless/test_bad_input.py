@@ -35,6 +35,8 @@ OUT_OF_RANGE = [
     (["--controlnet", "small-edges"], "--control-image is given 0 times, expected once for each --controlnet"),
     (["--controlnet", "nobody"], "--controlnet: there is no controlnet 'nobody'"),
     (["--control-scale", "1"], "--control-scale is given 1 times"),
+    (["--base-start", "control image"], "--base-start is 'control image', but there is no --control-image"),
+    (["--base-start", "control image", "--single-stage"], "--base-start is 'control image', but a single stage"),
     (["--models-dir", "nowhere"], "--models-dir: there is no folder nowhere"),
     (["--tokenizer", "nowhere"], "--base: The tokenizer folder nowhere misses vocab.json"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),

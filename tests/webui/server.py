@@ -352,6 +352,10 @@ class WebUIServer:
         """What is loaded, hooked and selected: see probe/scripts/probe.py."""
         return self.probed(self.get("/probe/state"))
 
+    def changed_tensors(self) -> list[str]:
+        """Names of the base's tensors that are not, to the bit, those of its checkpoint's file."""
+        return self.probed(self.get("/probe/changed"))
+
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[dict[str, Any]]]:
         """The UNet calls made inside, oldest first, there once the context is left."""

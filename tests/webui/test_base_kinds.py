@@ -1,4 +1,4 @@
-"""Other kinds of base than a plain SD1.5 checkpoint: SD2.x, and models that predict the velocity."""
+"""Other kinds of base than a plain SD1.5 checkpoint: SD2.x, models that predict the velocity, inpainting models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from .. import lora_formats
-from .asking import HALF, made, plain, sdedit, with_xadapter
+from .asking import HALF, arguments, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart
 from .server import Installation, WebUIServer, environment
 from .small_loras import add_lora
 
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
-KINDS = ("tiny21", "tiny21v", "tiny15v")
+KINDS = ("tiny21", "tiny21v", "tiny15v", "tiny15i", "tiny21i")
 TINY21 = replace(lora_formats.SD21, channels=(32, 64, 128, 128), context_width=256, text_encoders=((256, 10),))
 
 
@@ -92,7 +92,7 @@ def test_sd2_takes_its_own_loras(server, make):
     answer = ours(server, "tiny21", prompt=prompt)
     assert grey_levels_apart(answer.images[1], own_picture(server, "tiny21", prompt=prompt)) <= 1
     assert grey_levels_apart(answer.images[1], ours(server, "tiny21").images[1]) > 1
-    assert f"LoRA {name} to SD1.5" in answer.infotexts[0]
+    assert f"LoRA {name} to SD2" in answer.infotexts[0]
 
 
 def test_an_sd15_lora_on_sd2_is_refused_by_name(server):
@@ -100,6 +100,21 @@ def test_an_sd15_lora_on_sd2_is_refused_by_name(server):
         **{**PLAIN, "prompt": "a cat <lora:style15:1>"},
         alwayson_scripts={"X-Adapter": {"args": [{"base_checkpoint": "tiny21"}]}},
     )
-    assert answer.status in (422, 500)
-    assert "style15" in answer.error
+    assert answer.status == 422
+    assert "'style15'" in answer.error and "the SD2 model" in answer.error
     made(server.txt2img(**PLAIN))
+
+
+def test_a_base_that_needs_a_given_picture_is_refused_by_name(server):
+    answer = server.txt2img(**PLAIN, **arguments(base_checkpoint="tiny15e"))
+    assert answer.status == 422
+    assert "'tiny15e', whose UNet takes 8 channels" in answer.error
+    listed = server.get("/xadapter/v1/models").content["base_checkpoints"]
+    assert {name.split(".")[0] for name in listed} == {"tiny15", *KINDS}
+
+
+def test_a_picture_in_a_batch_of_an_inpainting_base_is_the_one_made_alone(server):
+    alone = ours(server, "tiny15i", {"weight": 1}, seed=PLAIN["seed"] + 1)
+    batch = ours(server, "tiny15i", {"weight": 1}, batch_size=2, do_not_save_grid=True)
+    for together, single in zip(batch.images[-3::2], alone.images, strict=True):
+        assert grey_levels_apart(together, single) <= 1

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from .. import lora_formats
 from ..lora_formats import Layer, Shapes, compvis, compvis_name, file_of, kohya, kohya_text, text_file, unet_file, webui
 from .asking import HALF, arguments, made, plain
 from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
-from .small_loras import TINY15, add_lora
+from .small_loras import TINY15, add_lora, filled
 
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
@@ -137,9 +139,11 @@ def without_any(server: WebUIServer, own_pictures) -> dict[str, Image.Image]:
 def test_is_applied_as_the_webui_applies_it_and_leaves_nothing_behind(server, own_pictures, without_any, kind):
     prompt, plain_prompt = prompt_of(kind), WITHOUT.get(kind, "a cat")
     with_it = base_picture(server, prompt)
+    assert bool(server.changed_tensors()) == (kind != "bundled embedding")
     assert grey_levels_apart(with_it, own_pictures[prompt]) <= 1
     assert grey_levels_apart(with_it, without_any[plain_prompt]) > 1
     assert same_bytes(base_picture(server, plain_prompt), without_any[plain_prompt])
+    assert server.changed_tensors() == []
 
 
 @pytest.mark.parametrize(
@@ -157,3 +161,29 @@ def test_what_the_extension_cannot_apply_is_refused_by_name(server, name, shapes
     answer = server.txt2img(**{**PLAIN, "prompt": f"a cat <lora:{name}:1:model=base>"}, **arguments(**PICTURES))
     assert answer.status == 422
     assert name in answer.error and says in answer.error
+
+
+def biases_of_layers_without(layer: Layer) -> Shapes:
+    return lora_formats.full(layer) if layer.name.endswith("to_k") else {}
+
+
+@pytest.mark.parametrize(
+    ("number_type", "weights"),
+    [(torch.float16, (1,)), (torch.float32, (1, 0.5))],
+    ids=["of another number type", "at one weight and then at another"],
+)
+def test_a_base_that_the_extension_cannot_put_right_is_loaded_anew(server, without_any, number_type, weights):
+    """The extension stops amid a layer: it gives a bias to one that had none, and then finds no backup of it."""
+    name = f"biases {number_type}".replace("torch.", "")
+    tensors = filled(unet_file(TINY15, biases_of_layers_without))
+    save_file(
+        {key: tensor.to(number_type) for key, tensor in tensors.items()},
+        server.data / f"models/Lora/{name}.safetensors",
+    )
+    answers = [
+        server.txt2img(**{**PLAIN, **STEPS, "prompt": f"a cat <lora:{name}:{weight}>"}, **arguments(**PICTURES))
+        for weight in weights
+    ]
+    assert [answer.status for answer in answers] == [*(200 for _ in weights[1:]), 500]
+    assert same_bytes(base_picture(server, "a cat"), without_any["a cat"])
+    assert server.changed_tensors() == []

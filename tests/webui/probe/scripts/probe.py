@@ -8,6 +8,7 @@ An extension for tests only. While it neither records nor holds an armed fault, 
     POST /probe/stop    record no more
     POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
+    GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
 import contextlib
@@ -38,6 +39,7 @@ from modules import (
 )
 from modules.call_queue import queue_lock
 from modules.sd_hijack import model_hijack
+from safetensors.torch import load_file
 
 BASE = "LatentDiffusion"  # the class of SD1.x and SD2.x models
 UPGRADED = "DiffusionEngine"  # the class of SDXL models
@@ -207,6 +209,23 @@ def state_between_jobs() -> dict[str, Any]:
     }
 
 
+def changed_tensors() -> list[str]:
+    """Of the SD1.x or SD2.x models that are alive, of which there is one at least."""
+    with queue_lock:
+        bases = [model for model in live_models() if type(model).__name__ == BASE]
+        if not bases:
+            raise fastapi.HTTPException(409, "no base model is loaded")
+        return [name for model in bases for name in tensors_unlike_the_file(model)]
+
+
+def tensors_unlike_the_file(model: torch.nn.Module) -> list[str]:
+    file = load_file(model.sd_checkpoint_info.filename)
+    # the WebUI wraps the text encoder and its embeddings
+    loaded = {name.replace("wrapped.", ""): tensor for name, tensor in model.state_dict().items()}
+    same = {name for name, tensor in loaded.items() if name in file and torch.equal(tensor.cpu(), file[name])}
+    return sorted((loaded.keys() | file.keys()) - same)
+
+
 def add_routes(_: object, app: fastapi.FastAPI) -> None:
     probe = Probe()
     script_callbacks.on_script_unloaded(lambda: (probe.record(False), probe.arm(None)))
@@ -239,6 +258,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         return was_armed
 
     app.get("/probe/state")(state)
+    app.get("/probe/changed")(changed_tensors)
 
 
 def exit_with_the_tests() -> None:
