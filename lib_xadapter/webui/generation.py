@@ -44,7 +44,7 @@ from ..taps import check_fit, read_features
 from ..trajectory import Trajectory
 from . import model_files, plugins, routing, switch
 from .base_model import BaseModel
-from .controlnet_units import BaseUnits
+from .controlnet_units import BaseUnits, without_leftovers
 from .lockstep import BaseEvaluation, lockstep, noise_level
 from .models import Models
 from .refusal import Refusal
@@ -135,6 +135,7 @@ class Generation:
 
     def attach(self) -> None:
         """Stand in for the four methods, until the job ends."""
+        without_leftovers(self._p)
         earlier = getattr(self._p, ATTRIBUTE, None)
         if earlier is not None:
             earlier.detach()
@@ -152,7 +153,9 @@ class Generation:
         return self._units.detected_maps
 
     def detach(self) -> None:
-        """Give the processing object its own methods back."""
+        """Give the processing object its own methods and arguments back."""
+        self._units.give_back()
+        without_leftovers(self._p)
         for name in STAND_INS:
             if self._p.__dict__.get(name) == getattr(self, name):
                 del self._p.__dict__[name]
@@ -266,7 +269,8 @@ class Generation:
             routing.UPGRADED: upgraded_embeddings,
             "": base_embeddings.skipped_embeddings,
         }
-        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)])
+        units = map(routing.unit_route, self._units.enabled)
+        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known), *units])
         if told:
             p.extra_generation_params[PLUGINS_KEY] = told
             p.comment(f"X-Adapter: {told}.")

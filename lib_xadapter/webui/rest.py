@@ -32,8 +32,8 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     add("/models", _models)
 
 
-class Prompts(BaseModel):
-    """What the page is about to ask for."""
+class Selection(BaseModel):
+    """What the page is about to ask for: prompts, and units as the ControlNet extension takes them."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -42,11 +42,12 @@ class Prompts(BaseModel):
     units: list[dict[str, Any]] = []
 
 
-def _route(prompts: Prompts) -> dict[str, Any]:
+def _route(selection: Selection) -> dict[str, Any]:
     """Where each plugin would go, one object for each, and all of them in one line."""
     routes = routing.expected(
-        prompts.prompt, prompts.negative_prompt, prompts.base_prompt, prompts.base_negative_prompt
+        selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt
     )
+    routes += routing.expected_units(selection.units)
     return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes)}
 
 
