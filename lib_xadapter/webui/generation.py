@@ -48,7 +48,7 @@ from . import model_files, plugins, routing, switch
 from .base_evaluation import BaseEvaluation
 from .base_model import BaseModel
 from .base_side import BaseSide, Encoding, key_of
-from .controlnet_units import MODEL_NAMES, BaseUnits
+from .controlnet_units import MODEL_NAMES, BaseUnits, without_leftovers
 from .coupling import coupled
 from .models import Models
 from .moments import planned_moments
@@ -115,6 +115,7 @@ class Generation:
 
     def attach(self) -> None:
         """Stand in for the four methods, until the job ends."""
+        without_leftovers(self._p)
         earlier = getattr(self._p, ATTRIBUTE, None)
         if earlier is not None:
             earlier.detach()
@@ -132,7 +133,9 @@ class Generation:
         return self._units.detected_maps
 
     def detach(self) -> None:
-        """Give the processing object its own methods back."""
+        """Give the processing object its own methods and arguments back."""
+        self._units.give_back()
+        without_leftovers(self._p)
         for name in STAND_INS:
             if self._p.__dict__.get(name) == getattr(self, name):
                 del self._p.__dict__[name]
@@ -280,7 +283,9 @@ class Generation:
             routing.UPGRADED: upgraded_embeddings,
             "": encoding.unusable,
         }
-        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)], self._base.family)
+        units = map(routing.unit_route, self._units.enabled)
+        routes = [*loras, *routing.taken_embeddings(texts, known), *units]
+        told = routing.sentence(routes, self._base.family)
         if told:
             p.extra_generation_params[PLUGINS_KEY] = told
             p.comment(f"X-Adapter: {told}.")
@@ -289,6 +294,7 @@ class Generation:
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
         """Latents of one batch: (images, 4, height / 8, width / 8), or pictures where stage 1 was interrupted."""
         p = self._p
+        self._units.check_those_of_sdxl()
         with self._token_merging():
             made_by = self._sample_in_turns if self._in_turns else self._sample_together
             samples = made_by(conditioning, unconditional_conditioning)
