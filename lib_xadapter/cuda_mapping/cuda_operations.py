@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .nvrtc import Kernel, compile_kernels
-from .operations import Unfinished, empty_hidden, is_channels_last
-from .weights import BIAS_CHANNELS, Convolution
+from .operations import Unfinished, as_hidden, hidden_memory, is_channels_last
+from .weights import Convolution
 
 SOURCE = Path(__file__).with_name("finish.cu")
 
@@ -69,9 +69,9 @@ class CudaOperations:
         return Unfinished(self._convolve(x, convolution), convolution.bias, residual)
 
     def finish(self, unfinished: Unfinished) -> Tensor:
-        hidden = empty_hidden(unfinished.convolution)
-        self._launch(hidden, unfinished, relu=False, pitch=hidden.shape[1] + BIAS_CHANNELS)
-        return hidden
+        memory = hidden_memory(unfinished.convolution)
+        self._launch(memory, unfinished, relu=False, pitch=memory.shape[-1])
+        return as_hidden(memory)
 
     def _convolve(self, x: Tensor, convolution: Convolution) -> Tensor:
         around = convolution.weight.shape[-1] // 2

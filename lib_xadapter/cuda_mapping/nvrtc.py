@@ -59,8 +59,7 @@ class Kernel:
         self._driver = _driver()
         module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
-        # a thread that has not used CUDA yet has no context that the code could be loaded into
-        torch.zeros(1, device="cuda")
+        _make_context()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), code))
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
 
@@ -112,6 +111,11 @@ def _nvrtc() -> ctypes.CDLL:
         except OSError:
             continue  # the next one may load; that none did is told below
     raise NvrtcError("There is no NVRTC library beside torch.")
+
+
+def _make_context() -> None:
+    """A thread that has not used CUDA yet has no context that code could be loaded into."""
+    torch.zeros(1, device="cuda")
 
 
 def _driver() -> ctypes.CDLL:

@@ -63,33 +63,40 @@ class TorchOperations:
         return Unfinished(functional.conv2d(x, weight, padding=weight.shape[-1] // 2), convolution.bias, residual)
 
     def finish(self, unfinished: Unfinished) -> Tensor:
-        hidden = empty_hidden(unfinished.convolution)
+        memory = hidden_memory(unfinished.convolution)
+        hidden = as_hidden(memory)
         hidden.copy_(unfinished.convolution)
         if unfinished.bias is not None:
             hidden += unfinished.bias[:, None, None]
         if unfinished.residual is not None:
             hidden += unfinished.residual
-        ones = pixels_with_ones(hidden)
-        ones[..., hidden.shape[1] :] = 0
-        ones[..., hidden.shape[1]] = 1
+        channels = hidden.shape[1]
+        memory[..., channels] = 1
+        memory[..., channels + 1 :] = 0
         return hidden
 
 
-def empty_hidden(like: Tensor) -> Tensor:
-    """Room for a hidden feature of the size of `like`: channels-last, with BIAS_CHANNELS more behind each pixel."""
+def hidden_memory(like: Tensor) -> Tensor:
+    """Room for a hidden feature of the size of `like`: (rows, h, w, channels + BIAS_CHANNELS)."""
     rows, channels, height, width = like.shape
-    memory = like.new_empty(rows, height, width, channels + BIAS_CHANNELS)
-    return memory[..., :channels].permute(0, 3, 1, 2)
+    return like.new_empty(rows, height, width, channels + BIAS_CHANNELS)
+
+
+def as_hidden(memory: Tensor) -> Tensor:
+    """What `hidden_memory` made, as (rows, channels, h, w)."""
+    return memory[..., :-BIAS_CHANNELS].permute(0, 3, 1, 2)
 
 
 def pixels_with_ones(hidden: Tensor) -> Tensor | None:
     """A hidden feature as (rows, pixels, channels + BIAS_CHANNELS), the same memory.
 
-    None where there is nothing behind the channels: what was averaged or copied is laid out in another way.
+    None where there is nothing behind the channels: what was averaged or copied is laid out in another way. Of a single
+    pixel's strides a copy keeps all, and they tell nothing.
     """
     rows, channels, height, width = hidden.shape
     pitch = channels + BIAS_CHANNELS
-    if hidden.stride() != (height * width * pitch, 1, width * pitch, pitch):
+    strides = (height * width * pitch, 1, width * pitch, pitch)
+    if hidden.stride() != strides or rows * height * width == 1:
         return None
     return hidden.as_strided((rows, height * width, pitch), (height * width * pitch, pitch, 1))
 

@@ -54,7 +54,9 @@ class Recordings:
         if key not in self._recordings:
             while len(self._recordings) >= self._most:
                 self._recordings.popitem(last=False)
-            self._recordings[key] = self._recorder.record(blocks, _channels_last(feature, like))
+            # tensors that are made in inference mode could not be written into outside of it later on
+            with torch.inference_mode(False), torch.no_grad():
+                self._recordings[key] = self._recorder.record(blocks, _channels_last(feature, like))
         self._recordings.move_to_end(key)
         recording = self._recordings[key]
         recording.feature.copy_(feature)
@@ -91,9 +93,8 @@ class GraphRecorder:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         self._stream.wait_stream(before)
-        # tensors made in inference mode could not be written into outside of it later on; and the outer `stream` puts
-        # the stream back even where the capture fails so badly that `graph` cannot
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
+        # puts the stream back even where the capture fails so badly that `graph` cannot
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_RUNS):
                 blocks(feature)
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
