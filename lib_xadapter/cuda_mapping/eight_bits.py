@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 
 import torch
 
@@ -22,13 +22,18 @@ def eight_bit_obstacle(adapter: MappingLayers) -> str | None:
     major, minor = torch.cuda.get_device_capability(adapter.zero_out[0].weight.device)
     if (major, minor) < OLDEST_WITH_EIGHT_BITS:
         return f"8 bits need compute capability 8.9, not {major}.{minor}"
-    if importlib.util.find_spec("triton") is None:
+    version = triton_version()
+    if version is None:
         return "8 bits need Triton, which is not installed"
-    import triton
-
-    if int(triton.__version__.partition(".")[0]) < OLDEST_TRITON:
-        return f"8 bits need Triton {OLDEST_TRITON}, not {triton.__version__}"
+    if int(version.partition(".")[0]) < OLDEST_TRITON:
+        return f"8 bits need Triton {OLDEST_TRITON}, not {version}"
     return None
+
+
+def triton_version() -> str | None:
+    """Of the Triton that is installed, None where there is none; without importing it."""
+    names = importlib.metadata.packages_distributions().get("triton", ())
+    return importlib.metadata.version(names[0]) if names else None
 
 
 def eight_bit_operations(dtype: torch.dtype) -> Operations:

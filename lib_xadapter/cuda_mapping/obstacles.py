@@ -7,6 +7,9 @@ import torch
 from ..mapping import BlockLayout, MappingLayers
 from .cuda_operations import CHANNELS_PER_THREAD
 
+NVIDIA = "cuda"
+"""How torch calls the devices that this is about."""
+
 OLDEST = (7, 0)
 """The first compute capability with tensor cores."""
 
@@ -22,7 +25,7 @@ def _no_device(adapter: MappingLayers) -> str | None:
     weight = adapter.zero_out[0].weight
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    if weight.device.type != "cuda":
+    if weight.device.type != NVIDIA:
         return f"they are on {weight.device}"
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
         return "torch has no cuDNN"
