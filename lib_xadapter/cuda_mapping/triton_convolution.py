@@ -162,14 +162,15 @@ class EightBits:
 
 
 def quantize(x: Tensor) -> EightBits:
-    """A tensor of at least two dimensions, channels-last where it has four; each row uses the whole range."""
+    """A feature or weight of four dimensions, which becomes channels-last; each of its rows uses the whole range."""
+    x = x.contiguous(memory_format=torch.channels_last)
     rows = len(x)
     numbers = x.numel() // rows
-    flat = (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(rows, numbers)
+    flat = x.permute(0, 2, 3, 1).reshape(rows, numbers)
     scale = torch.linalg.vector_norm(flat, float("inf"), dim=1).float() / LARGEST_EIGHT_BIT
     # a row of zeros has no range
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.channels_last)
     grid = (triton.cdiv(numbers, NUMBERS_PER_PROGRAM), rows)
     quantize_kernel[grid](flat, scale, values, numbers, LARGEST=LARGEST_EIGHT_BIT, NUMBERS=NUMBERS_PER_PROGRAM)
     return EightBits(values, scale)
