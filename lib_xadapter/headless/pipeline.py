@@ -6,7 +6,7 @@ Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_ada
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
 from .models import Models, noise_schedule_of
 from .pictures import to_latents, to_pictures
-from .samplers import RELEASED_SPACING, Sampler, Steps, joint_steps, released_joint_steps, sampler_named, take_steps
+from .samplers import StepRule, Steps, released_steps, sampler_named, webui_steps
 
 SOLVER_ORDER = 2
 
@@ -32,20 +32,20 @@ class Rules:
     """Where the paper leaves a choice.
 
     Attributes:
-        joint_steps: (steps, switch point, sampler) → how many steps are joint.
+        steps: which steps are taken.
         resample: how the base's picture is brought to the upgraded size.
-        scheduler_options: on top of the sampler's own.
+        to_whole: how a picture's values become whole grey levels.
         base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
     """
 
-    joint_steps: Callable[[int, float, Sampler], int] = joint_steps
+    steps: StepRule = webui_steps
     resample: Image.Resampling = Image.Resampling.LANCZOS
-    scheduler_options: dict[str, object] = field(default_factory=dict)
+    to_whole: Callable[[Tensor], Tensor] = torch.floor
     base_follows_sampler: bool = False
 
 
 WEBUI_RULES = Rules()
-RELEASED_RULES = Rules(released_joint_steps, Image.Resampling.BICUBIC, RELEASED_SPACING, base_follows_sampler=True)
+RELEASED_RULES = Rules(released_steps, Image.Resampling.BICUBIC, torch.round, base_follows_sampler=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Noise:
 
     Attributes:
         base, upgraded: what the models start from, (4, h, w).
-        base_again: what the base's finished latent is noised with at the switch, (4, h, w).
+        base_again: what the base starts from in the joint stage, over its finished latent or alone, (4, h, w).
         base_steps, upgraded_steps: generators for samplers that add noise.
         encoding: generator for the upgraded VAE.
     """
@@ -67,21 +67,25 @@ class Noise:
     encoding: torch.Generator
 
     @classmethod
-    def seeded(cls, seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
-        """Sizes are (height, width) in latent pixels."""
-        base_steps, upgraded_steps = (torch.Generator("cpu").manual_seed(seed + shift) for shift in STEP_SEEDS)
+    def seeded(cls, seed: int, base_seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
+        """All noise of an image whose models have these seeds; sizes are (height, width) in latent pixels."""
+        base_steps, upgraded_steps = STEP_SEEDS
         return cls(
-            _standard_normal(seed, base_size),
+            _standard_normal(base_seed, base_size),
             _standard_normal(seed, upgraded_size),
-            _standard_normal(seed + BASE_NOISE_SEED, base_size),
-            base_steps,
-            upgraded_steps,
-            torch.Generator("cpu").manual_seed(seed),
+            _standard_normal(base_seed + BASE_NOISE_SEED, base_size),
+            _generator(base_seed + base_steps),
+            _generator(seed + upgraded_steps),
+            _generator(seed),
         )
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(4, *size, generator=torch.Generator("cpu").manual_seed(seed))
+    return torch.randn(4, *size, generator=_generator(seed))
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,11 @@ class TwoStages:
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        steps = self._steps(request, request.base_steps, request.base_steps, self._models.base)
+        steps = self._steps(request, self._models.base, request.base_steps)
         noise = self._stacked([noise.base for noise in request.noises])
         model = self._base(request)
         with self._models.placement.holding(self._models.base.unet, *self._models.controlnets):
-            return self._walk("base", steps, noise * steps.scheduler.init_noise_sigma, model.predict)
+            return self._walk("base", steps, steps.from_noise(noise), model.predict)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
@@ -164,7 +168,7 @@ class TwoStages:
         steps = self.joint_steps_of(request)
         noise = self._stacked([noise.upgraded for noise in request.noises])
         if finished is None:
-            return self.joint_stage(request, None, noise * steps.scheduler.init_noise_sigma, steps)
+            return self.joint_stage(request, None, steps.from_noise(noise), steps)
         clean = self.carried_over(finished, request.noises, size)
         return self.joint_stage(request, finished, steps.noised(clean, noise), steps)
 
@@ -174,11 +178,8 @@ class TwoStages:
 
     def joint_steps_of(self, request: Request) -> Steps:
         """The steps of the joint stage."""
-        taken = request.steps
-        if not request.settings.single_stage:
-            sampler = sampler_named(request.sampler)
-            taken = self._rules.joint_steps(request.steps, request.settings.switch_point, sampler)
-        return self._steps(request, request.steps, taken, self._models.upgraded)
+        strength = None if request.settings.single_stage else request.settings.switch_point
+        return self._steps(request, self._models.upgraded, request.steps, strength)
 
     def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
@@ -212,7 +213,7 @@ class TwoStages:
 
         schedule = noise_schedule_of(models.upgraded)
         order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
-        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in request.noises])
+        again = self._stacked([noise.base_again for noise in request.noises])
         trajectory = Trajectory(again, finished, order)
         together = (models.base.unet, *models.controlnets, models.adapter, models.upgraded.unet)
         with models.placement.holding(*together), read_features(models.base.unet) as reader:
@@ -250,11 +251,13 @@ class TwoStages:
         self._progress(stage, len(steps.timesteps), len(steps.timesteps))
         return latent
 
-    def _steps(self, request: Request, steps: int, taken: int, pipeline: object) -> Steps:
-        scheduler = sampler_named(request.sampler).make(pipeline.scheduler.config, **self._rules.scheduler_options)
+    def _steps(self, request: Request, pipeline: object, steps: int, strength: float | None = None) -> Steps:
+        taken = self._rules.steps(
+            sampler_named(request.sampler), pipeline.scheduler.config, steps, strength, self._device
+        )
         upgraded = pipeline is self._models.upgraded
         noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
-        return take_steps(scheduler, steps, taken, self._device, noises)
+        return replace(taken, noises=noises)
 
     def _base(self, request: Request) -> GuidedUnet:
         return GuidedUnet(self._models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
@@ -264,7 +267,7 @@ class TwoStages:
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
         with self._models.placement.holding(pipeline.vae):
-            return to_pictures(pipeline.vae, latents)
+            return to_pictures(pipeline.vae, latents, self._rules.to_whole)
 
 
 def _prediction_type(pipeline: object) -> str:
