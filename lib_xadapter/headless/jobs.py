@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import WrongArgument
 from ..recording import Recording
-from ..settings import AUTO, CONTROL_IMAGE, RECORDED, Settings, half
+from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
@@ -106,6 +106,12 @@ class Job:
         return range(self.seed, self.seed + self.batch)
 
     @property
+    def base_seeds(self) -> range:
+        """The base's own seeds, where `settings` gives it one, else the same."""
+        own = self.settings.base_seed
+        return self.seeds if own == SAME_SEED else range(own, own + self.batch)
+
+    @property
     def pictures(self) -> int:
         """How many there will be."""
         tried = len(list(itertools.product(*self.control_scales)))
@@ -179,7 +185,7 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
 
 def _noises(job: Job) -> list[Noise]:
     base, upgraded = ((height // LATENT_PIXEL, width // LATENT_PIXEL) for width, height in (job.base_size, job.size))
-    return [Noise.seeded(seed, base, upgraded) for seed in job.seeds]
+    return [Noise.seeded(*seeds, base, upgraded) for seeds in zip(job.seeds, job.base_seeds, strict=True)]
 
 
 def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -25,7 +25,7 @@ from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
 from .models import Models, noise_schedule_of
 from .pictures import to_latents, to_pictures
-from .samplers import RELEASED_SPACING, Sampler, Steps, joint_steps, released_joint_steps, sampler_named, take_steps
+from .samplers import StepRule, Steps, released_steps, sampler_named, webui_steps
 
 SOLVER_ORDER = 2
 
@@ -38,20 +38,20 @@ class Rules:
     """Where the paper leaves a choice.
 
     Attributes:
-        joint_steps: (steps, denoising strength, sampler) → how many steps are taken; a switch point is one.
+        steps: which steps are taken.
         resample: how the base's picture is brought to the upgraded size.
-        scheduler_options: on top of the sampler's own.
+        to_whole: how a picture's values become whole grey levels.
         base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
     """
 
-    joint_steps: Callable[[int, float, Sampler], int] = joint_steps
+    steps: StepRule = webui_steps
     resample: Image.Resampling = Image.Resampling.LANCZOS
-    scheduler_options: dict[str, object] = field(default_factory=dict)
+    to_whole: Callable[[Tensor], Tensor] = torch.floor
     base_follows_sampler: bool = False
 
 
 WEBUI_RULES = Rules()
-RELEASED_RULES = Rules(released_joint_steps, Image.Resampling.BICUBIC, RELEASED_SPACING, base_follows_sampler=True)
+RELEASED_RULES = Rules(released_steps, Image.Resampling.BICUBIC, torch.round, base_follows_sampler=True)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Noise:
 
     Attributes:
         base, upgraded: what the models start from, (4, h, w).
-        base_again: what the base's finished latent is noised with at the switch, (4, h, w).
+        base_again: what the base starts from in the joint stage, over its finished latent or alone, (4, h, w).
         base_steps, upgraded_steps: generators for samplers that add noise.
         encoding, base_encoding: generators for the upgraded VAE and the base's.
     """
@@ -74,22 +74,26 @@ class Noise:
     base_encoding: torch.Generator
 
     @classmethod
-    def seeded(cls, seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
-        """Sizes are (height, width) in latent pixels."""
-        base_steps, upgraded_steps = (torch.Generator("cpu").manual_seed(seed + shift) for shift in STEP_SEEDS)
+    def seeded(cls, seed: int, base_seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
+        """All noise of an image whose models have these seeds; sizes are (height, width) in latent pixels."""
+        base_steps, upgraded_steps = STEP_SEEDS
         return cls(
-            _standard_normal(seed, base_size),
+            _standard_normal(base_seed, base_size),
             _standard_normal(seed, upgraded_size),
-            _standard_normal(seed + BASE_NOISE_SEED, base_size),
-            base_steps,
-            upgraded_steps,
-            torch.Generator("cpu").manual_seed(seed),
-            torch.Generator("cpu").manual_seed(seed),
+            _standard_normal(base_seed + BASE_NOISE_SEED, base_size),
+            _generator(base_seed + base_steps),
+            _generator(seed + upgraded_steps),
+            _generator(seed),
+            _generator(base_seed),
         )
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(4, *size, generator=torch.Generator("cpu").manual_seed(seed))
+    return torch.randn(4, *size, generator=_generator(seed))
 
 
 @dataclass(frozen=True)
@@ -154,22 +158,18 @@ class TwoStages:
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        steps = self._steps(request, request.base_steps, self._base_steps_taken(request), self._models.base)
+        strength = None if request.start is None else START_STRENGTH
+        steps = self._steps(request, self._models.base, request.base_steps, strength)
         start = self._base_start(request, steps)
         model = self._base(request)
         with self._placement.holding(self._models.base.unet, *self._models.controlnets):
             return self._walk("base", steps, start, model.predict)
 
-    def _base_steps_taken(self, request: Request) -> int:
-        if request.start is None:
-            return request.base_steps
-        return self._rules.joint_steps(request.base_steps, START_STRENGTH, sampler_named(request.sampler))
-
     def _base_start(self, request: Request, steps: Steps) -> Tensor:
         """Noise, or the picture to start from with noise over it."""
         noise = self._stacked([noise.base for noise in request.noises])
         if request.start is None:
-            return noise * steps.scheduler.init_noise_sigma
+            return steps.from_noise(noise)
         vae, generators = self._models.base.vae, [noise.base_encoding for noise in request.noises]
         with self._placement.holding(vae):
             clean = to_latents(vae, [request.start] * len(generators), generators)
@@ -193,7 +193,7 @@ class TwoStages:
         steps = self.joint_steps_of(request)
         noise = self._stacked([noise.upgraded for noise in request.noises])
         if finished is None:
-            start = noise * steps.scheduler.init_noise_sigma
+            start = steps.from_noise(noise)
         else:
             start = steps.noised(self.carried_over(finished, request.noises, size), noise)
         return self.joint_stage(request, finished, start, steps, recording=recording)
@@ -204,11 +204,8 @@ class TwoStages:
 
     def joint_steps_of(self, request: Request) -> Steps:
         """The steps of the joint stage."""
-        taken = request.steps
-        if not request.settings.single_stage:
-            sampler = sampler_named(request.sampler)
-            taken = self._rules.joint_steps(request.steps, request.settings.switch_point, sampler)
-        return self._steps(request, request.steps, taken, self._models.upgraded)
+        strength = None if request.settings.single_stage else request.settings.switch_point
+        return self._steps(request, self._models.upgraded, request.steps, strength)
 
     def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
@@ -292,7 +289,7 @@ class TwoStages:
         """The base at the start of the joint stage, on its device while this is open."""
         base, noises = self._models.base, request.noises
         order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
-        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in noises])
+        again = self._stacked([noise.base_again for noise in noises])
         with self._placement.holding(base.unet, *self._models.controlnets), read_features(base.unet) as reader:
             denoiser = LockstepBase(self._base(request), noise_schedule_of(base), _prediction_type(base), reader)
             yield Lockstep(denoiser, Trajectory(again, finished, order))
@@ -322,11 +319,13 @@ class TwoStages:
         self._progress(stage, len(steps.timesteps), len(steps.timesteps))
         return latent
 
-    def _steps(self, request: Request, steps: int, taken: int, pipeline: object) -> Steps:
-        scheduler = sampler_named(request.sampler).make(pipeline.scheduler.config, **self._rules.scheduler_options)
+    def _steps(self, request: Request, pipeline: object, steps: int, strength: float | None = None) -> Steps:
+        taken = self._rules.steps(
+            sampler_named(request.sampler), pipeline.scheduler.config, steps, strength, self._device
+        )
         upgraded = pipeline is self._models.upgraded
         noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
-        return take_steps(scheduler, steps, taken, self._device, noises)
+        return replace(taken, noises=noises)
 
     def _base(self, request: Request) -> GuidedUnet:
         return GuidedUnet(self._models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
@@ -336,7 +335,7 @@ class TwoStages:
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
         with self._placement.holding(pipeline.vae):
-            return to_pictures(pipeline.vae, latents)
+            return to_pictures(pipeline.vae, latents, self._rules.to_whole)
 
 
 def _prediction_type(pipeline: object) -> str:

@@ -1,6 +1,6 @@
 """A host of the core made of the real ldm classes: UNets, VAEs and the DDIM sampler of the CompVis code base.
 
-It stands for the WebUI, which builds on the same classes, and says by a second way what a picture must be.
+The WebUI builds on the same classes. Says by a second way what a picture must be, by the released pipeline's rules.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from lib_xadapter.trajectory import Trajectory
 ROWS = batch_rows([1])
 UNCOND_FIRST = [1, 0]
 """ldm's sampler puts the uncond before the cond."""
+
+FIRST_ORDER = 1
+"""The released pipeline steps the base by the sampler's own order, DDIM's."""
 
 File = Mapping[str, Tensor]
 
@@ -173,9 +176,9 @@ class CompVisHost:
     @torch.no_grad()
     def upgraded_latents(self, request: Request, finished: Tensor, size: tuple[int, int], joint_steps: int) -> Tensor:
         noise, prompts = request.noises[0], request.upgraded_prompts
-        clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.LANCZOS))
+        clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.BICUBIC))
         with read_features(self.base) as reader:
-            trajectory = Trajectory(noise.base_again[None], finished)
+            trajectory = Trajectory(noise.base_again[None], finished, FIRST_ORDER)
             source = Lockstep(self._lockstep_base(request, reader), trajectory)
             stage = JointStage(source, EagerMapping(self.adapter), request.settings.weights)
             model = SamplerModel(lambda x, t, context: self._joint(stage, model, request, x, t, context))
