@@ -28,7 +28,7 @@ from .stage_one import SHARED_FIELDS, StageOne
 
 UPGRADED_OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")
 """Settings of the WebUI that say nothing about the base."""
-JOB_FIELDS = ("prompts", "negative_prompts", "width", "height", "steps", "cfg_scale", "seeds", "subseeds")
+JOB_FIELDS = ("prompts", "negative_prompts", "width", "height", "steps", "cfg_scale", "seeds")
 SIDE_SETTINGS = ("base_start", "single_stage")
 
 
@@ -95,6 +95,8 @@ def key_of(
         {
             "checkpoint": file_state(base.info.filename),
             "job": {name: getattr(job, name) for name in (*JOB_FIELDS, *SHARED_FIELDS)},
+            # drawn anew for each job, whether they are used or not
+            "subseeds": job.subseeds if job.subseed_strength else [],
             "settings": {name: getattr(settings, name) for name in SIDE_SETTINGS},
             "loras": [lora_state(tag) for tag in plugins.lora_tags(networks)],
             "embeddings": [file_state(path) for path in embedding_files()],
