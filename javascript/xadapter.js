@@ -47,6 +47,7 @@
             negative_prompt: text("txt2img_neg_prompt"),
             base_prompt: text(ID + "base_prompt"),
             base_negative_prompt: text(ID + "base_negative_prompt"),
+            base_checkpoint: gradioApp().querySelector(`#${ID}base_checkpoint input`)?.value ?? "",
         });
     }
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from .. import lora_formats
 from .asking import HALF, arguments, made, plain, sdedit, with_xadapter
@@ -113,8 +115,30 @@ def test_a_base_that_needs_a_given_picture_is_refused_by_name(server):
     assert {name.split(".")[0] for name in listed} == {"tiny15", *KINDS}
 
 
-def test_a_picture_in_a_batch_of_an_inpainting_base_is_the_one_made_alone(server):
-    alone = ours(server, "tiny15i", {"weight": 1}, seed=PLAIN["seed"] + 1)
-    batch = ours(server, "tiny15i", {"weight": 1}, batch_size=2, do_not_save_grid=True)
-    for together, single in zip(batch.images[-3::2], alone.images, strict=True):
-        assert grey_levels_apart(together, single) <= 1
+@pytest.mark.parametrize("kind", ["tiny15i", "tiny21i"])
+def test_an_inpainting_bases_picture_in_a_batch_is_the_one_made_alone(server, kind):
+    alone = ours(server, kind, seed=PLAIN["seed"] + 1).images[1]
+    assert grey_levels_apart(ours(server, kind, batch_size=2, do_not_save_grid=True).images[3], alone) <= 1
+
+
+@pytest.fixture
+def words(server) -> Iterator[None]:
+    """Textual inversions as wide as the text encoders of SD1.5 and SD2."""
+    files = {server.data / f"embeddings/word{width}.safetensors": width for width in (768, 1024)}
+    for file, width in files.items():
+        save_file({"emb_params": torch.zeros(1, width)}, file)
+    assert server.post("/sdapi/v1/refresh-embeddings").status == 200
+    yield
+    for file in files:
+        file.unlink()
+    assert server.post("/sdapi/v1/refresh-embeddings").status == 200
+
+
+@pytest.mark.parametrize(("base", "taken", "left"), [("tiny15", 768, 1024), ("tiny21", 1024, 768)])
+def test_the_route_tells_textual_inversions_by_the_base_that_they_fit(server, words, base, taken, left):
+    asked = {"prompt": "a word768 cat, word1024", "base_checkpoint": base}
+    names = {768: "SD1.5", 1024: "SD2"}
+    assert set(server.post("/xadapter/v1/route", asked).content["summary"].split("; ")) == {
+        f"textual inversion word{taken} to {names[taken]}",
+        f"textual inversion word{left} to neither model (it was made for {names[left]})",
+    }
