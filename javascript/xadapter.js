@@ -41,13 +41,32 @@
         return field === null ? "" : field.value;
     }
 
-    function prompts() {
+    function chosen(id) {
+        const field = document.getElementById(id)?.querySelector("input");
+        return field ? field.value : "None";
+    }
+
+    // The ControlNet extension's units, in its tabs' order: what it takes over REST, less the images.
+    function units() {
+        const boxes = gradioApp().querySelectorAll("#txt2img_controlnet [id$=_controlnet_enable_checkbox]");
+        return Array.from(boxes, (box) => {
+            const unit = box.id.slice(0, -"_enable_checkbox".length);
+            return {
+                enabled: checked(box.id),
+                module: chosen(`${unit}_preprocessor_dropdown`),
+                model: chosen(`${unit}_model_dropdown`),
+            };
+        });
+    }
+
+    function selection() {
         return JSON.stringify({
             prompt: text("txt2img_prompt"),
             negative_prompt: text("txt2img_neg_prompt"),
             base_prompt: text(ID + "base_prompt"),
             base_negative_prompt: text(ID + "base_negative_prompt"),
-            base_checkpoint: gradioApp().querySelector(`#${ID}base_checkpoint input`)?.value ?? "",
+            units: units(),
+            base_checkpoint: chosen(ID + "base_checkpoint"),
         });
     }
 
@@ -67,7 +86,7 @@
     }
 
     function updatePlugins() {
-        const body = prompts();
+        const body = selection();
         if (body === asked || !checked(ID + "enabled-checkbox")) {
             return;
         }

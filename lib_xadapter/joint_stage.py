@@ -1,134 +1,207 @@
-"""One model evaluation of the joint stage: base step → features → mapping layers → residuals → rows.
+"""One model evaluation of the joint stage: base features → mapping layers → the upgraded decoder, row by row.
 
 Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_adapter_controlnet.py`, its second loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .mapping import MappingLayers
+from .feature_sources import FeatureSource, RowFeatures
+from .mapping_paths import MappingPath
+from .overlap import Overlap
 from .rows import Row, match_rows
-from .taps import BaseFeatures, Fusion, add_residuals, addition
-from .trajectory import Trajectory
+from .taps import Fusion, addition, fuse_into, like
 
 
 @dataclass(frozen=True)
-class BaseStep:
-    """What one evaluation of the base gives.
+class Moment:
+    """Where a model evaluation of the joint stage stands.
 
     Attributes:
-        denoised: the base's guided prediction of its clean latent, (images, 4, h, w).
-        features: decoder features of all its rows.
-        rows: which image and prompt each of those rows belongs to.
+        sigma: the noise level that the upgraded model is asked for, as in `trajectory`.
+        step: the sampling step that it belongs to, from 0.
+        progress: how much of the joint stage has gone, 0..1.
     """
 
-    denoised: Tensor
-    features: BaseFeatures
-    rows: tuple[Row, ...]
-
-
-BaseDenoiser = Callable[[Tensor, float], BaseStep]
-"""(latent, sigma) → BaseStep: the host's way to evaluate its base, with its prompts, guidance and plugins."""
+    sigma: float
+    step: int
+    progress: float
 
 
 @dataclass(frozen=True)
-class Window:
-    """The part of the joint stage in which the adapter acts, as fractions of its steps."""
+class Course:
+    """When in the joint stage the base runs and the adapter acts.
+
+    Attributes:
+        start, end: the part in which the adapter acts, as fractions of the steps; the base follows up to the end.
+        refresh_every: the base runs at every n-th step, and its features serve until the next.
+    """
 
     start: float = 0.0
     end: float = 1.0
+    refresh_every: int = 1
 
-    def holds(self, progress: float) -> bool:
-        return self.start <= progress <= self.end
+    def acts(self, moment: Moment) -> bool:
+        """Whether residuals are added."""
+        return self.start <= moment.progress <= self.end
+
+    def runs_base(self, moment: Moment) -> bool:
+        """Whether features are asked for."""
+        return moment.progress <= self.end and moment.step % self.refresh_every == 0
+
+    def base_levels(self, moments: Iterable[Moment]) -> list[float]:
+        """The noise levels at which features are asked for, in their order."""
+        return [moment.sigma for moment in moments if self.runs_base(moment)]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the blocks of a level made of the base's rows, and the mark behind that work where it was put aside."""
+
+    rows: Tensor
+    mark: object = None
 
 
 class JointStage:
-    """Runs the base beside the upgraded model and hands each of its rows a residual.
+    """Hands each row of the upgraded model what the mapping layers make of the base's.
 
     A host calls `advance` before each model evaluation, `select` before each UNet call in it, and keeps
     `coupled_to(unet)` open around its sampler.
 
     Args:
-        base: evaluates the base.
-        trajectory: where the base's latent is.
-        adapter: the mapping layers.
+        source: gives the base's features.
+        mapping: runs the mapping layers.
         weights: weight of each level's residual.
-        window: when the adapter acts.
+        course: when the base runs and the adapter acts.
+        cond_only: only rows of the prompt are led, those of the negative prompt are left alone.
+        overlap: where the base's work goes beside the upgraded model's; None for one after the other.
         fuse: how a residual enters a feature.
     """
 
     def __init__(
         self,
-        base: BaseDenoiser,
-        trajectory: Trajectory,
-        adapter: MappingLayers,
+        source: FeatureSource,
+        mapping: MappingPath,
         weights: Sequence[float],
-        window: Window | None = None,
+        course: Course | None = None,
+        cond_only: bool = False,
+        overlap: Overlap | None = None,
         fuse: Fusion = addition,
     ) -> None:
-        self._base = base
-        self._trajectory = trajectory
-        self._adapter = adapter
+        self._source = source
+        self._mapping = mapping
         self._weights = tuple(weights)
-        self._window = window or Window()
+        self._course = course or Course()
+        self._cond_only = cond_only
+        self._overlap = overlap
         self._fuse = fuse
-        self._residuals: tuple[Tensor | None, ...] = ()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._moment: Moment | None = None
+        self._due = False
+        self._found: RowFeatures | None = None
+        self._hidden: dict[int, Hidden] = {}
+        self._upgraded_rows: tuple[Row, ...] = ()
         self._rows: slice | None = None
 
     @contextmanager
     def coupled_to(self, upgraded_unet: nn.Module) -> Iterator[None]:
         """While open, the upgraded UNet gets the residuals of the rows that were selected."""
+        weighted = [level for level, weight in enumerate(self._weights) if weight]
         try:
-            with add_residuals(upgraded_unet, self._residual, self._weights, self._fuse):
+            with fuse_into(upgraded_unet, self._enter, weighted):
                 yield
         finally:
-            self._residuals, self._rows = (), None
+            if self._overlap is not None:
+                self._overlap.end()
+            self._forget()
 
-    @torch.no_grad()
-    def advance(self, sigma: float, progress: float, upgraded_rows: Sequence[Row]) -> None:
-        """Bring the base to the noise level of the coming model evaluation and map its features.
+    def advance(self, moment: Moment, upgraded_rows: Sequence[Row]) -> None:
+        """A model evaluation begins; the base is brought there, or will be when the first residual is asked for.
 
         Args:
-            sigma: the noise level that the upgraded model is asked for, as in `trajectory`.
-            progress: how much of the joint stage has gone, 0..1.
+            moment: where the evaluation stands.
             upgraded_rows: the rows of the upgraded model's batch, in its order.
         """
-        self._residuals, self._rows = (), None
-        if progress > self._window.end:
-            return
-        latent = self._trajectory.latent_at(sigma)
-        step = self._base(latent, sigma)
-        self._trajectory.evaluated(sigma, latent, step.denoised)
-        if self._window.holds(progress):
-            sources = match_rows(upgraded_rows, step.rows)
-            self._residuals = tuple(self._map(level, step.features, sources) for level in range(len(self._weights)))
+        self._moment, self._upgraded_rows, self._rows = moment, tuple(upgraded_rows), None
+        self._due = self._course.runs_base(moment)
+        if self._overlap is not None:
+            self._overlap.begin()
+        else:
+            self._follow()
 
     def select(self, rows: slice | None) -> None:
         """The rows of the upgraded batch that the next UNet call holds; None for a call that gets no residuals."""
         self._rows = rows
 
-    def _residual(self, level: int) -> Tensor | None:
-        if self._rows is None or not self._residuals:
-            return None
-        mapped = self._residuals[level]
-        return None if mapped is None else mapped[self._rows]
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Ask for features if they are due, and map them if they are wanted and not mapped yet."""
+        with self._overlap.aside() if self._overlap is not None else nullcontext():
+            if self._due:
+                self._found, self._hidden, self._due = self._source.at(self._moment.sigma), {}, False
+            if self._found is not None and not self._hidden and self._course.acts(self._moment):
+                self._hidden = {level: self._map(level) for level, weight in enumerate(self._weights) if weight}
 
-    def _map(self, level: int, features: BaseFeatures, sources: Sequence[tuple[int, ...]]) -> Tensor | None:
-        if not self._weights[level]:
-            return None
-        weight = next(self._adapter.parameters())
-        feature = features.levels[level].to(weight)
-        mapped = self._adapter.map_level(level, feature, features.time_embedding.to(weight))
-        return _gather(mapped, sources)
+    def _map(self, level: int) -> Hidden:
+        features = self._found.features
+        feature, time_embedding = features.levels[level], features.time_embedding
+        if self._cond_only:
+            led = [place for place, row in enumerate(self._found.rows) if self._leads(row)]
+            feature, time_embedding = feature[led], time_embedding[led]
+        rows = self._mapping.hidden(level, feature, time_embedding)
+        return Hidden(rows, self._overlap.finished() if self._overlap is not None else None)
+
+    def _leads(self, row: Row) -> bool:
+        return not self._cond_only or row.cond is not None
+
+    @torch.no_grad()
+    def _enter(self, level: int, feature: Tensor) -> Tensor:
+        """The feature of a level with its residuals, for the rows of the UNet call under way."""
+        if self._rows is None:
+            return feature
+        self._follow()
+        if not self._hidden or not self._course.acts(self._moment):
+            return feature
+        hidden = self._hidden[level]
+        if self._overlap is not None:
+            self._overlap.wait_for(hidden.mark, hidden.rows)
+        called = self._upgraded_rows[self._rows]
+        led = [place for place, row in enumerate(called) if self._leads(row)]
+        if not led:
+            return feature
+        sources = self._sources()[self._rows]
+        rows = _gather(hidden.rows, [sources[place] for place in led])
+        if len(led) == len(called):
+            return self._fused(level, feature, rows)
+        return feature.index_put((torch.tensor(led, device=feature.device),), self._fused(level, feature[led], rows))
+
+    def _sources(self) -> tuple[tuple[int, ...], ...]:
+        """For each row of the upgraded batch the mapped rows that lead it; none for one that is not led."""
+        led = [row for row in self._upgraded_rows if self._leads(row)]
+        matched = iter(match_rows(led, [row for row in self._found.rows if self._leads(row)]))
+        return tuple(next(matched) if self._leads(row) else () for row in self._upgraded_rows)
+
+    def _fused(self, level: int, feature: Tensor, hidden: Tensor) -> Tensor:
+        weight = self._weights[level]
+        if self._fuse is addition and hidden.shape == feature.shape:
+            return self._mapping.add(level, feature, hidden, weight)
+        return self._fuse(feature, like(self._mapping.residual(level, hidden), feature), weight)
 
 
-def _gather(mapped: Tensor, sources: Sequence[tuple[int, ...]]) -> Tensor:
-    if all(places == (row,) for row, places in enumerate(sources)) and len(sources) == len(mapped):
-        return mapped
-    return torch.stack([mapped[list(places)].mean(0) for places in sources])
+def _gather(hidden: Tensor, sources: Sequence[tuple[int, ...]]) -> Tensor:
+    """The mean of its sources for each row; the output convolution that follows is affine, so it may come after."""
+    places = [only for only, *more in sources if not more]
+    if len(places) == len(sources):
+        first, count = places[0], len(places)
+        if places == list(range(first, first + count)):
+            return hidden[first : first + count]
+        return hidden[places]
+    return torch.stack([hidden[list(several)].mean(0) for several in sources])

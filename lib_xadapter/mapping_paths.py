@@ -45,6 +45,12 @@ class MappingPath(Protocol):
             weight: of the level.
         """
 
+    def release(self) -> None:
+        """Give back what was prepared beside the adapter's own weights, as when they leave the GPU.
+
+        The path stays usable: the next call prepares it anew.
+        """
+
 
 class EagerMapping:
     """The mapping layers as torch runs them, on any device and in any type: the reference for every other path."""
@@ -65,3 +71,6 @@ class EagerMapping:
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         return feature + weight * self.residual(level, hidden).to(feature)
+
+    def release(self) -> None:
+        """Nothing was prepared."""

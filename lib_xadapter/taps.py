@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import DoesNotFit
-from .mapping import MappingLayers
+
+if TYPE_CHECKING:
+    from .mapping import MappingLayers
 
 
 @dataclass(frozen=True)
@@ -178,32 +181,24 @@ def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
 
 
 @contextmanager
-def add_residuals(
-    upgraded_unet: nn.Module,
-    residual: Callable[[int], Tensor | None],
-    weights: Sequence[float],
-    fuse: Fusion = addition,
+def fuse_into(
+    upgraded_unet: nn.Module, enter: Callable[[int, Tensor], Tensor], levels: Sequence[int] = tuple(range(len(TAPS)))
 ) -> Iterator[None]:
-    """While open, every call of the upgraded UNet gets residuals: F_up[n] += weight[n] · residual(n).
+    """While open, the upgraded UNet's features pass through `enter` on their way.
 
     Args:
         upgraded_unet: the upgraded model's UNet.
-        residual: gives the residual of a level for the rows of the call under way, None for no change.
-        weights: one a level; a level of weight 0 is left alone under addition.
-        fuse: how the residual enters the feature.
+        enter: (level, feature) → the feature that takes its place.
+        levels: those that are touched at all.
     """
 
-    def hook(level: int, weight: float) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-        def fuse_residual(module: nn.Module, inputs: tuple, feature: Tensor) -> Tensor:
-            mapped = residual(level)
-            return feature if mapped is None else fuse(feature, like(mapped, feature), weight)
-
-        return fuse_residual
+    def hook(level: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        return lambda module, inputs, feature: enter(level, feature)
 
     with ExitStack() as hooks:
-        for level, (module, weight) in enumerate(zip(upgraded_modules(upgraded_unet), weights, strict=True)):
-            if weight:
-                hooks.callback(module.register_forward_hook(hook(level, weight)).remove)
+        for level, module in enumerate(upgraded_modules(upgraded_unet)):
+            if level in levels:
+                hooks.callback(module.register_forward_hook(hook(level)).remove)
         yield
 
 

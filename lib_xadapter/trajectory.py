@@ -18,6 +18,11 @@ SHORTEST_HISTORY = 0.1
 """An earlier point nearer than this fraction of the step tells no slope: it would be magnified by its inverse."""
 
 
+def same_level(sigma: float, other: float) -> bool:
+    """Whether two noise levels are one, rounding apart."""
+    return abs(sigma - other) <= SAME_LEVEL * max(sigma, other)
+
+
 @dataclass(frozen=True)
 class Point:
     """A noise level that the base has been evaluated at: latent and denoised latent, (images, 4, h, w)."""

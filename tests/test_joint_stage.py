@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lib_xadapter.joint_stage import BaseStep, JointStage, Window
+from lib_xadapter.feature_sources import BaseStep, Lockstep
+from lib_xadapter.joint_stage import Course, JointStage, Moment
 from lib_xadapter.rows import Row, batch_rows, match_rows
 from lib_xadapter.taps import BaseFeatures
 from lib_xadapter.trajectory import Trajectory
 
 
-class Doubling(nn.Module):
+class Doubling:
     """Mapping layers that double their feature, so that a residual tells which row it came from."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        self.mapped_rows: list[int] = []
 
-    def map_level(self, level: int, feature: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
-        return self.factor * feature
+    def hidden(self, level: int, feature: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
+        self.mapped_rows.append(len(feature))
+        return feature
+
+    def residual(self, level: int, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * hidden
+
+    def add(self, level: int, feature: torch.Tensor, hidden: torch.Tensor, weight: float) -> torch.Tensor:
+        return feature + weight * self.residual(level, hidden)
 
 
 class Decoder(nn.Module):
@@ -48,11 +58,12 @@ class CountingBase:
     def __call__(self, latent: torch.Tensor, sigma: float) -> BaseStep:
         self.levels.append(sigma)
         feature = torch.arange(1.0, len(self.rows) + 1)[:, None, None, None].expand(-1, 1, 2, 2)
-        return BaseStep(latent, BaseFeatures((feature,) * 3, torch.zeros(len(self.rows), 1)), self.rows)
+        return BaseStep(BaseFeatures((feature,) * 3, torch.zeros(len(self.rows), 1)), self.rows, latent)
 
 
-def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), window: Window | None = None) -> JointStage:
-    return JointStage(base, Trajectory(torch.zeros(2, 4, 2, 2)), Doubling(), weights, window)
+def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), course: Course | None = None, **more: Any) -> JointStage:
+    source = Lockstep(base, Trajectory(torch.zeros(2, 4, 2, 2)))
+    return JointStage(source, more.pop("mapping", Doubling()), weights, course, **more)
 
 
 def added(stage: JointStage, rows: slice | None, count: int) -> list[float]:
@@ -71,8 +82,10 @@ def base():
     return CountingBase(TWO_IMAGES)
 
 
-def advanced(stage: JointStage, rows=TWO_IMAGES, sigma: float = 5.0, progress: float = 0.0) -> JointStage:
-    stage.advance(sigma, progress, rows)
+def advanced(
+    stage: JointStage, rows=TWO_IMAGES, sigma: float = 5.0, step: int = 0, progress: float = 0.0
+) -> JointStage:
+    stage.advance(Moment(sigma, step, progress), rows)
     return stage
 
 
@@ -103,7 +116,7 @@ def test_the_base_runs_once_an_evaluation_at_its_noise_level(base):
     ("progress", "adds", "runs"), [(0.1, False, True), (0.2, True, True), (0.6, True, True), (0.7, False, False)]
 )
 def test_outside_its_window_the_adapter_adds_nothing_and_after_it_the_base_rests(base, progress, adds, runs):
-    stage = advanced(stage_for(base, window=Window(0.2, 0.6)), progress=progress)
+    stage = advanced(stage_for(base, course=Course(0.2, 0.6)), progress=progress)
     assert (added(stage, slice(0, 1), 1) != [0]) == adds
     assert bool(base.levels) == runs
 
@@ -132,3 +145,108 @@ def test_nothing_is_kept_of_an_evaluation_after_the_stage(base):
     stage = advanced(stage_for(base))
     assert added(stage, slice(0, 1), 1) == [6]
     assert added(stage, slice(0, 1), 1) == [0]
+
+
+def test_two_evaluations_at_one_noise_level_are_one_of_the_base(base):
+    """Heun's method ends a step where the next begins."""
+    stage = stage_for(base)
+    for sigma in (9.0, 4.0, 4.0, 2.0):
+        assert added(advanced(stage, sigma=sigma), slice(0, 1), 1) == [6]
+    assert base.levels == [9.0, 4.0, 2.0]
+
+
+class TestRefreshing:
+    """With `refresh_every`, what the base gave at one step serves the next ones."""
+
+    def test_the_base_runs_at_every_nth_step(self, base):
+        stage = stage_for(base, course=Course(refresh_every=3))
+        unet = Decoder()
+        with stage.coupled_to(unet):
+            for step, sigma in enumerate((9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0)):
+                advanced(stage, sigma=sigma, step=step)
+                stage.select(slice(0, 4))
+                assert unet(torch.zeros(4, 1, 2, 2))[:, 0, 0, 0].tolist() == [6, 12, 18, 24]
+        assert base.levels == [9.0, 6.0, 3.0]
+
+    def test_held_features_find_their_rows_among_others(self, base):
+        stage = stage_for(base, course=Course(refresh_every=2))
+        unet = Decoder()
+        with stage.coupled_to(unet):
+            advanced(stage)
+            advanced(stage, rows=batch_rows([3, 1]), step=1)
+            stage.select(slice(0, 6))
+            assert unet(torch.zeros(6, 1, 2, 2))[:, 0, 0, 0].tolist() == [6, 6, 6, 12, 18, 24]
+        assert len(base.levels) == 1
+
+    def test_features_found_before_the_adapter_starts_serve_when_it_does(self, base):
+        stage = stage_for(base, course=Course(start=0.4, refresh_every=4))
+        unet = Decoder()
+        with stage.coupled_to(unet):
+            for step, expected in enumerate((0, 0, 6, 6)):
+                advanced(stage, step=step, progress=step / 4)
+                stage.select(slice(0, 1))
+                assert unet(torch.zeros(1, 1, 2, 2)).unique().tolist() == [expected]
+        assert len(base.levels) == 1
+
+
+class TestCondOnly:
+    """Only the rows of the prompt are mapped and led."""
+
+    @pytest.mark.parametrize(
+        ("rows", "expected"),
+        [(slice(0, 4), [6, 12, 0, 0]), (slice(1, 3), [12, 0]), (slice(0, 2), [6, 12]), (slice(2, 4), [0, 0])],
+    )
+    def test_rows_of_the_negative_prompt_are_left_alone(self, base, rows, expected):
+        mapping = Doubling()
+        stage = advanced(stage_for(base, mapping=mapping, cond_only=True))
+        assert added(stage, rows, len(expected)) == expected
+        assert mapping.mapped_rows == [2, 2, 2]
+
+    def test_wherever_they_stand(self, base):
+        uncond_first = (*TWO_IMAGES[2:], *TWO_IMAGES[:2])
+        stage = advanced(stage_for(base, cond_only=True), rows=uncond_first)
+        assert added(stage, slice(0, 4), 4) == [0, 0, 6, 12]
+
+
+@dataclass
+class Aside:
+    """An overlap that writes down what is asked of it, in order."""
+
+    log: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.log.append("begin")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def finished(self) -> int:
+        self.log.append("finished")
+        return len(self.log)
+
+    def wait_for(self, mark: int, tensor: torch.Tensor) -> None:
+        self.log.append(f"wait for {mark}")
+
+    def end(self) -> None:
+        self.log.append("end")
+
+
+class TestOverlap:
+    """The base's work is put aside when the first residual is asked for, and waited for level by level."""
+
+    def test_the_base_waits_for_the_middle_block(self, base):
+        overlap = Aside()
+        stage = advanced(stage_for(base, overlap=overlap))
+        assert base.levels == []
+        assert added(stage, slice(0, 4), 4) == [6, 12, 18, 24]
+        assert base.levels == [5.0]
+        assert overlap.log == ["begin", *["finished"] * 3, "wait for 2", "wait for 3", "wait for 4", "end"]
+
+    def test_slices_of_one_evaluation_are_served_by_one_run_of_the_base(self, base):
+        stage, unet = advanced(stage_for(base, overlap=Aside())), Decoder()
+        with stage.coupled_to(unet):
+            for rows, expected in ((slice(0, 2), [6, 12]), (slice(2, 4), [18, 24])):
+                stage.select(rows)
+                assert unet(torch.zeros(2, 1, 2, 2))[:, 0, 0, 0].tolist() == expected
+        assert len(base.levels) == 1

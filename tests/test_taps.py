@@ -8,7 +8,7 @@ from torch import nn
 
 from lib_xadapter.errors import DoesNotFit
 from lib_xadapter.mapping import MappingLayers, read_layout
-from lib_xadapter.taps import add_residuals, addition, check_fit, decoder_blocks, guidance, like, read_features
+from lib_xadapter.taps import addition, check_fit, decoder_blocks, fuse_into, guidance, like, read_features
 from tests.small_adapter import AdapterPlan
 from tests.small_unets import JointInputs, base_unet, call_base, call_upgraded, upgraded_unet
 
@@ -63,7 +63,7 @@ def test_a_joint_step_is_that_of_the_released_code(
     residuals = adapter(reader.take().levels)
     for level, residual in enumerate(residuals):
         close(residual, golden_joint_step, f"{inputs.size}.residual.{level}")
-    with add_residuals(upgraded, residuals.__getitem__, (weight,) * 3, fuse):
+    with fuse_into(upgraded, lambda level, feature: fuse(feature, residuals[level], weight)):
         noise = call_upgraded(upgraded, inputs.upgraded)
     close(noise, golden_joint_step, f"{inputs.size}.upgraded.{name}")
 
@@ -80,15 +80,15 @@ def test_features_of_several_calls_are_taken_row_after_row(base, inputs):
     assert len(apart.time_embedding) == 2
 
 
-def test_a_level_without_residual_is_left_alone(upgraded, inputs):
+def test_a_level_that_is_not_asked_for_is_left_alone(upgraded, inputs):
     plain = call_upgraded(upgraded, inputs.upgraded)
-    with add_residuals(upgraded, lambda level: None, (1.0, 1.0, 1.0)):
+    with fuse_into(upgraded, lambda level, feature: feature + 1, levels=()):
         assert torch.equal(call_upgraded(upgraded, inputs.upgraded), plain)
 
 
 def test_hooks_are_gone_afterwards_even_when_a_model_raises(base, upgraded):
     with pytest.raises(ValueError, match="out of memory"):
-        with read_features(base), add_residuals(upgraded, lambda level: None, (1.0, 1.0, 1.0)):
+        with read_features(base), fuse_into(upgraded, lambda level, feature: feature):
             assert hooks_of(base) == 4
             assert hooks_of(upgraded) == 3
             raise ValueError("out of memory")

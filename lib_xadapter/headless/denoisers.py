@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..joint_stage import BaseStep
+from ..feature_sources import BaseStep
 from ..rows import Row, batch_rows
 from ..taps import FeatureReader
 from .noise_schedule import NoiseSchedule
@@ -148,4 +148,4 @@ class LockstepBase:
             denoised = (scaled - sigma * output) / math.sqrt(1 + sigma**2)
         else:
             denoised = latent - sigma * output
-        return BaseStep(denoised, self._reader.take(), self._model.rows)
+        return BaseStep(self._reader.take(), self._model.rows, denoised)

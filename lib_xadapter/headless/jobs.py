@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, Settings, half
+from ..recording import Recording
+from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
@@ -105,6 +106,12 @@ class Job:
         return range(self.seed, self.seed + self.batch)
 
     @property
+    def base_seeds(self) -> range:
+        """The base's own seeds, where `settings` gives it one, else the same."""
+        own = self.settings.base_seed
+        return self.seeds if own == SAME_SEED else range(own, own + self.batch)
+
+    @property
     def pictures(self) -> int:
         """How many there will be."""
         tried = len(list(itertools.product(*self.control_scales)))
@@ -134,16 +141,22 @@ def make_pictures(
     models: Models, job: Job, rules: Rules = WEBUI_RULES, progress: Progress = no_progress
 ) -> Iterator[Picture]:
     """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them."""
+    models = models.share_the_device(job.settings.memory)
+    memory = RECORDED if models.placement.low_memory and job.settings.memory == AUTO else job.settings.memory
+    job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, memory=memory))
     stages = TwoStages(models, rules, progress)
     for scales in itertools.product(*job.control_scales):
         first = request_of(models, job, job.settings, scales)
         finished = None if job.settings.single_stage else stages.base_latents(first)
         base_images = [None] * job.batch if finished is None else stages.base_pictures(finished)
+        recorded: dict[float, Recording] = {}
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             # noise generators move on, so that every picture gets a request of its own
             request = dataclasses.replace(first, settings=settings, noises=_noises(job))
-            latents = stages.upgraded_latents(request, finished, job.size)
+            if switch_point not in recorded and stages.records(request):
+                recorded = {switch_point: stages.record(request, finished)}
+            latents = stages.upgraded_latents(request, finished, job.size, recorded.get(switch_point))
             for image, base_image, seed in zip(stages.upgraded_pictures(latents), base_images, job.seeds, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
 
@@ -172,7 +185,7 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
 
 def _noises(job: Job) -> list[Noise]:
     base, upgraded = ((height // LATENT_PIXEL, width // LATENT_PIXEL) for width, height in (job.base_size, job.size))
-    return [Noise.seeded(seed, base, upgraded) for seed in job.seeds]
+    return [Noise.seeded(*seeds, base, upgraded) for seeds in zip(job.seeds, job.base_seeds, strict=True)]
 
 
 def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> str:

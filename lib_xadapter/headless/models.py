@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
 from ..mapping import MappingLayers
+from ..memory import fits_together
+from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
 from .noise_schedule import NoiseSchedule
 
@@ -60,6 +62,17 @@ class Models:
     adapter: MappingLayers | None = None
     controlnets: Sequence[ControlNetModel] = ()
     placement: Placement = field(default_factory=Placement)
+
+    def share_the_device(self, memory: str) -> Models:
+        """These models, of which base and upgraded one are never on the device together if memory wants it so.
+
+        Args:
+            memory: as in `Settings`; "auto" looks at what is free.
+        """
+        together = (self.base.unet, *self.controlnets, self.adapter, self.upgraded.unet)
+        if memory == LOCKSTEP or (memory == AUTO and fits_together(together, self.placement.device)):
+            return self
+        return replace(self, placement=replace(self.placement, low_memory=True))
 
     def check(self) -> None:
         """Raises: DoesNotFit: the adapter was made for other models."""

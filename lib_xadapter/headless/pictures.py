@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
@@ -12,9 +12,13 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def to_pictures(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Pictures of finished latents (images, 4, h, w), decoded one after the other."""
-    return [_to_picture(_decoded(vae, latent)) for latent in latents]
+def to_pictures(vae: AutoencoderKL, latents: Tensor, to_whole: Callable[[Tensor], Tensor]) -> list[Image.Image]:
+    """Pictures of finished latents (images, 4, h, w), decoded one after the other.
+
+    Args:
+        to_whole: how values of 0..255 become whole ones.
+    """
+    return [_to_picture(_decoded(vae, latent), to_whole) for latent in latents]
 
 
 @torch.no_grad()
@@ -40,6 +44,6 @@ def _encoded(vae: AutoencoderKL, picture: Image.Image, generator: torch.Generato
     return vae.config.scaling_factor * vae.encode(pixels).latent_dist.sample(generator).float()
 
 
-def _to_picture(image: Tensor) -> Image.Image:
-    pixels = (image.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+def _to_picture(image: Tensor, to_whole: Callable[[Tensor], Tensor]) -> Image.Image:
+    pixels = to_whole((image.float() / 2 + 0.5).clamp(0, 1) * 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -5,21 +5,27 @@ Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_ada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..joint_stage import JointStage, Window
-from ..settings import BASE_NOISE_SEED, START_STRENGTH, Settings
+from ..feature_sources import FeatureSource, Lockstep
+from ..joint_stage import Course, JointStage, Moment
+from ..mapping_paths import EagerMapping
+from ..overlap import SideStream
+from ..recording import Playback, Recording, record
+from ..settings import BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
 from ..trajectory import Trajectory
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
 from .models import Models, noise_schedule_of
 from .pictures import to_latents, to_pictures
-from .samplers import RELEASED_SPACING, Sampler, Steps, joint_steps, released_joint_steps, sampler_named, take_steps
+from .samplers import StepRule, Steps, released_steps, sampler_named, webui_steps
 
 SOLVER_ORDER = 2
 
@@ -32,20 +38,20 @@ class Rules:
     """Where the paper leaves a choice.
 
     Attributes:
-        joint_steps: (steps, denoising strength, sampler) → how many steps are taken; a switch point is one.
+        steps: which steps are taken.
         resample: how the base's picture is brought to the upgraded size.
-        scheduler_options: on top of the sampler's own.
+        to_whole: how a picture's values become whole grey levels.
         base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
     """
 
-    joint_steps: Callable[[int, float, Sampler], int] = joint_steps
+    steps: StepRule = webui_steps
     resample: Image.Resampling = Image.Resampling.LANCZOS
-    scheduler_options: dict[str, object] = field(default_factory=dict)
+    to_whole: Callable[[Tensor], Tensor] = torch.floor
     base_follows_sampler: bool = False
 
 
 WEBUI_RULES = Rules()
-RELEASED_RULES = Rules(released_joint_steps, Image.Resampling.BICUBIC, RELEASED_SPACING, base_follows_sampler=True)
+RELEASED_RULES = Rules(released_steps, Image.Resampling.BICUBIC, torch.round, base_follows_sampler=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Noise:
 
     Attributes:
         base, upgraded: what the models start from, (4, h, w).
-        base_again: what the base's finished latent is noised with at the switch, (4, h, w).
+        base_again: what the base starts from in the joint stage, over its finished latent or alone, (4, h, w).
         base_steps, upgraded_steps: generators for samplers that add noise.
         encoding, base_encoding: generators for the upgraded VAE and the base's.
     """
@@ -68,22 +74,26 @@ class Noise:
     base_encoding: torch.Generator
 
     @classmethod
-    def seeded(cls, seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
-        """Sizes are (height, width) in latent pixels."""
-        base_steps, upgraded_steps = (torch.Generator("cpu").manual_seed(seed + shift) for shift in STEP_SEEDS)
+    def seeded(cls, seed: int, base_seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
+        """All noise of an image whose models have these seeds; sizes are (height, width) in latent pixels."""
+        base_steps, upgraded_steps = STEP_SEEDS
         return cls(
-            _standard_normal(seed, base_size),
+            _standard_normal(base_seed, base_size),
             _standard_normal(seed, upgraded_size),
-            _standard_normal(seed + BASE_NOISE_SEED, base_size),
-            base_steps,
-            upgraded_steps,
-            torch.Generator("cpu").manual_seed(seed),
-            torch.Generator("cpu").manual_seed(seed),
+            _standard_normal(base_seed + BASE_NOISE_SEED, base_size),
+            _generator(base_seed + base_steps),
+            _generator(seed + upgraded_steps),
+            _generator(seed),
+            _generator(base_seed),
         )
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(4, *size, generator=torch.Generator("cpu").manual_seed(seed))
+    return torch.randn(4, *size, generator=_generator(seed))
 
 
 @dataclass(frozen=True)
@@ -138,33 +148,30 @@ class TwoStages:
     def __init__(self, models: Models, rules: Rules = WEBUI_RULES, progress: Progress = no_progress) -> None:
         models.check()
         self._models = models
+        self._placement = models.placement
         self._rules = rules
         self._progress = progress
 
     @property
     def _device(self) -> str:
-        return self._models.placement.device
+        return self._placement.device
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        steps = self._steps(request, request.base_steps, self._base_steps_taken(request), self._models.base)
+        strength = None if request.start is None else START_STRENGTH
+        steps = self._steps(request, self._models.base, request.base_steps, strength)
         start = self._base_start(request, steps)
         model = self._base(request)
-        with self._models.placement.holding(self._models.base.unet, *self._models.controlnets):
+        with self._placement.holding(self._models.base.unet, *self._models.controlnets):
             return self._walk("base", steps, start, model.predict)
-
-    def _base_steps_taken(self, request: Request) -> int:
-        if request.start is None:
-            return request.base_steps
-        return self._rules.joint_steps(request.base_steps, START_STRENGTH, sampler_named(request.sampler))
 
     def _base_start(self, request: Request, steps: Steps) -> Tensor:
         """Noise, or the picture to start from with noise over it."""
         noise = self._stacked([noise.base for noise in request.noises])
         if request.start is None:
-            return noise * steps.scheduler.init_noise_sigma
+            return steps.from_noise(noise)
         vae, generators = self._models.base.vae, [noise.base_encoding for noise in request.noises]
-        with self._models.placement.holding(vae):
+        with self._placement.holding(vae):
             clean = to_latents(vae, [request.start] * len(generators), generators)
         return steps.noised(clean, noise)
 
@@ -172,20 +179,24 @@ class TwoStages:
         """The base's pictures, in 8 bits."""
         return self._decoded(self._models.base, latents)
 
-    def upgraded_latents(self, request: Request, finished: Tensor | None, size: tuple[int, int]) -> Tensor:
+    def upgraded_latents(
+        self, request: Request, finished: Tensor | None, size: tuple[int, int], recording: Recording | None = None
+    ) -> Tensor:
         """The switch and stage 2: the upgraded model's finished latents.
 
         Args:
             request: as for stage 1.
             finished: the base's finished latents, None for a single stage from noise.
             size: of the pictures, (width, height) in pixels.
+            recording: of the joint stage, where the base has run already.
         """
         steps = self.joint_steps_of(request)
         noise = self._stacked([noise.upgraded for noise in request.noises])
         if finished is None:
-            return self.joint_stage(request, None, noise * steps.scheduler.init_noise_sigma, steps)
-        clean = self.carried_over(finished, request.noises, size)
-        return self.joint_stage(request, finished, steps.noised(clean, noise), steps)
+            start = steps.from_noise(noise)
+        else:
+            start = steps.noised(self.carried_over(finished, request.noises, size), noise)
+        return self.joint_stage(request, finished, start, steps, recording=recording)
 
     def upgraded_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The upgraded model's pictures, in 8 bits."""
@@ -193,17 +204,14 @@ class TwoStages:
 
     def joint_steps_of(self, request: Request) -> Steps:
         """The steps of the joint stage."""
-        taken = request.steps
-        if not request.settings.single_stage:
-            sampler = sampler_named(request.sampler)
-            taken = self._rules.joint_steps(request.steps, request.settings.switch_point, sampler)
-        return self._steps(request, request.steps, taken, self._models.upgraded)
+        strength = None if request.settings.single_stage else request.settings.switch_point
+        return self._steps(request, self._models.upgraded, request.steps, strength)
 
     def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
         resized = [picture.resize(size, self._rules.resample) for picture in self.base_pictures(finished)]
         vae = self._models.upgraded.vae
-        with self._models.placement.holding(vae):
+        with self._placement.holding(vae):
             return to_latents(vae, resized, [noise.encoding for noise in noises])
 
     def joint_stage(
@@ -213,6 +221,7 @@ class TwoStages:
         latents: Tensor,
         steps: Steps,
         each_step: Callable[[Tensor], None] | None = None,
+        recording: Recording | None = None,
     ) -> Tensor:
         """Stage 2 from noised latents of the upgraded model.
 
@@ -222,35 +231,76 @@ class TwoStages:
             latents: at the noise level of the first step.
             steps: the joint ones.
             each_step: is given the upgraded latents after every step.
+            recording: of these steps, where the base has run already.
         """
-        models, settings = self._models, request.settings
+        models = self._models
         upgraded = GuidedUnet(models.upgraded.unet, request.upgraded_prompts, request.cfg_scale)
-        if models.adapter is None or not any(settings.weights):
-            with models.placement.holding(models.upgraded.unet):
+        if not self._couples(request):
+            with self._placement.holding(models.upgraded.unet):
                 return self._walk("SDXL", steps, latents, upgraded.predict, each_step)
+        with ExitStack() as scope:
+            if recording is None and self.records(request):
+                recording = self.record(request, finished)
+            if recording is None:
+                source = scope.enter_context(self._lockstep(request, finished))
+            else:
+                source = Playback(recording, self._device)
+            scope.enter_context(self._placement.holding(models.adapter, models.upgraded.unet))
+            stage = self._stage(request, source)
+            scope.enter_context(stage.coupled_to(models.upgraded.unet))
+            moments = iter(self._moments(steps))
 
-        schedule = noise_schedule_of(models.upgraded)
+            def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+                stage.advance(next(moments), upgraded.rows)
+                stage.select(slice(0, len(upgraded.rows)))
+                return upgraded.predict(latent, timestep)
+
+            name = "base and SDXL" if recording is None else "SDXL"
+            return self._walk(name, steps, latents, predict, each_step)
+
+    def records(self, request: Request) -> bool:
+        """Whether the base runs before the upgraded model and not beside it."""
+        return self._couples(request) and request.settings.memory == RECORDED
+
+    def record(self, request: Request, finished: Tensor | None) -> Recording:
+        """The base's features for the joint stage; they do not depend on the upgraded model, its prompts or weights."""
+        levels = course_of(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
+        done = itertools.count()
+        with self._lockstep(request, finished) as source:
+            return record(source, levels, lambda: self._progress("base", next(done), len(levels)))
+
+    def _couples(self, request: Request) -> bool:
+        return self._models.adapter is not None and any(request.settings.weights)
+
+    def _stage(self, request: Request, source: FeatureSource) -> JointStage:
+        settings, device = request.settings, torch.device(self._device)
+        beside = isinstance(source, Lockstep) and device.type == "cuda"
+        return JointStage(
+            source,
+            EagerMapping(self._models.adapter),
+            settings.weights,
+            course_of(settings),
+            settings.cond_only,
+            SideStream(device) if beside else None,
+        )
+
+    @contextmanager
+    def _lockstep(self, request: Request, finished: Tensor | None) -> Iterator[Lockstep]:
+        """The base at the start of the joint stage, on its device while this is open."""
+        base, noises = self._models.base, request.noises
         order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
-        again = self._stacked([noise.base_again if finished is not None else noise.base for noise in request.noises])
-        trajectory = Trajectory(again, finished, order)
-        together = (models.base.unet, *models.controlnets, models.adapter, models.upgraded.unet)
-        with models.placement.holding(*together), read_features(models.base.unet) as reader:
-            base = LockstepBase(
-                self._base(request), noise_schedule_of(models.base), _prediction_type(models.base), reader
-            )
-            window = Window(settings.guidance_start, settings.guidance_end)
-            stage = JointStage(base, trajectory, models.adapter, settings.weights, window)
-            with stage.coupled_to(models.upgraded.unet):
-                done = 0
+        again = self._stacked([noise.base_again for noise in noises])
+        with self._placement.holding(base.unet, *self._models.controlnets), read_features(base.unet) as reader:
+            denoiser = LockstepBase(self._base(request), noise_schedule_of(base), _prediction_type(base), reader)
+            yield Lockstep(denoiser, Trajectory(again, finished, order))
 
-                def predict(latent: Tensor, timestep: Tensor) -> Tensor:
-                    nonlocal done
-                    stage.advance(schedule.sigma_at(float(timestep)), done / len(steps.timesteps), upgraded.rows)
-                    stage.select(slice(0, len(upgraded.rows)))
-                    done += 1
-                    return upgraded.predict(latent, timestep)
-
-                return self._walk("base and SDXL", steps, latents, predict, each_step)
+    def _moments(self, steps: Steps) -> list[Moment]:
+        """The model evaluations of the joint stage."""
+        schedule, count = noise_schedule_of(self._models.upgraded), len(steps.timesteps)
+        return [
+            Moment(schedule.sigma_at(timestep), place // steps.scheduler.order, place / count)
+            for place, timestep in enumerate(steps.timesteps.tolist())
+        ]
 
     def _walk(
         self,
@@ -269,11 +319,13 @@ class TwoStages:
         self._progress(stage, len(steps.timesteps), len(steps.timesteps))
         return latent
 
-    def _steps(self, request: Request, steps: int, taken: int, pipeline: object) -> Steps:
-        scheduler = sampler_named(request.sampler).make(pipeline.scheduler.config, **self._rules.scheduler_options)
+    def _steps(self, request: Request, pipeline: object, steps: int, strength: float | None = None) -> Steps:
+        taken = self._rules.steps(
+            sampler_named(request.sampler), pipeline.scheduler.config, steps, strength, self._device
+        )
         upgraded = pipeline is self._models.upgraded
         noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
-        return take_steps(scheduler, steps, taken, self._device, noises)
+        return replace(taken, noises=noises)
 
     def _base(self, request: Request) -> GuidedUnet:
         return GuidedUnet(self._models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
@@ -282,9 +334,14 @@ class TwoStages:
         return torch.stack(list(noises)).to(self._device)
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
-        with self._models.placement.holding(pipeline.vae):
-            return to_pictures(pipeline.vae, latents)
+        with self._placement.holding(pipeline.vae):
+            return to_pictures(pipeline.vae, latents, self._rules.to_whole)
 
 
 def _prediction_type(pipeline: object) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+
+def course_of(settings: Settings) -> Course:
+    """When the base runs and the adapter acts."""
+    return Course(settings.guidance_start, settings.guidance_end, settings.refresh_every)

@@ -5,6 +5,7 @@ Not read: `[from:to:when]` schedules, `AND`, `BREAK`; embeddings by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from .models import Models
 
 WINDOW = 75
 """Tokens that fit between start and end of text."""
+COMMA = ",</w>"
+FARTHEST_COMMA = 20
+"""From the end of a window that it still ends (the WebUI's option `comma_padding_backtrack`)."""
 
 MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|[)\]]|[^\\()\[\]:]+|.", re.DOTALL)
 STRONGER, WEAKER = 1.1, 1 / 1.1
@@ -83,24 +87,45 @@ class TokenWindows:
     weights: Tensor
 
 
-def split_into_windows(prompt: str, tokenizer: CLIPTokenizer, at_least: int = 1) -> TokenWindows:
-    """The tokens of a prompt, filled up to whole windows and to the number of windows asked for."""
-    numbers: list[int] = []
-    weights: list[float] = []
-    for part in read_attention(prompt):
-        tokens = tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
-        numbers += tokens
-        weights += [part.weight] * len(tokens)
-    windows = max(-(-len(numbers) // WINDOW), at_least, 1)
-    rows = [_window(numbers[WINDOW * row : WINDOW * (row + 1)], tokenizer) for row in range(windows)]
-    padded = weights + [1.0] * (windows * WINDOW - len(weights))
-    attention = [[1.0, *padded[WINDOW * row : WINDOW * (row + 1)], 1.0] for row in range(windows)]
-    return TokenWindows(torch.tensor(rows), torch.tensor(attention))
+@dataclass(frozen=True)
+class Token:
+    """A token's number and how much attention it gets."""
+
+    number: int
+    weight: float = 1.0
 
 
-def _window(numbers: list[int], tokenizer: CLIPTokenizer) -> list[int]:
-    filled = [tokenizer.bos_token_id, *numbers, tokenizer.eos_token_id]
-    return filled + [tokenizer.pad_token_id] * (WINDOW + 2 - len(filled))
+def split_into_windows(prompt: str, tokenizer: CLIPTokenizer) -> TokenWindows:
+    """The tokens of a prompt, filled up to whole windows."""
+    tokens = [
+        Token(number, part.weight)
+        for part in read_attention(prompt)
+        for number in tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    windows = _split(tokens, tokenizer.convert_tokens_to_ids(COMMA))
+    filled = [_filled(window, tokenizer) for window in windows]
+    numbers, weights = ([[getattr(token, name) for token in row] for row in filled] for name in ("number", "weight"))
+    return TokenWindows(torch.tensor(numbers), torch.tensor(weights))
+
+
+def _split(tokens: Sequence[Token], comma: int) -> list[Sequence[Token]]:
+    windows = []
+    while len(tokens) > WINDOW:
+        end = _end_of_window(tokens, comma)
+        windows.append(tokens[:end])
+        tokens = tokens[end:]
+    return [*windows, tokens]
+
+
+def _end_of_window(tokens: Sequence[Token], comma: int) -> int:
+    """How many of more tokens than fit go into the first window: it ends behind a comma where one is near its end."""
+    commas = [place for place in range(WINDOW - FARTHEST_COMMA, WINDOW) if tokens[place].number == comma]
+    return commas[-1] + 1 if commas and tokens[WINDOW].number != comma else WINDOW
+
+
+def _filled(window: Sequence[Token], tokenizer: CLIPTokenizer) -> list[Token]:
+    filled = [Token(tokenizer.bos_token_id), *window, Token(tokenizer.eos_token_id)]
+    return filled + [Token(tokenizer.pad_token_id)] * (WINDOW + 2 - len(filled))
 
 
 @dataclass(frozen=True)
@@ -112,7 +137,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool, windows: int = 1) -> Encoded:
+def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool) -> Encoded:
     """A prompt through one text encoder.
 
     Args:
@@ -120,9 +145,8 @@ def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimat
         tokenizer: of the encoder.
         encoder: CLIPTextModel or CLIPTextModelWithProjection.
         penultimate: whether the last layer but one is taken, as SDXL does; else the last one, normed.
-        windows: at least so many.
     """
-    split = split_into_windows(prompt, tokenizer, windows)
+    split = split_into_windows(prompt, tokenizer)
     output = encoder(split.tokens.to(encoder.device), output_hidden_states=True)
     hidden = (output.hidden_states[-2] if penultimate else output.last_hidden_state).float()
     weighted = hidden * split.weights[..., None].to(hidden)
@@ -135,11 +159,12 @@ def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimat
 def base_prompts(models: Models, prompt: str, negative_prompt: str, images: int, guided: bool) -> Prompts:
     """What SD1.5 is told."""
     pipeline = models.base
-    windows = _windows((prompt, negative_prompt), pipeline.tokenizer)
     with models.placement.holding(pipeline.text_encoder):
-        cond, uncond = (
-            encode(text, pipeline.tokenizer, pipeline.text_encoder, False, windows).tokens
-            for text in (prompt, negative_prompt)
+        cond, uncond = of_one_length(
+            *(
+                encode(text, pipeline.tokenizer, pipeline.text_encoder, penultimate=False).tokens
+                for text in (prompt, negative_prompt)
+            )
         )
     return Prompts(cond.repeat(images, 1, 1), uncond.repeat(images, 1, 1) if guided else None)
 
@@ -148,27 +173,32 @@ def upgraded_prompts(
     models: Models, prompt: str, negative_prompt: str, images: int, guided: bool, size: tuple[int, int]
 ) -> Prompts:
     """What SDXL is told; an empty negative prompt is all zeros, as in its training. `size` is (width, height)."""
-    windows = _windows((prompt, negative_prompt), models.upgraded.tokenizer)
-    cond, uncond = (_encode_for_sdxl(models, text, windows) for text in (prompt, negative_prompt))
+    cond, uncond = (_encode_for_sdxl(models, text) for text in (prompt, negative_prompt))
     if not negative_prompt.strip():
         uncond = Encoded(torch.zeros_like(uncond.tokens), torch.zeros_like(uncond.pooled))
+    tokens, uncond_tokens = of_one_length(cond.tokens, uncond.tokens)
     width, height = size
     return Prompts(
-        cond.tokens.repeat(images, 1, 1),
-        uncond.tokens.repeat(images, 1, 1) if guided else None,
+        tokens.repeat(images, 1, 1),
+        uncond_tokens.repeat(images, 1, 1) if guided else None,
         cond.pooled.repeat(images, 1),
         uncond.pooled.repeat(images, 1) if guided else None,
         torch.tensor([[height, width, 0, 0, height, width]] * images, device=models.placement.device).float(),
     )
 
 
-def _encode_for_sdxl(models: Models, prompt: str, windows: int) -> Encoded:
+def of_one_length(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (1, tokens, channels) with as many tokens, whole prompts repeated.
+
+    Attention over a prompt that is repeated is attention over the prompt, so that the shorter one keeps its meaning.
+    """
+    length = math.lcm(cond.shape[1], uncond.shape[1])
+    return cond.repeat(1, length // cond.shape[1], 1), uncond.repeat(1, length // uncond.shape[1], 1)
+
+
+def _encode_for_sdxl(models: Models, prompt: str) -> Encoded:
     pipeline = models.upgraded
     with models.placement.holding(pipeline.text_encoder, pipeline.text_encoder_2):
-        first = encode(prompt, pipeline.tokenizer, pipeline.text_encoder, True, windows)
-        second = encode(prompt, pipeline.tokenizer_2, pipeline.text_encoder_2, True, windows)
+        first = encode(prompt, pipeline.tokenizer, pipeline.text_encoder, penultimate=True)
+        second = encode(prompt, pipeline.tokenizer_2, pipeline.text_encoder_2, penultimate=True)
     return Encoded(torch.cat([first.tokens, second.tokens], dim=-1), second.pooled)
-
-
-def _windows(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> int:
-    return max(len(split_into_windows(prompt, tokenizer).tokens) for prompt in prompts)

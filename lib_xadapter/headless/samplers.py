@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WrongArgument
+from .noise_schedule import NoiseSchedule
 
 LARGEST_STRENGTH = 0.999
 """The WebUI's img2img never gets a denoising strength of 1 (modules/sd_samplers_common.py, setup_img2img_steps)."""
@@ -96,16 +98,24 @@ class Steps:
     Attributes:
         scheduler: set to all its steps and begun at the first one taken.
         timesteps: one a model evaluation.
+        start: (1,), the timestep whose noise level a picture is brought to.
+        noise_scale: what noise alone is multiplied by where there is no picture.
         noises: generators for samplers that add noise, one an image.
     """
 
     scheduler: Any
     timesteps: Tensor
-    noises: Sequence[torch.Generator]
+    start: Tensor
+    noise_scale: float
+    noises: Sequence[torch.Generator] = ()
 
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Clean latents brought to the noise level of the first step."""
-        return self.scheduler.add_noise(clean, noise, self.timesteps[:1].repeat(len(clean)))
+        return self.scheduler.add_noise(clean, noise, self.start.repeat(len(clean)))
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """What the first step starts from where there is no picture."""
+        return noise * self.noise_scale
 
     def scaled(self, latent: Tensor, timestep: Tensor) -> Tensor:
         """The latent as the UNet takes it."""
@@ -121,23 +131,83 @@ class Steps:
         return "generator" in inspect.signature(self.scheduler.step).parameters
 
 
-def take_steps(
-    scheduler: Any, steps: int, taken: int, device: torch.device | str, noises: Sequence[torch.Generator] = ()
+StepRule = Callable[[Sampler, Mapping[str, Any], int, "float | None", str], Steps]
+"""(sampler, the model's config, all steps, denoising strength, device) → the steps taken; a strength of None: all."""
+
+
+def webui_steps(
+    sampler: Sampler, model_config: Mapping[str, Any], steps: int, strength: float | None, device: str
 ) -> Steps:
-    """The last `taken` of all steps."""
+    """As the WebUI's txt2img tab takes them, or its img2img tab where there is a strength.
+
+    Source: modules/sd_samplers_common.py, `setup_img2img_steps`; modules/sd_samplers_kdiffusion.py.
+    """
+    scheduler = sampler.make(model_config)
     scheduler.set_timesteps(steps, device=device)
-    begin = (steps - taken) * scheduler.order
+    reached = steps if strength is None else int(min(strength, LARGEST_STRENGTH) * steps)
+    if not hasattr(scheduler, "set_begin_index"):
+        return _webui_ladder(scheduler, steps, None if strength is None else reached)
+    taken = reached if strength is None else max(reached, 1) if sampler.on_timesteps else reached + 1
+    timesteps = _begun(scheduler, _unrounded(scheduler), steps - taken)
+    return Steps(scheduler, timesteps, timesteps[:1], _webui_noise_scale(scheduler))
+
+
+def _webui_ladder(scheduler: Any, steps: int, reached: int | None) -> Steps:
+    """The steps of DDIM and PLMS, which find the next timestep by themselves.
+
+    The WebUI's ladder of timesteps begins at 1 and can have one rung more than there are steps. A picture is noised to
+    the rung that the strength reaches, the model is first evaluated one rung below, and the lowest rung is where
+    sampling ends (modules/sd_samplers_timesteps.py, sd_samplers_timesteps_impl.py). Here there is one evaluation at
+    least.
+    """
+    trained = scheduler.config.num_train_timesteps
+    ladder = torch.arange(1, trained + 1, trained // steps).clamp(max=trained - 1)
+    rungs = len(ladder) if reached is None else max(reached, 2)
+    start = ladder[rungs : rungs + 1] if rungs < len(ladder) else ladder[-1:]
+    descent = ladder[:rungs].flip(0)
+    evaluated = _paired(scheduler, descent)[:-1] if len(descent) > 1 else descent
+    return Steps(scheduler, evaluated.to(scheduler.timesteps.device), start, scheduler.init_noise_sigma)
+
+
+def _unrounded(scheduler: Any) -> Tensor:
+    """The timesteps of a scheduler's noise levels, where it rounds those that it gives the model."""
+    if not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+        return scheduler.timesteps
+    schedule = NoiseSchedule(scheduler.alphas_cumprod)
+    timesteps = [schedule.timestep_at(float(sigma)) for sigma in scheduler.sigmas[:-1]]
+    return torch.tensor(timesteps, device=scheduler.timesteps.device)
+
+
+def _webui_noise_scale(scheduler: Any) -> float:
+    """σ of the first step; where latents are kept as the UNet takes them, as they are with that σ."""
+    if not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+        return scheduler.init_noise_sigma
+    sigma = float(scheduler.sigmas[0])
+    return sigma / math.sqrt(1 + sigma**2)
+
+
+def released_steps(
+    sampler: Sampler, model_config: Mapping[str, Any], steps: int, strength: float | None, device: str
+) -> Steps:
+    """As the released pipeline takes them: by the rule of diffusers' img2img (`get_timesteps`)."""
+    scheduler = sampler.make(model_config, **RELEASED_SPACING)
+    scheduler.set_timesteps(steps, device=device)
+    taken = steps if strength is None else max(min(int(steps * strength), steps), 1)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    return Steps(scheduler, scheduler.timesteps[begin:], noises)
+        timesteps = _begun(scheduler, scheduler.timesteps, steps - taken)
+    else:
+        timesteps = _paired(scheduler, scheduler.timesteps.unique().flip(0)[steps - taken :])
+    return Steps(scheduler, timesteps, timesteps[:1], scheduler.init_noise_sigma)
 
 
-def joint_steps(steps: int, switch_point: float, sampler: Sampler) -> int:
-    """How many steps are joint, by the WebUI's img2img rule, so that a switch point means the same in both hosts."""
-    strength = int(min(switch_point, LARGEST_STRENGTH) * steps)
-    return max(strength, 1) if sampler.on_timesteps else strength + 1
+def _begun(scheduler: Any, timesteps: Tensor, left_out: int) -> Tensor:
+    begin = left_out * scheduler.order
+    scheduler.set_begin_index(begin)
+    return timesteps[begin:]
 
 
-def released_joint_steps(steps: int, switch_point: float, sampler: Sampler) -> int:
-    """How many steps are joint in the released pipeline: diffusers' img2img rule (`get_timesteps`)."""
-    return max(min(int(steps * switch_point), steps), 1)
+def _paired(scheduler: Any, descent: Tensor) -> Tensor:
+    """PLMS evaluates its second timestep twice, wherever it begins."""
+    if not isinstance(scheduler, diffusers.PNDMScheduler):
+        return descent
+    return torch.cat([descent[:2], descent[1:]])

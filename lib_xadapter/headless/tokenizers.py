@@ -13,7 +13,7 @@ from ..errors import WrongFile
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
-SHIPPED_TABLES = (("open_clip", "bpe_simple_vocab_16e6.txt.gz"), ("clip", "bpe_simple_vocab_16e6.txt.gz"))
+SHIPPED_TABLES = (("clip", "bpe_simple_vocab_16e6.txt.gz"), ("open_clip", "bpe_simple_vocab_16e6.txt.gz"))
 """Packages that carry CLIP's table of merges (OpenAI CLIP, `simple_tokenizer.py`)."""
 SDXL_SECOND_PADDING = "!"
 """SDXL's second text encoder fills up with token 0."""
@@ -70,7 +70,7 @@ def _read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
             merges = [_pair(line) for line in lines[1 : 1 + VOCABULARY_SIZE - letters_and_ends]]
             return vocabulary_of(merges), merges
     raise WrongFile(
-        "CLIP's vocabulary is missing: install open_clip_torch, which carries it, "
+        "CLIP's vocabulary is missing: install openai-clip, which carries it, "
         "or name a folder with vocab.json and merges.txt by --tokenizer."
     )
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from modules import script_callbacks, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules import cache, script_callbacks, shared
+from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
 from PIL import Image
 from torch import Tensor
 
 from ..controlnet_files import ControlFamily, detect_control_family
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..joint_stage import BaseStep
+from ..feature_sources import BaseStep
 from ..taps import FeatureReader
 from .base_model import BaseModel
-from .lockstep import noise_level
+from .moments import noise_level
 
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""
@@ -40,14 +42,18 @@ SDXL_PREPROCESSOR = "revision"
 """The extension's preprocessors without a model that act on SDXL alone have this in their names."""
 
 
+REPLACED_SAMPLE = "sample_before_CN_hack"
+"""Where the extension keeps a processing object's own `sample`."""
+
+
 def extension() -> ModuleType | None:
     """The extension's functions for other extensions, or None where it is not installed or switched off."""
     return sys.modules.get("internal_controlnet.external_code")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
-    """An enabled unit of the ControlNet panel.
+    """A unit of the ControlNet panel.
 
     Attributes:
         number: its tab's, from 0.
@@ -58,14 +64,19 @@ class Unit:
     settings: Any
 
     def __str__(self) -> str:
-        settings = self.settings
-        return f"ControlNet unit {self.number} ({settings.module if self.lacks_model else settings.model})"
+        return f"ControlNet unit {self.number} ({self.name})"
+
+    @property
+    def name(self) -> str:
+        """Its model's, or its preprocessor's where it has none."""
+        return self.settings.module if self.lacks_model or self._needs_no_model else self.settings.model
 
     @property
     def lacks_model(self) -> bool:
         """Whether no model is selected in it."""
         return (self.settings.model or "None").lower() == "none"
 
+    @cached_property
     def family(self) -> ControlFamily | None:
         """The model it is for; None for one that works on SD1.5 and SD2 alike.
 
@@ -73,23 +84,29 @@ class Unit:
             WrongArgument: no model is selected, or one that is in no folder.
             WrongFile: the model's file cannot be read.
         """
-        preprocessor = sys.modules["scripts.supported_preprocessor"].Preprocessor.get_preprocessor(self.settings.module)
-        if preprocessor.do_not_need_model:
+        if self._needs_no_model:
             return "sdxl" if SDXL_PREPROCESSOR in self.settings.module.lower() else None
         if self.lacks_model:
             raise WrongArgument(f"{self} is enabled and has no model.")
-        path = self._model_file()
-        family = detect_control_family(path)
+        path = self.model_file()
+        family = family_of_file(path)
         return family if family != "unknown" else family_by_name(path.name)
 
-    def check_has_image(self) -> None:
-        """Whether it has something to work on; the extension only logs that it has not.
+    def check_input(self) -> None:
+        """Whether it has something to work on; of much of this the extension only writes into its log.
 
         Raises:
-            WrongArgument: it has not.
+            WrongArgument: it has not, or reads a folder of images.
         """
+        if self.settings.input_mode.name == "BATCH":
+            raise WrongArgument(f"{self} reads a batch of images, which does not work together with X-Adapter.")
         if self.settings.ipadapter_input is None and self.settings.get_input_images_rgba() is None:
             raise WrongArgument(f"{self} is enabled and has no image.")
+
+    @property
+    def _needs_no_model(self) -> bool:
+        preprocessors = sys.modules["scripts.supported_preprocessor"].Preprocessor
+        return preprocessors.get_preprocessor(self.settings.module).do_not_need_model
 
     def picture(self) -> Image.Image | None:
         """The first image that the user gave it, as it came; None where there is none."""
@@ -101,17 +118,52 @@ class Unit:
         """How it fits its image to a size, as the WebUI's img2img tab numbers it."""
         return self.settings.resize_mode.int_value()
 
-    def _model_file(self) -> Path:
-        """As the extension finds it: by its full name, by the file's, or by a part of that."""
+    def model_file(self) -> Path:
+        """The model's file, as the extension finds it: by its full name, by the file's, or by a part of that.
+
+        Raises:
+            WrongArgument: there is none.
+        """
         known = sys.modules["scripts.global_state"]
         wanted = self.settings.model
         found = known.cn_models.get(wanted) or known.cn_models.get(known.cn_models_names.get(wanted.lower()))
         if found is None:
             similar = sorted((name for name in known.cn_models_names if wanted.lower() in name), key=len)
             found = known.cn_models[known.cn_models_names[similar[0]]] if similar else None
-        if found is None:
+        if found is None or not os.path.isfile(found):
             raise WrongArgument(f"{self} is enabled and there is no such model in the ControlNet folders.")
         return Path(found)
+
+
+def read_unit(number: int, given: Any) -> Unit:
+    """The unit of a tab or of a request.
+
+    Args:
+        number: from 0.
+        given: the extension's own object, or what it takes over REST.
+
+    Raises:
+        WrongArgument: there is no extension, or it does not take the unit.
+    """
+    external = extension()
+    if external is None:
+        raise WrongArgument(f"ControlNet unit {number} needs the ControlNet extension, which is not there.")
+    try:
+        return Unit(number, external.to_processing_unit(given))
+    except Exception as error:
+        raise WrongArgument(f"ControlNet unit {number} cannot be read: {one_line(error)}") from error
+
+
+def family_of_file(path: Path) -> ControlFamily:
+    """The model that a file was made for, "unknown" where it does not tell; looked up once for each file.
+
+    Raises:
+        WrongFile: it cannot be read.
+    """
+    found = cache.cached_data_for_file(
+        "xadapter-control-family", str(path), str(path), lambda: {"family": detect_control_family(path)}
+    )
+    return found["family"]
 
 
 def family_by_name(file_name: str) -> ControlFamily:
@@ -133,15 +185,18 @@ class BaseUnits:
     """The units of one job that go to the base. Empty until they are taken over.
 
     Order: `take_over` before any script's `process`; `check` when the job starts; for each batch `hooked`, and inside
-    it `stage_one`, then `beside_sdxl`.
+    it `stage_one`, then `beside_sdxl`; `give_back` when the job ends.
 
     Attributes:
+        enabled: all units of the panel, SDXL's too.
         detected_maps: what the extension shows beside the pictures, there after the first batch.
     """
 
     def __init__(self) -> None:
+        self.enabled: list[Unit] = []
         self.detected_maps: list[Image.Image] = []
-        self._units: list[tuple[Unit, ControlFamily | None]] = []
+        self._units: list[Unit] = []
+        self._taken: dict[int, tuple[Any, Any]] = {}
         self._problem: XAdapterError | None = None
         self._infotext: dict[str, str] = {}
         self._p: StableDiffusionProcessingTxt2Img | None = None
@@ -172,21 +227,34 @@ class BaseUnits:
         # writes the infotext of all units, numbered as if SDXL had them
         type(script).get_enabled_units(p)
         self._infotext = {key: p.extra_generation_params[key] for key in p.extra_generation_params.keys() - before}
-        arguments = list(p.script_args)
         for place in range(script.args_from, script.args_to):
-            if arguments[place] is None:
+            given, number = p.script_args[place], place - script.args_from
+            if given is None:
                 continue
-            unit = Unit(place - script.args_from, external.to_processing_unit(arguments[place]))
+            # the X/Y/Z plot's axes are attributes of the processing object
+            unit = Unit(number, type(script).parse_remote_call(p, read_unit(number, given).settings, number))
             if not unit.settings.enabled:
                 continue
-            if unit.settings.input_mode.name == "BATCH":
-                raise WrongArgument(f"{unit} reads a batch of images, which does not work together with X-Adapter.")
-            family = unit.family()
-            if family != "sdxl":
-                unit.check_has_image()
-                self._units.append((unit, family))
-                arguments[place] = external.ControlNetUnit(enabled=False)
-        p.script_args = type(p.script_args)(arguments)
+            unit.check_input()
+            self.enabled.append(unit)
+            if unit.family != "sdxl":
+                self._units.append(unit)
+                self._taken[place] = given, external.ControlNetUnit(enabled=False)
+        self._exchange({place: without for place, (_, without) in self._taken.items()})
+
+    def _exchange(self, arguments: dict[int, Any]) -> None:
+        """Put arguments into their places among the processing object's."""
+        p = self._p
+        if arguments:
+            p.script_args = type(p.script_args)(arguments.get(place, own) for place, own in enumerate(p.script_args))
+
+    def give_back(self) -> None:
+        """Put the base's units back among the arguments, for the next job of the same processing object."""
+        taken, self._taken = self._taken, {}
+        # another script may have put in something else
+        self._exchange(
+            {place: given for place, (given, without) in taken.items() if self._p.script_args[place] is without}
+        )
 
     def check(self, base: BaseModel) -> None:
         """Whether the units can be used on the base; writes all units into the infotext.
@@ -197,18 +265,25 @@ class BaseUnits:
         if self._problem is not None:
             raise self._problem
         base_family = "sd2" if base.model.is_sd2 else "sd1"
-        for unit, family in self._units:
-            if family not in (base_family, None):
+        for unit in self._units:
+            if unit.family not in (base_family, None):
                 raise DoesNotFit(
-                    f"{unit} is for {MODEL_NAMES[family]}, the checkpoint {base.info.name} is "
+                    f"{unit} is for {MODEL_NAMES[unit.family]}, the checkpoint {base.info.name} is "
                     f"{MODEL_NAMES[base_family]}."
                 )
         # the extension has written SDXL's own units alone in the meantime
         self._p.extra_generation_params.update(self._infotext)
 
+    def state(self) -> list[Any]:
+        """All that the units depend on: what is set in them, and when their models' files were written."""
+        return [
+            [unit.number, vars(unit.settings), None if unit.lacks_model else unit.model_file().stat().st_mtime]
+            for unit in self._units
+        ]
+
     def first_with_picture(self) -> Unit | None:
         """The first unit of the base with an image of its own."""
-        return next((unit for unit, _ in self._units if unit.picture() is not None), None)
+        return next((unit for unit in self._units if unit.picture() is not None), None)
 
     # ---- during a batch
 
@@ -239,6 +314,16 @@ class BaseUnits:
                 script.postprocess(job, shown := SimpleNamespace(images=[]))
             self.detected_maps = self.detected_maps or shown.images
             self._script = None
+
+    def check_those_of_sdxl(self) -> None:
+        """Whether SDXL's own units are at work; what the extension raises for them ends in the WebUI's log.
+
+        Raises:
+            WrongArgument: it could not set them up.
+        """
+        units = [str(unit) for unit in self.enabled if unit.family == "sdxl"]
+        if units and not getattr(self._original.latest_network, "control_params", None):
+            raise WrongArgument(f"{', '.join(units)} cannot be used for SDXL; the WebUI's log tells why.")
 
     @contextmanager
     def stage_one(self) -> Iterator[None]:
@@ -295,7 +380,7 @@ class BaseUnits:
         p, script, hook = self._p, self._script, sys.modules["scripts.hook"]
         job.seed, job.subseed, job.outpath_samples = p.seed, p.subseed, p.outpath_samples
         job.scripts_value = SimpleNamespace(alwayson_scripts=[script])
-        job.script_args_value = [unit.settings.copy() for unit, _ in self._units]
+        job.script_args_value = [unit.settings.copy() for unit in self._units]
         try:
             script.process(job)
         except torch.cuda.OutOfMemoryError:
@@ -319,8 +404,8 @@ class BaseUnits:
             if frame.f_code.co_name == "controlnet_main_entry":
                 place = frame.f_locals.get("idx", -1)
                 if len(frame.f_locals["self"].enabled_units) == len(self._units) and place >= 0:
-                    return str(self._units[place][0])
-        return ", ".join(str(unit) for unit, _ in self._units)
+                    return str(self._units[place])
+        return ", ".join(map(str, self._units))
 
     def _unread(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A pass of the UNet over the reference picture, from which no features are read."""
@@ -361,6 +446,22 @@ class BaseUnits:
     def _go_to(self, progress: float) -> None:
         handler = self._script.latest_network.guidance_schedule_handler
         handler(SimpleNamespace(sampling_step=progress, total_sampling_steps=1))
+
+
+def without_leftovers(p: StableDiffusionProcessing) -> None:
+    """Give a processing object the `sample` back that the extension replaced in an earlier job, and kept for itself.
+
+    It never does so itself: SDXL's units would end every later job in the earlier job's `sample`.
+    """
+    own = vars(p)
+    if getattr(own.get("sample"), "__module__", None) != "scripts.hook":
+        return
+    replaced = own.pop(REPLACED_SAMPLE)
+    # the class's own is there without it, and a copied processing object must not get the original's
+    if isinstance(getattr(replaced, "__self__", None), StableDiffusionProcessing):
+        del own["sample"]
+    else:
+        own["sample"] = replaced
 
 
 def own_state(script_class: type, base: BaseModel) -> list[Value]:

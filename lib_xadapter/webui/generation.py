@@ -18,6 +18,7 @@ from typing import Any
 from modules import (
     devices,
     extra_networks,
+    lowvram,
     processing,
     sd_hijack,
     sd_models,
@@ -28,23 +29,29 @@ from modules import (
     shared,
 )
 from modules.processing import StableDiffusionProcessingTxt2Img
-from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
+from ..feature_sources import FeatureSource, Lockstep
 from ..infotext import PLUGINS_KEY, write_infotext
-from ..joint_stage import JointStage, Window
+from ..joint_stage import Course, JointStage, Moment
 from ..mapping import MappingLayers
+from ..mapping_paths import EagerMapping
+from ..overlap import SideStream
+from ..recording import Playback, Recording, record
 from ..settings import BASE_NOISE_SEED, Settings, read_settings
 from ..taps import check_fit, read_features
 from ..trajectory import Trajectory
 from . import model_files, plugins, routing, switch
+from .base_evaluation import BaseEvaluation
 from .base_model import BaseModel
-from .controlnet_units import MODEL_NAMES, BaseUnits
-from .lockstep import BaseEvaluation, lockstep
+from .base_side import BaseSide, Encoding, key_of
+from .controlnet_units import MODEL_NAMES, BaseUnits, without_leftovers
+from .coupling import coupled
 from .models import Models
+from .moments import planned_moments
 from .refusal import Refusal
 from .stage_one import StageOne, base_noise, base_processing, check_start, sample_base
 from .switch import denoising_strength
@@ -98,11 +105,17 @@ class Generation:
         self._networks_are_active = False
         self._caches: tuple[list, list] = ([None, None], [None, None])
         self._units = BaseUnits()
+        self._in_turns = False
+        self._planned: tuple[Moment, ...] | None = None
+        self._key = ""
+        self._made_earlier: BaseSide | None = None
+        self._encoding: Encoding | None = None
 
     # ---- standing in for the processing object's methods
 
     def attach(self) -> None:
         """Stand in for the four methods, until the job ends."""
+        without_leftovers(self._p)
         earlier = getattr(self._p, ATTRIBUTE, None)
         if earlier is not None:
             earlier.detach()
@@ -120,7 +133,9 @@ class Generation:
         return self._units.detected_maps
 
     def detach(self) -> None:
-        """Give the processing object its own methods back."""
+        """Give the processing object its own methods and arguments back."""
+        self._units.give_back()
+        without_leftovers(self._p)
         for name in STAND_INS:
             if self._p.__dict__.get(name) == getattr(self, name):
                 del self._p.__dict__[name]
@@ -135,7 +150,9 @@ class Generation:
         """
         self.detach()
         self._let_networks_be()
-        self._base_job = self._base = self._adapter = None
+        if self._in_turns:
+            self._models.upgraded_turn()
+        self._base_job = self._base = self._adapter = self._made_earlier = None
         if not keep_base:
             self._models.forget_base()
         self._models.rest()
@@ -147,7 +164,10 @@ class Generation:
         refuse_what_cannot_work(self._p)
         info = model_files.find_base_checkpoint(settings.base_checkpoint)
         path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
-        self._base = self._models.base(info)
+        self._in_turns = self._models.take_turns(settings.memory, info)
+        if path is not None and any(settings.weights):
+            self._plan(settings)
+        self._base = self._models.base(info, self._in_turns)
         self._units.check(self._base)
         check_start(settings, self._units)
         if path is not None:
@@ -158,8 +178,18 @@ class Generation:
         )
         self._p.extra_generation_params.update(write_infotext(self.settings, __version__))
         self._hosts["init"](all_prompts, all_seeds, all_subseeds)
-        if not settings.single_stage:
-            self._count_stage_one()
+        self._count_jobs()
+
+    def _plan(self, settings: Settings) -> None:
+        """Find out which noise levels SDXL's sampler will ask for; without them the base cannot run ahead."""
+        self._planned = planned_moments(self._p, None if settings.single_stage else settings.switch_point)
+        if self._planned is None and self._in_turns:
+            self._in_turns = False
+            notice = (
+                f"{self._p.sampler_name} chooses its noise levels as it goes: memory is 'lockstep' for this picture"
+            )
+            logger.warning(notice)
+            self._p.comment(f"X-Adapter: {notice}.")
 
     @ends_the_job
     def parse_extra_network_prompts(self) -> None:
@@ -178,6 +208,7 @@ class Generation:
         negative = [settings.base_negative_prompt] * len(written) if settings.base_negative_prompt else None
         self._base_job = base_processing(p, settings, prompts, negative or list(p.negative_prompts))
         self._base_job.cached_c, self._base_job.cached_uc = self._caches
+        self._encoding = None
         if added is not None:
             self._activate_what_is_written()
 
@@ -212,38 +243,49 @@ class Generation:
         self._hosts["setup_conds"]()
         job = self._base_job
         # the refiner has prompts encoded in the middle of sampling; the base's are there by then
-        if job is None or job.c is not None:
+        if job is None or self._encoding is not None:
             return
         upgraded_embeddings = set(sd_hijack.model_hijack.embedding_db.word_embeddings)
         in_force = not job.disable_extra_networks
         loras = routing.taken_loras(self._base_networks, self._p.extra_network_data) if in_force else []
         written = [*job.prompts, *job.negative_prompts]
-        with self._base.current():
-            self._prepare_base(job, upgraded_embeddings)
-            base_embeddings = sd_hijack.model_hijack.embedding_db
-            job.setup_conds()
-        self._tell(loras, written, upgraded_embeddings, base_embeddings)
-        self._p.lora_hashes = {**getattr(self._p, "lora_hashes", {}), **getattr(job, "lora_hashes", {})}
+        self._made_earlier = self._find_recording() if self._in_turns and self._couples else None
+        self._encoding = self._made_earlier.encoding if self._made_earlier else self._encode(job, upgraded_embeddings)
+        self._tell(loras, written, upgraded_embeddings, self._encoding)
+        self._p.lora_hashes = {**getattr(self._p, "lora_hashes", {}), **self._encoding.lora_hashes}
         if self._p.lora_hashes:
             hashes = ", ".join(f"{name}: {value}" for name, value in self._p.lora_hashes.items())
             self._p.extra_generation_params["Lora hashes"] = hashes
+
+    def _encode(self, job: StableDiffusionProcessingTxt2Img, upgraded_embeddings: set[str]) -> Encoding:
+        """Encode the base's prompts, with its LoRAs and embeddings."""
+        if self._in_turns:
+            self._models.base_turn()
+        with self._base.current():
+            self._prepare_base(job, upgraded_embeddings)
+            embeddings = sd_hijack.model_hijack.embedding_db
+            job.setup_conds()
+        names, unusable = tuple(embeddings.word_embeddings), tuple(embeddings.skipped_embeddings)
+        return Encoding(names, unusable, dict(getattr(job, "lora_hashes", {})))
 
     def _tell(
         self,
         loras: Sequence[routing.Route],
         base_texts: Sequence[str],
         upgraded_embeddings: Collection[str],
-        base_embeddings: EmbeddingDatabase,
+        encoding: Encoding,
     ) -> None:
         """Say in the infotext and under the picture which plugin went to which model."""
         p = self._p
         texts = {routing.BASE: base_texts, routing.UPGRADED: [*p.prompts, *p.negative_prompts]}
         known = {
-            routing.BASE: base_embeddings.word_embeddings,
+            routing.BASE: encoding.embeddings,
             routing.UPGRADED: upgraded_embeddings,
-            "": base_embeddings.skipped_embeddings,
+            "": encoding.unusable,
         }
-        told = routing.sentence([*loras, *routing.taken_embeddings(texts, known)], self._base.family)
+        units = map(routing.unit_route, self._units.enabled)
+        routes = [*loras, *routing.taken_embeddings(texts, known), *units]
+        told = routing.sentence(routes, self._base.family)
         if told:
             p.extra_generation_params[PLUGINS_KEY] = told
             p.comment(f"X-Adapter: {told}.")
@@ -251,25 +293,105 @@ class Generation:
     @ends_the_job
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
         """Latents of one batch: (images, 4, height / 8, width / 8), or pictures where stage 1 was interrupted."""
-        p, settings = self._p, self.settings
-        with ExitStack() as scope:
-            scope.enter_context(self._token_merging())
-            scope.enter_context(self._units.hooked(self._base_job, self._base))
-            if settings.single_stage:
-                samples = self._sample_single_stage(conditioning, unconditional_conditioning)
-            else:
-                made = sample_base(self._base, self._base_job, self._units, settings.base_start)
-                self.base_pictures += made.pictures
-                if shared.state.interrupted or shared.state.skipped:
-                    samples = pictures_as_samples(made.pictures, p.width, p.height)
-                else:
-                    shared.state.nextjob()
-                    samples = self._sample_joint(made, conditioning, unconditional_conditioning)
+        p = self._p
+        self._units.check_those_of_sdxl()
+        with self._token_merging():
+            made_by = self._sample_in_turns if self._in_turns else self._sample_together
+            samples = made_by(conditioning, unconditional_conditioning)
         if p.iteration == p.n_iter - 1 or shared.state.interrupted or shared.state.stopping_generation:
             self.end()
         return samples
 
-    # ---- stage 1
+    def _sample_together(self, cond: Any, uncond: Any) -> Any:
+        """Both models on the GPU, in lockstep."""
+        with ExitStack() as scope:
+            scope.enter_context(self._units.hooked(self._base_job, self._base))
+            made = self._stage_one()
+            if made.pictures and is_broken_off():
+                return pictures_as_samples(made.pictures, self._p.width, self._p.height)
+            source = scope.enter_context(self._lockstep(made)) if self._couples else None
+            return self._sample_upgraded(made, source, cond, uncond)
+
+    def _sample_in_turns(self, cond: Any, uncond: Any) -> Any:
+        """The base first, then SDXL with the recording of it."""
+        side = self._made_earlier or self._run_base()
+        made = side.stage_one
+        if made.pictures and is_broken_off():
+            return pictures_as_samples(made.pictures, self._p.width, self._p.height)
+        self._models.upgraded_turn()
+        source = Playback(side.recording, devices.device) if self._couples else None
+        return self._sample_upgraded(made, source, cond, uncond)
+
+    # ---- the base
+
+    def _stage_one(self) -> StageOne:
+        """The base's picture; nothing in a single stage."""
+        if self.settings.single_stage:
+            return StageOne(None, [], [])
+        made = sample_base(self._base, self._base_job, self._units, self.settings.base_start)
+        self.base_pictures += made.pictures
+        if not is_broken_off():
+            shared.state.nextjob()
+        return made
+
+    def _run_base(self) -> BaseSide:
+        """All that the base gives to the batch, put away for later jobs."""
+        with self._units.hooked(self._base_job, self._base):
+            made = self._stage_one()
+            recording = self._record(made) if self._couples and not is_broken_off() else Recording(())
+        side = BaseSide(self._encoding, made, recording, self._units.detected_maps)
+        if self._couples and not is_broken_off():
+            self._models.recordings.put(self._key, side)
+        return side
+
+    def _record(self, made: StageOne) -> Recording:
+        """The base's features for the joint stage; nothing of use where the user interrupts."""
+        levels, state = self._base_levels(), shared.state
+        state.sampling_step, state.sampling_steps = 0, len(levels)
+
+        def count() -> None:
+            if is_broken_off():
+                raise sd_samplers_common.InterruptedException
+            state.sampling_step += 1
+            shared.total_tqdm.update()
+
+        try:
+            with self._lockstep(made) as source:
+                recording = record(source, levels, count)
+        except sd_samplers_common.InterruptedException:
+            return Recording(())
+        state.nextjob()
+        return recording
+
+    def _base_levels(self) -> list[float]:
+        return self._course.base_levels(self._planned)
+
+    def _find_recording(self) -> BaseSide | None:
+        """What an earlier job made of the same base, prompts, plugins and noise levels."""
+        self._key = key_of(
+            self._base,
+            self._base_job,
+            self.settings,
+            self._base_networks,
+            self._units,
+            self._base_levels(),
+            self._p.get_token_merging_ratio(),
+        )
+        found = self._models.recordings.find(self._key)
+        if found is not None:
+            logger.info("The SD1.5 side is the same as in an earlier job: its recording is used again")
+            self.base_pictures += found.stage_one.pictures
+            self._units.detected_maps = self._units.detected_maps or list(found.detected_maps)
+        return found
+
+    @contextmanager
+    def _lockstep(self, made: StageOne) -> Iterator[Lockstep]:
+        """The base at the start of the joint stage."""
+        job = self._base_job
+        noise = base_noise(job, [seed + BASE_NOISE_SEED for seed in job.seeds]).next()
+        with read_features(self._base.unet) as reader:
+            evaluation = BaseEvaluation(self._base, job, reader, made.levels)
+            yield Lockstep(self._units.beside_sdxl(evaluation, reader), Trajectory(noise, made.latents))
 
     def _prepare_base(self, job: StableDiffusionProcessingTxt2Img, upgraded_embeddings: set[str]) -> None:
         """What the WebUI does before it encodes prompts, with the base as its current model."""
@@ -291,26 +413,31 @@ class Generation:
         for comment in hijack.comments:
             self._p.comment(f"{MODEL_NAMES[self._base.family]}: {comment}")
 
-    # ---- stage 2
+    # ---- SDXL
 
-    def _sample_joint(self, made: StageOne, cond: Any, uncond: Any) -> Tensor:
-        """SDXL from the base's picture, noised to the switch point, as the img2img tab does it."""
+    def _sample_upgraded(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
+        """SDXL led by the base; by nothing but its picture where there is no source of features."""
+        p = self._p
+        p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+        start = self._from_noise if self.settings.single_stage else self._from_picture
+        return start(made, source, cond, uncond)
+
+    def _from_picture(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
+        """From the base's picture, noised to the switch point, as the img2img tab does it."""
         p = self._p
         carried = switch.carry_over(made.pictures, p.seeds, p.width, p.height)
-        p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
         conditioning = p.img2img_image_conditioning(carried.pixels * 2 - 1, carried.latents)
         noise = p.rng.next() * shared.opts.initial_noise_multiplier
         self._announce(carried.latents, noise, cond, uncond)
-        with self._joint_stage(made), denoising_strength(p, self.settings.switch_point):
+        with self._led_by(source), denoising_strength(p, self.settings.switch_point):
             return p.sampler.sample_img2img(p, carried.latents, noise, cond, uncond, image_conditioning=conditioning)
 
-    def _sample_single_stage(self, cond: Any, uncond: Any) -> Tensor:
+    def _from_noise(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
         """Both from noise, as the txt2img tab does it."""
         p = self._p
-        p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
         noise = p.rng.next()
         self._announce(noise, noise, cond, uncond)
-        with self._joint_stage(StageOne(None, [], [])):
+        with self._led_by(source):
             return p.sampler.sample(p, noise, cond, uncond, image_conditioning=p.txt2img_image_conditioning(noise))
 
     def _announce(self, x: Tensor, noise: Tensor, cond: Any, uncond: Any) -> None:
@@ -319,23 +446,35 @@ class Generation:
             self._p.scripts.process_before_every_sampling(p=self._p, x=x, noise=noise, c=cond, uc=uncond)
 
     @contextmanager
-    def _joint_stage(self, made: StageOne) -> Iterator[None]:
-        """While open, the processing object's sampler runs in lockstep with the base."""
-        settings = self.settings
-        if self._adapter is None or not any(settings.weights):
+    def _led_by(self, source: FeatureSource | None) -> Iterator[None]:
+        """While open, the processing object's sampler takes SDXL through the joint stage."""
+        if source is None:
             yield
             return
-        noise = base_noise(self._base_job, [seed + BASE_NOISE_SEED for seed in self._base_job.seeds]).next()
-        with read_features(self._base.unet) as reader:
-            stage = JointStage(
-                self._units.beside_sdxl(BaseEvaluation(self._base, self._base_job, reader, made.levels), reader),
-                Trajectory(noise, made.latents),
-                self._adapter,
-                settings.weights,
-                Window(settings.guidance_start, settings.guidance_end),
-            )
-            with lockstep(stage, self._p.sampler):
-                yield
+        settings = self.settings
+        beside = (
+            isinstance(source, Lockstep) and devices.device.type == "cuda" and not lowvram.is_enabled(shared.sd_model)
+        )
+        stage = JointStage(
+            source,
+            EagerMapping(self._adapter),
+            settings.weights,
+            self._course,
+            settings.cond_only,
+            SideStream(devices.device) if beside else None,
+        )
+        with coupled(stage, self._p.sampler, self._planned):
+            yield
+
+    @property
+    def _couples(self) -> bool:
+        """Whether features are led over at all."""
+        return self._adapter is not None and any(self.settings.weights)
+
+    @property
+    def _course(self) -> Course:
+        settings = self.settings
+        return Course(settings.guidance_start, settings.guidance_end, settings.refresh_every)
 
     # ---- manners
 
@@ -349,18 +488,19 @@ class Generation:
         finally:
             sd_models.apply_token_merging(model, 0)
 
-    def _count_stage_one(self) -> None:
-        """Two jobs a batch in the progress bar, as hires fix does it."""
-        p, state = self._p, shared.state
-        if state.processing_has_refined_job_count:
+    def _count_jobs(self) -> None:
+        """Each stage is a job in the progress bar, as hires fix does it."""
+        p, state, settings = self._p, shared.state, self.settings
+        steps = [] if settings.single_stage else [settings.base_steps or p.steps]
+        if self._couples and self._in_turns:
+            steps.append(len(self._base_levels()))
+        if not steps or state.processing_has_refined_job_count:
             return
+        steps.append(p.steps if settings.single_stage else joint_steps(p, settings.switch_point))
         if state.job_count == -1:
             state.job_count = p.n_iter
-        with denoising_strength(p, self.settings.switch_point):
-            _, joint_steps = sd_samplers_common.setup_img2img_steps(p)
-        base_steps = self.settings.base_steps or p.steps
-        shared.total_tqdm.updateTotal((base_steps + joint_steps + 1) * state.job_count)
-        state.job_count *= 2
+        shared.total_tqdm.updateTotal(sum(steps) * state.job_count)
+        state.job_count *= len(steps)
         state.processing_has_refined_job_count = True
 
 
@@ -380,6 +520,18 @@ def refuse_what_cannot_work(p: StableDiffusionProcessingTxt2Img) -> None:
         )
     if p.enable_hr:
         raise WrongArgument("X-Adapter and Hires. fix do not work together yet: switch one of them off.")
+
+
+def is_broken_off() -> bool:
+    """Whether the user wants no more of this picture."""
+    return shared.state.interrupted or shared.state.skipped
+
+
+def joint_steps(p: StableDiffusionProcessingTxt2Img, switch_point: float) -> int:
+    """How many steps SDXL takes from the switch point on, by the img2img tab's rule."""
+    with denoising_strength(p, switch_point):
+        _, last = sd_samplers_common.setup_img2img_steps(p)
+    return last + 1
 
 
 def pictures_as_samples(pictures: Sequence[Image.Image], width: int, height: int) -> processing.DecodedSamples:

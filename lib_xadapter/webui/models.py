@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules import devices, sd_models
+import torch
+from modules import devices, lowvram, sd_models, shared
 
 from ..mapping import MappingLayers, load_adapter
+from ..memory import WORKING_MEMORY, free_memory, size_of
+from ..recording import Shelf
+from ..settings import AUTO, RECORDED
 from . import options
 from .base_model import BaseModel, load_base_model
+from .base_side import BaseSide
+
+LARGEST_BASE = 1_300_000_000
+"""Parameters of SD2.1 with its text encoder and VAE; SD1.5 has 1.07 billion."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +32,25 @@ class AdapterOnDisk:
 
 
 class Models:
-    """What is loaded now. One object lives as long as the script does."""
+    """What is loaded now, and whose turn on the GPU it is. One object lives as long as the script does."""
 
     def __init__(self) -> None:
+        self.recordings: Shelf[BaseSide] = Shelf(options.recordings_capacity)
+        """What the base made in earlier jobs."""
         self._base: BaseModel | None = None
         self._adapter: tuple[AdapterOnDisk, MappingLayers] | None = None
 
-    def base(self, info: sd_models.CheckpointInfo) -> BaseModel:
-        """The base model of a checkpoint, on the GPU."""
-        if self._base is None or self._base.info.filename != info.filename:
+    def base(self, info: sd_models.CheckpointInfo, in_turns: bool) -> BaseModel:
+        """The base model of a checkpoint, on the GPU; in RAM if it takes turns with SDXL."""
+        if not self._is_loaded(info):
             self._base = None
             devices.torch_gc()
-            self._base = load_base_model(info)
-        self._base.to_gpu()
+            with upgraded_in_ram() if in_turns else nullcontext():
+                self._base = load_base_model(info)
+                if in_turns:
+                    self._base.to_ram()
+        if not in_turns:
+            self._base.to_gpu()
         return self._base
 
     def forget_base(self) -> None:
@@ -49,6 +65,34 @@ class Models:
             self._adapter = (on_disk, load_adapter(path, dtype=devices.dtype_unet))
         return self._adapter[1].to(devices.device, devices.dtype_unet)
 
+    def take_turns(self, memory: str, info: sd_models.CheckpointInfo) -> bool:
+        """Whether base and SDXL are to be on the GPU one after the other.
+
+        Args:
+            memory: as in `Settings`; "auto" looks at what is free.
+            info: the base's checkpoint.
+        """
+        if memory != AUTO:
+            return memory == RECORDED
+        if lowvram.is_enabled(shared.sd_model):
+            return True
+        if devices.device.type != "cuda":
+            return False
+        loaded = self._base.model if self._is_loaded(info) else None
+        missing = _size_of_file(info) if loaded is None else size_of(loaded) - size_of(loaded, devices.device)
+        return missing + WORKING_MEMORY > free_memory(devices.device)
+
+    def base_turn(self) -> None:
+        """SDXL leaves the GPU to the base."""
+        sd_models.send_model_to_cpu(shared.sd_model)
+        self._base.to_gpu()
+
+    def upgraded_turn(self) -> None:
+        """The base leaves the GPU to SDXL."""
+        if self._base is not None:
+            self._base.to_ram()
+        sd_models.send_model_to_device(shared.sd_model)
+
     def rest(self) -> None:
         """What happens after a job: stay, move to RAM, or go."""
         if options.keeping() == options.UNLOAD:
@@ -59,3 +103,22 @@ class Models:
             if self._adapter is not None:
                 self._adapter[1].to(devices.cpu)
         devices.torch_gc()
+
+    def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
+        return self._base is not None and self._base.info.filename == info.filename
+
+
+@contextmanager
+def upgraded_in_ram() -> Iterator[None]:
+    """While open, SDXL is not on the GPU."""
+    sd_models.send_model_to_cpu(shared.sd_model)
+    try:
+        yield
+    finally:
+        sd_models.send_model_to_device(shared.sd_model)
+
+
+def _size_of_file(info: sd_models.CheckpointInfo) -> int:
+    """Bytes that a checkpoint will take; files can hold more than the model (EMA weights, optimizer states)."""
+    per_parameter = torch.finfo(devices.dtype_unet).bits // 8
+    return min(os.path.getsize(info.filename), LARGEST_BASE * per_parameter)

@@ -27,6 +27,12 @@ def add_options() -> None:
             gr.Radio,
             {"choices": [KEEP_ON_GPU, KEEP_IN_RAM, UNLOAD]},
         ).info("on the GPU they start at once; the others free video memory for whatever else runs"),
+        "xadapter_recordings": shared.OptionInfo(
+            2.0,
+            "Memory for recordings of the SD1.5 model, in GB of RAM",
+            gr.Slider,
+            {"minimum": 0.0, "maximum": 64.0, "step": 0.5},
+        ).info("kept with 'Memory: recorded' for when only SDXL's side changes; 50 steps at 1024 px take about 1 GB"),
     }
     for key, option in options.items():
         option.section = SECTION
@@ -41,3 +47,8 @@ def adapter_folder() -> str:
 def keeping() -> Keeping:
     """What happens to the base and the adapter after a job."""
     return shared.opts.data.get("xadapter_keep_models", KEEP_ON_GPU)
+
+
+def recordings_capacity() -> int:
+    """Bytes that recordings of the base may fill between jobs."""
+    return int(shared.opts.data.get("xadapter_recordings", 2.0) * 2**30)

@@ -32,8 +32,8 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     add("/models", _models)
 
 
-class Prompts(BaseModel):
-    """What the page is about to ask for."""
+class Selection(BaseModel):
+    """What the page is about to ask for: prompts, and units as the ControlNet extension takes them."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -43,12 +43,13 @@ class Prompts(BaseModel):
     base_checkpoint: str = ""
 
 
-def _route(prompts: Prompts) -> dict[str, Any]:
+def _route(selection: Selection) -> dict[str, Any]:
     """Where each plugin would go, one object for each, and all of them in one line."""
-    family = model_files.expected_base_family(prompts.base_checkpoint)
+    family = model_files.expected_base_family(selection.base_checkpoint)
     routes = routing.expected(
-        prompts.prompt, prompts.negative_prompt, prompts.base_prompt, prompts.base_negative_prompt, family
+        selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt, family
     )
+    routes += routing.expected_units(selection.units)
     return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
 
 

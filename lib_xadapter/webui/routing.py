@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from modules import extra_networks, sd_hijack
 
 from ..errors import XAdapterError
 from . import plugins
 from .base_model import lora_extension
-from .controlnet_units import MODEL_NAMES
+from .controlnet_units import MODEL_NAMES, Unit, read_unit
 from .plugins import BASE, UPGRADED
 
 LORA = "LoRA"
 EMBEDDING = "textual inversion"
 EMBEDDING_WIDTHS = {768: "sd1", 1024: "sd2"}
 """Of one vector of a textual inversion, as wide as the model's text encoder."""
+UNIT = "ControlNet unit"
+UNIT_FIELDS = ("enabled", "module", "model")
+"""What tells where a unit goes."""
 NO_MODEL = "neither model"
 
 
@@ -96,6 +100,16 @@ def mentions(texts: Iterable[str], name: str) -> bool:
     return any(pattern.search(text) for text in texts)
 
 
+def unit_route(unit: Unit) -> Route:
+    """Where an enabled unit of the ControlNet panel goes.
+
+    Raises:
+        XAdapterError: its model cannot be told.
+    """
+    model = UPGRADED if unit.family == "sdxl" else BASE
+    return Route(f"{UNIT} {unit.number}", unit.name, (model,), unit.family or "unknown")
+
+
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +171,27 @@ def _expected_embeddings(texts: Mapping[str, Sequence[str]], base_family: str) -
             yield Route(EMBEDDING, name, (model,), made_for)
         else:
             yield Route(EMBEDDING, name, (), made_for, f"it was made for {MODEL_NAMES[made_for]}")
+
+
+def expected_units(units: Sequence[Mapping[str, Any]]) -> list[Route]:
+    """Where the enabled ones of these units will go, from their models' files and without any model.
+
+    Args:
+        units: as the ControlNet extension takes them over REST; nothing but `UNIT_FIELDS` is looked at.
+    """
+    return [_expected_unit(number, given) for number, given in enumerate(units) if given.get("enabled")]
+
+
+def _expected_unit(number: int, given: Mapping[str, Any]) -> Route:
+    subject, name = f"{UNIT} {number}", str(given.get("model") or given.get("module"))
+    try:
+        # the extension unpickles some of the other fields
+        unit = read_unit(number, {field: given[field] for field in UNIT_FIELDS if field in given})
+        subject, name = str(unit), unit.name
+        return unit_route(unit)
+    except XAdapterError as problem:
+        told = str(problem).removeprefix(f"{subject} ").rstrip(".")
+        return Route(f"{UNIT} {number}", name, (), problem=told)
 
 
 def _joined(routes: Iterable[Route]) -> list[Route]:

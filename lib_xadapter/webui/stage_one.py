@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, START_STRENGTH, Settings, half
+from ..settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
 from . import plugins, switch
 from .base_model import BaseModel
 from .controlnet_units import MODEL_NAMES, BaseUnits
-from .lockstep import noise_level
+from .moments import noise_level
 from .seeded import blank_conditioning, each_from_its_seed
 
 SHARED_FIELDS = (
@@ -70,12 +70,20 @@ def base_processing(
         **{name: getattr(p, name) for name in SHARED_FIELDS},
     )
     job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
-    job.seeds = job.all_seeds = list(p.seeds)
+    job.seeds = job.all_seeds = base_seeds(p, settings)
     job.subseeds = job.all_subseeds = list(p.subseeds)
     job.prompts = job.all_prompts = prompts
     job.negative_prompts = job.all_negative_prompts = negative_prompts
     job.fill_fields_from_opts()
     return job
+
+
+def base_seeds(p: StableDiffusionProcessingTxt2Img, settings: Settings) -> list[int]:
+    """The base's seed for each image of the batch under way; its own count on from image to image, as SDXL's do."""
+    if settings.base_seed == SAME_SEED:
+        return list(p.seeds)
+    first = settings.base_seed + p.iteration * p.batch_size
+    return list(range(first, first + len(p.seeds)))
 
 
 def base_noise(job: StableDiffusionProcessingTxt2Img, seeds: Sequence[int]) -> rng.ImageRNG:

@@ -1,6 +1,6 @@
 """A host of the core made of the real ldm classes: UNets, VAEs and the DDIM sampler of the CompVis code base.
 
-It stands for the WebUI, which builds on the same classes, and says by a second way what a picture must be.
+The WebUI builds on the same classes. Says by a second way what a picture must be, by the released pipeline's rules.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_xadapter.feature_sources import BaseStep, Lockstep
 from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
 from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
 from lib_xadapter.headless.pipeline import Request
-from lib_xadapter.joint_stage import BaseStep, JointStage
+from lib_xadapter.joint_stage import JointStage, Moment
 from lib_xadapter.mapping import MappingLayers
+from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import FeatureReader, read_features
 from lib_xadapter.trajectory import Trajectory
@@ -31,6 +33,9 @@ from lib_xadapter.trajectory import Trajectory
 ROWS = batch_rows([1])
 UNCOND_FIRST = [1, 0]
 """ldm's sampler puts the uncond before the cond."""
+
+FIRST_ORDER = 1
+"""The released pipeline steps the base by the sampler's own order, DDIM's."""
 
 File = Mapping[str, Tensor]
 
@@ -171,14 +176,11 @@ class CompVisHost:
     @torch.no_grad()
     def upgraded_latents(self, request: Request, finished: Tensor, size: tuple[int, int], joint_steps: int) -> Tensor:
         noise, prompts = request.noises[0], request.upgraded_prompts
-        clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.LANCZOS))
+        clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.BICUBIC))
         with read_features(self.base) as reader:
-            stage = JointStage(
-                self._lockstep_base(request, reader),
-                Trajectory(noise.base_again[None], finished),
-                self.adapter,
-                request.settings.weights,
-            )
+            trajectory = Trajectory(noise.base_again[None], finished, FIRST_ORDER)
+            source = Lockstep(self._lockstep_base(request, reader), trajectory)
+            stage = JointStage(source, EagerMapping(self.adapter), request.settings.weights)
             model = SamplerModel(lambda x, t, context: self._joint(stage, model, request, x, t, context))
             sampler = DDIMSampler(model)
             sampler.make_schedule(request.steps, verbose=False)
@@ -196,7 +198,7 @@ class CompVisHost:
     def _joint(
         self, stage: JointStage, model: SamplerModel, request: Request, x: Tensor, t: Tensor, context: Tensor
     ) -> Tensor:
-        stage.advance(model.sigma(t), 0.5, [ROWS[place] for place in UNCOND_FIRST])
+        stage.advance(Moment(model.sigma(t), step=0, progress=0.5), [ROWS[place] for place in UNCOND_FIRST])
         stage.select(slice(0, 2))
         told = told_to_sdxl(request.upgraded_prompts)[UNCOND_FIRST]
         return self.upgraded(x, t, context=context, y=told)
@@ -211,7 +213,7 @@ class CompVisHost:
             scaled = latent / math.sqrt(1 + sigma**2)
             cond, uncond = self.base(torch.cat([scaled] * 2), timestep, context=context).chunk(2)
             noise = uncond + request.cfg_scale * (cond - uncond)
-            return BaseStep(latent - sigma * noise, reader.take(), ROWS)
+            return BaseStep(reader.take(), ROWS, latent - sigma * noise)
 
         return evaluate
 

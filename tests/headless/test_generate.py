@@ -21,7 +21,7 @@ def first(generate, *more: str, **replaced: str | None) -> numpy.ndarray:
     """The first picture of a run."""
     before = set(generate.pictures())
     assert generate(*more, **replaced) == 0
-    return pixels(sorted(set(generate.pictures()) - before)[0])
+    return pixels(sorted(set(generate.pictures()) - before, key=lambda path: len(path.stem))[0])
 
 
 def parameters(text: str) -> dict[str, str]:
@@ -67,6 +67,7 @@ def test_the_same_command_makes_the_same_picture(generate, plain):
         (["--negative-prompt", "a dog"], {}),
         (["--base-cfg-scale", "2"], {}),
         (["--base-steps", "5"], {}),
+        (["--base-seed", "9"], {}),
         (["--base-width", "96"], {}),
         (["--cfg", "3"], {}),
         (["--reference"], {}),
@@ -92,6 +93,24 @@ def test_weight_0_is_no_adapter_at_all(generate):
 def test_without_guidance_the_base_follows_its_own_latents(generate):
     """The released code feeds it the upgraded ones."""
     assert not numpy.array_equal(first(generate, "--cfg", "1"), first(generate, "--cfg", "1", "--weight", "0"))
+
+
+def base_pictures(generate) -> list[numpy.ndarray]:
+    return [pixels(path) for path in sorted(generate.out.glob("*-base.png"))]
+
+
+def test_sdxl_varies_over_the_picture_of_a_base_with_a_seed_of_its_own(generate):
+    varied, other = (first(generate, "--return-base-image", "--base-seed", "9", seed=seed) for seed in ("5", "6"))
+    assert not numpy.array_equal(varied, other)
+    assert numpy.array_equal(*base_pictures(generate))
+
+
+def test_image_k_of_a_batch_has_the_bases_seed_plus_k(generate):
+    generate("--return-base-image", "--base-seed", "8", "--batch", "2")
+    generate("--return-base-image", seed="9")
+    eighth, ninth, plain_ninth = base_pictures(generate)
+    assert numpy.abs(ninth - plain_ninth).max() <= 1
+    assert not numpy.array_equal(eighth, ninth)
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "Euler a"])

@@ -11,7 +11,7 @@ from lib_xadapter.headless import small_models
 from lib_xadapter.headless.jobs import Job, request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
-from lib_xadapter.headless.pipeline import TwoStages
+from lib_xadapter.headless.pipeline import RELEASED_RULES, TwoStages
 from lib_xadapter.settings import Settings
 
 pytest.importorskip("ldm", reason="needs the ldm classes (stable-diffusion-sdkit, einops, omegaconf)")
@@ -75,12 +75,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_both_hosts_finish_the_base_with_the_same_latents(diffusers_models, compvis, request_made):
-    ours = TwoStages(diffusers_models).base_latents(request_made)
+    ours = TwoStages(diffusers_models, RELEASED_RULES).base_latents(request_made)
     assert relative_error(ours, compvis.base_latents(request_made)) < 1e-3
 
 
 def test_both_hosts_finish_the_picture_with_the_same_latents(diffusers_models, compvis, request_made):
-    stages = TwoStages(diffusers_models)
+    stages = TwoStages(diffusers_models, RELEASED_RULES)
     finished = stages.base_latents(request_made)
     joint_steps = len(stages.joint_steps_of(request_made).timesteps)
     theirs = compvis.upgraded_latents(request_made, finished, JOB.size, joint_steps)
@@ -90,7 +90,7 @@ def test_both_hosts_finish_the_picture_with_the_same_latents(diffusers_models, c
 
 def test_the_adapter_acts_in_both(diffusers_models, compvis, request_made):
     """Lest two hosts agree on doing nothing."""
-    stages = TwoStages(diffusers_models)
+    stages = TwoStages(diffusers_models, RELEASED_RULES)
     finished = stages.base_latents(request_made)
     plain = request_of(diffusers_models, JOB, Settings(switch_point=0.8, weight=0.0))
     led, alone = (stages.upgraded_latents(asked, finished, JOB.size) for asked in (request_made, plain))

@@ -11,6 +11,7 @@ from lib_xadapter.headless.prompts import (
     Part,
     base_prompts,
     encode,
+    of_one_length,
     read_attention,
     split_into_windows,
     upgraded_prompts,
@@ -57,9 +58,36 @@ def test_a_long_prompt_goes_on_in_a_second_window(models):
     assert split.tokens[1, 6:].unique().tolist() == [tokenizer.eos_token_id]
 
 
-def test_prompt_and_negative_prompt_get_as_many_windows(models):
-    prompts = base_prompts(models, "a" * 80, "b", images=2, guided=True)
-    assert prompts.cond.shape == prompts.uncond.shape == (2, 154, 64)
+@pytest.mark.parametrize(
+    ("prompt", "in_the_first"),
+    [
+        ("a" * 60 + ", " + "b" * 30, 61),
+        ("a" * 55 + ", " + "b" * 30, 56),
+        ("a" * 54 + ", " + "b" * 30, 75),
+        ("a" * 60 + ", " + "b" * 14 + "," + "b" * 15, 75),
+    ],
+)
+def test_a_window_ends_behind_a_comma_that_is_near(prompt, in_the_first, models):
+    """As the WebUI splits them; a letter is a token here."""
+    tokenizer = models.base.tokenizer
+    split = split_into_windows(prompt, tokenizer)
+    assert len(split.tokens) == 2
+    assert split.tokens[0].tolist().index(tokenizer.eos_token_id) == 1 + in_the_first
+
+
+def test_a_shorter_negative_prompt_keeps_its_meaning(models):
+    """Repeated to the prompt's length, it does in the UNet what it does alone."""
+    prompts = base_prompts(models, "a" * 80, "b", images=1, guided=True)
+    assert prompts.cond.shape == prompts.uncond.shape == (1, 154, 64)
+    latent, alone = torch.ones(1, 4, 8, 8), base_prompts(models, "", "b", images=1, guided=True).uncond
+    repeated, plain = (models.base.unet(latent, 500, tokens).sample for tokens in (prompts.uncond, alone))
+    torch.testing.assert_close(repeated, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "second", "length"), [(77, 77, 77), (154, 77, 154), (154, 231, 462)])
+def test_prompts_of_any_length_become_of_one(first, second, length):
+    both = of_one_length(torch.zeros(1, first, 2), torch.zeros(1, second, 2))
+    assert [tuple(tokens.shape) for tokens in both] == [(1, length, 2)] * 2
 
 
 def test_without_attention_the_text_encoder_is_left_alone(models):

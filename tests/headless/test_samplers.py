@@ -15,7 +15,7 @@ from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, noise_schedule_of
 from lib_xadapter.headless.noise_schedule import NoiseSchedule
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, TwoStages
-from lib_xadapter.headless.samplers import SAMPLERS, joint_steps, released_joint_steps, sampler_named
+from lib_xadapter.headless.samplers import SAMPLERS, released_steps, sampler_named, webui_steps
 from lib_xadapter.settings import Settings
 
 
@@ -39,14 +39,32 @@ def test_every_sampler_finishes_both_stages(sampler, rules, models):
     assert latents.std() < 20
 
 
+def evaluations(rule, models, sampler: str, switch_point: float | None) -> list[float]:
+    """The timesteps of the model evaluations, of 20 steps in all."""
+    return rule(sampler_named(sampler), models.base.scheduler.config, 20, switch_point, "cpu").timesteps.tolist()
+
+
 @pytest.mark.parametrize(
     ("switch_point", "on_levels", "on_timesteps", "released"),
-    [(1.0, 20, 19, 20), (0.8, 17, 16, 16), (0.5, 11, 10, 10), (0.0, 1, 1, 1)],
+    [(None, 20, 19, 20), (1.0, 20, 18, 20), (0.8, 17, 15, 16), (0.5, 11, 9, 10), (0.0, 1, 1, 1)],
 )
-def test_the_switch_point_is_the_hosts_denoising_strength(switch_point, on_levels, on_timesteps, released):
-    assert joint_steps(20, switch_point, sampler_named("DPM++ 2M")) == on_levels
-    assert joint_steps(20, switch_point, sampler_named("DDIM")) == on_timesteps
-    assert released_joint_steps(20, switch_point, sampler_named("DDIM")) == released
+def test_the_switch_point_is_the_hosts_denoising_strength(switch_point, on_levels, on_timesteps, released, models):
+    assert len(evaluations(webui_steps, models, "DPM++ 2M", switch_point)) == on_levels
+    assert len(evaluations(webui_steps, models, "DDIM", switch_point)) == on_timesteps
+    assert len(evaluations(released_steps, models, "DDIM", switch_point)) == released
+
+
+def test_plms_looks_twice_at_its_second_timestep_wherever_it_begins(models):
+    assert evaluations(webui_steps, models, "PLMS", 0.25) == [201, 151, 151, 101, 51]
+    assert evaluations(released_steps, models, "PLMS", 0.25) == [201, 151, 151, 101, 51, 1]
+
+
+def test_noise_levels_are_not_rounded_to_whole_timesteps(models):
+    """They would be other levels than the WebUI's."""
+    config, sampler = models.base.scheduler.config, sampler_named("DPM++ 2M")
+    steps, schedule = webui_steps(sampler, config, 8, None, "cpu"), noise_schedule_of(models.base)
+    levels = [schedule.sigma_at(timestep) for timestep in steps.timesteps.tolist()]
+    assert levels == pytest.approx(steps.scheduler.sigmas[:-1].tolist(), rel=1e-5)
 
 
 def test_the_adapter_ends_with_its_window(models, monkeypatch):

@@ -82,3 +82,19 @@ def plain_webui(start_webui: Callable[..., WebUIServer]) -> Iterator[WebUIServer
     """A WebUI without X-Adapter."""
     with start_webui("plain-webui", extension=False) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def controlnet_webui(
+    models: Path, start_webui: Callable[..., WebUIServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUIServer]:
+    """A WebUI with X-Adapter and the ControlNet extension, and small files for that."""
+    from . import small_controls, units
+
+    more, annotators = tmp_path_factory.mktemp("controls"), tmp_path_factory.mktemp("annotators")
+    small_controls.write_controls(models, more)
+    small_controls.write_annotators(annotators)
+    options = {"control_net_modules_path": str(annotators)}
+    folders = {"models": [models, more], "more_extensions": [units.extension()]}
+    with start_webui("controlnet", **folders, options=options) as server:
+        yield server

@@ -356,16 +356,23 @@ class WebUIServer:
         """Names of the base's tensors that are not, to the bit, those of its checkpoint's file."""
         return self.probed(self.get("/probe/changed"))
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[list[dict[str, Any]]]:
+    def recorded(self) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
         """The UNet calls made inside, oldest first, there once the context is left."""
-        calls: list[dict[str, Any]] = []
+        return self.recording("/probe/calls")
+
+    def recorded_samplings(self) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+        """The samplings inside, oldest first, there once the context is left: see Sampling in probe.py."""
+        return self.recording("/probe/samplings")
+
+    @contextlib.contextmanager
+    def recording(self, route: str) -> Iterator[list[dict[str, Any]]]:
+        records: list[dict[str, Any]] = []
         self.probed(self.post("/probe/reset"))
         try:
-            yield calls
+            yield records
         finally:
             self.probed(self.post("/probe/stop"))
-            calls += self.probed(self.get("/probe/calls"))
+            records += self.probed(self.get(route))
 
     @contextlib.contextmanager
     def fault(self, where: str, after: int = 0, error: str = "RuntimeError") -> Iterator[None]:

@@ -46,6 +46,7 @@ from safetensors.torch import save_file
 StateDict = dict[str, torch.Tensor]
 
 TINY_CLIP_WIDTH = 64
+CLIP_HEAD_WIDTH = 64
 OPEN_CLIP_WIDTH = 256  # of ViT-S-32-alt, the smallest text encoder in open_clip's table
 TINY_UNET_WIDTH = 32
 UNET_PREFIX = "model.diffusion_model."
@@ -93,7 +94,7 @@ def write_tokenizer(folder: Path, width: int) -> None:
             "model_type": "clip_text_model",
             "hidden_size": width,
             "intermediate_size": 4 * width,
-            "num_attention_heads": 12 if width == 768 else 4,
+            "num_attention_heads": width // CLIP_HEAD_WIDTH,
             "num_hidden_layers": 12,
             "vocab_size": len(vocabulary),
             "max_position_embeddings": 77,
@@ -185,10 +186,15 @@ def untrained_text_encoders() -> Iterator[None]:
 
 
 def wake(state_dict: StateDict, generator: torch.Generator) -> StateDict:
-    """Random weights where initialisation left zeros; a VAE encoder without spread: equal inputs, equal pictures."""
+    """Random weights where initialisation left zeros; a VAE encoder without spread: equal inputs, equal pictures.
+
+    A text encoder's last norm that adds nothing would leave a mean of 0, which the WebUI divides by.
+    """
     state_dict["first_stage_model.quant_conv.weight"][4:] = 0
     state_dict["first_stage_model.quant_conv.bias"][4:] = -30
     for key, value in state_dict.items():
+        if key.endswith(("final_layer_norm.bias", "ln_final.bias")):
+            state_dict[key] = torch.randn(value.shape, generator=generator) * 0.3
         if value.dtype.is_floating_point and value.ndim >= 2 and not value.any():
             state_dict[key] = torch.randn(value.shape, generator=generator) * (0.5 / math.sqrt(value[0].numel()))
     return {key: value.clone().contiguous() for key, value in state_dict.items()}

@@ -17,9 +17,12 @@ LATENT_SCALE = 8
 def test_models_that_are_moved_in_and_out_give_the_same_picture(start_webui, webui, flag):
     usual = with_xadapter(webui).image
     with start_webui(flag.strip("-"), flags=[flag]) as moving:
-        first, again = with_xadapter(moving).image, with_xadapter(moving).image
+        first, again, beside = (
+            with_xadapter(moving, {"memory": memory}).image for memory in ("auto", "auto", "lockstep")
+        )
         assert moving.state()["hooks"] == []
     assert grey_levels_apart(first, usual) <= 1
+    assert grey_levels_apart(beside, usual) <= 1
     assert same_bytes(first, again)
 
 

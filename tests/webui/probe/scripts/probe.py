@@ -3,8 +3,9 @@
 An extension for tests only. While it neither records nor holds an armed fault, nothing of the WebUI is replaced.
 
     GET  /probe/state   what is loaded, hooked and selected
-    POST /probe/reset   forget the UNet calls and record from now on
+    POST /probe/reset   forget the UNet calls and samplings, and record from now on
     GET  /probe/calls   the recorded UNet calls, oldest first
+    GET  /probe/samplings  the recorded samplings, oldest first
     POST /probe/stop    record no more
     POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
@@ -39,6 +40,8 @@ from modules import (
 )
 from modules.call_queue import queue_lock
 from modules.sd_hijack import model_hijack
+from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+from modules.sd_samplers_common import Sampler
 from safetensors.torch import load_file
 
 BASE = "LatentDiffusion"  # the class of SD1.x and SD2.x models
@@ -88,11 +91,34 @@ class Fault:
     error: str
 
 
+@dataclass
+class Sampling:
+    """One sampling of one model.
+
+    Attributes:
+        start: the latents of its first model evaluation, as the sampler has them: (images, 4, h, w).
+        level: the noise level there, a sigma or a timestep, whichever the sampler counts in.
+        finished: the latents that it ended with.
+    """
+
+    start: torch.Tensor | None = None
+    level: float = 0.0
+    finished: torch.Tensor | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        latents = {"start": self.start, "finished": self.finished}
+        return {"level": self.level} | {name: None if x is None else x.tolist() for name, x in latents.items()}
+
+
 class Probe:
-    """Records UNet calls and lets one armed fault fire; the places it watches are replaced only while it does."""
+    """Records UNet calls and samplings and lets one armed fault fire.
+
+    The places it watches are replaced only while it does.
+    """
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.samplings: list[Sampling] = []
         self.recording = False
         self.fault: Fault | None = None
         self.replaced = contextlib.ExitStack()
@@ -112,7 +138,32 @@ class Probe:
             places.add(self.fault.where)
         for place in places:
             for owner, name in PLACES[place]:
-                self.replaced.enter_context(patch.object(owner, name, self.watched(place, getattr(owner, name))))
+                self.replace(owner, name, self.watched(place, getattr(owner, name)))
+        if self.recording:
+            self.replace(Sampler, "launch_sampling", self.sampled(Sampler.launch_sampling))
+            self.replace(CFGDenoiser, "forward", self.begun(CFGDenoiser.forward))
+
+    def replace(self, owner: Any, name: str, stand_in: Callable) -> None:
+        self.replaced.enter_context(patch.object(owner, name, stand_in))
+
+    def sampled(self, launch: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            sampling = Sampling()
+            self.samplings.append(sampling)
+            finished = launch(*args, **kwargs)
+            sampling.finished = finished.clone()
+            return finished
+
+        return call
+
+    def begun(self, forward: Callable) -> Callable:
+        def call(denoiser: CFGDenoiser, x: torch.Tensor, level: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            sampling = self.samplings[-1]
+            if sampling.start is None:
+                sampling.start, sampling.level = x.clone(), float(level[0])
+            return forward(denoiser, x, level, *args, **kwargs)
+
+        return call
 
     def watched(self, place: str, original: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -234,9 +285,13 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
     def calls() -> list[dict[str, Any]]:
         return probe.calls
 
+    @app.get("/probe/samplings")
+    def samplings() -> list[dict[str, Any]]:
+        return [sampling.as_json() for sampling in probe.samplings]
+
     @app.post("/probe/reset")
     def reset() -> None:
-        probe.calls = []
+        probe.calls, probe.samplings = [], []
         probe.record(True)
 
     @app.post("/probe/stop")

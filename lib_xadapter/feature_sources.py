@@ -1,0 +1,73 @@
+"""Where the joint stage gets the base's features from: the base run in lockstep, or a recording of it.
+
+The base never depends on the upgraded model, so what its decoder gives at a noise level is the same whether it runs
+beside the upgraded model or before it. Source: paper, "Inference strategy".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .rows import Row
+from .taps import BaseFeatures
+from .trajectory import Trajectory, same_level
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """The base's decoder features at one noise level, and which image and prompt each of their rows belongs to."""
+
+    features: BaseFeatures
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class BaseStep(RowFeatures):
+    """What one evaluation of the base gives.
+
+    Attributes:
+        denoised: the base's guided prediction of its clean latent, (images, 4, h, w).
+    """
+
+    denoised: Tensor
+
+
+BaseDenoiser = Callable[[Tensor, float], BaseStep]
+"""(latent, sigma) → BaseStep: the host's way to evaluate its base, with its prompts, guidance and plugins."""
+
+
+class FeatureSource(Protocol):
+    """Gives the base's features at the noise levels of the joint stage, in the order of its evaluations."""
+
+    def at(self, sigma: float) -> RowFeatures:
+        """The features at a noise level, as in `trajectory`."""
+
+
+class Lockstep:
+    """The base brought to each noise level and evaluated there.
+
+    Args:
+        base: evaluates the base.
+        trajectory: where the base's latent is.
+    """
+
+    def __init__(self, base: BaseDenoiser, trajectory: Trajectory) -> None:
+        self._base = base
+        self._trajectory = trajectory
+        self._latest: tuple[float, BaseStep] | None = None
+
+    @torch.no_grad()
+    def at(self, sigma: float) -> BaseStep:
+        # samplers of second order end a step and begin the next at one level
+        if self._latest is not None and same_level(self._latest[0], sigma):
+            return self._latest[1]
+        latent = self._trajectory.latent_at(sigma)
+        step = self._base(latent, sigma)
+        self._trajectory.evaluated(sigma, latent, step.denoised)
+        self._latest = (sigma, step)
+        return step

@@ -1,0 +1,33 @@
+"""What fits on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+WORKING_MEMORY = 2 * 2**30
+"""Bytes for what UNets make in passing, at 1024 px with CFG."""
+
+
+def size_of(module: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes of a module's parameters and buffers; with a device, of those that are on it."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.nbytes for tensor in tensors if device is None or tensor.device == device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that could be given out: what the driver has, and what torch keeps for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def fits_together(modules: Iterable[nn.Module | None], device: torch.device | str) -> bool:
+    """Whether modules can be on a device at once and work there; anywhere but on an NVIDIA GPU they can."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return True
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    missing = sum(size_of(module) - size_of(module, device) for module in modules if module is not None)
+    return missing + WORKING_MEMORY <= free_memory(device)

@@ -1,0 +1,157 @@
+"""The base's joint stage run before the upgraded model's, its features kept in host memory.
+
+The two models then never need the GPU at the same time, and as long as nothing changes on the base's side, the
+upgraded model can be run again without the base: with another weight, another prompt of its own, other LoRAs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import XAdapterError
+from .feature_sources import FeatureSource, RowFeatures
+from .taps import BaseFeatures
+from .trajectory import same_level
+
+HALF = {torch.float32: torch.float16}
+"""Features are rounded by a 2000th at most, where the picture is rounded by a 256th."""
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """What the base's decoder gave at a noise level, in host memory."""
+
+    sigma: float
+    found: RowFeatures
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The base's features at every noise level that the upgraded model's sampler will ask for, in that order."""
+
+    steps: tuple[RecordedStep, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of host memory."""
+        return sum(tensor.nbytes for step in self.steps for tensor in _tensors(step.found.features))
+
+
+def record(source: FeatureSource, levels: Iterable[float], each: Callable[[], None] = lambda: None) -> Recording:
+    """Run the base through noise levels.
+
+    Args:
+        source: the base in lockstep.
+        levels: those of the evaluations at which the base is run.
+        each: called before each of them.
+    """
+    steps: list[RecordedStep] = []
+    for sigma in levels:
+        if steps and same_level(steps[-1].sigma, sigma):
+            continue
+        each()
+        found = source.at(sigma)
+        steps.append(RecordedStep(sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
+    if any(tensor.is_pinned() for step in steps[-1:] for tensor in _tensors(step.found.features)):
+        # the copies are under way until then
+        torch.cuda.synchronize()
+    return Recording(tuple(steps))
+
+
+class Playback:
+    """A recording as a source of features, in the order in which it was made.
+
+    Args:
+        recording: of the same sampler and steps.
+        device: where the mapping layers run.
+    """
+
+    def __init__(self, recording: Recording, device: torch.device | str) -> None:
+        self._steps = iter(recording.steps)
+        self._device = device
+        self._latest: tuple[float, RowFeatures] | None = None
+
+    def at(self, sigma: float) -> RowFeatures:
+        """The features recorded at this level.
+
+        Raises:
+            XAdapterError: another level comes next, or none.
+        """
+        if self._latest is not None and same_level(self._latest[0], sigma):
+            return self._latest[1]
+        step = next(self._steps, None)
+        if step is None or not same_level(step.sigma, sigma):
+            raise XAdapterError(
+                f"The sampler asks for the noise level {sigma:g}, where "
+                f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded: set 'memory' to 'lockstep'."
+            )
+        features = _moved(step.found.features, lambda tensor: tensor.to(self._device, non_blocking=True))
+        self._latest = (sigma, RowFeatures(features, step.found.rows))
+        return self._latest[1]
+
+
+class Sized(Protocol):
+    """Something that fills host memory."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+
+Kept = TypeVar("Kept", bound=Sized)
+
+
+class Shelf(Generic[Kept]):
+    """Recordings kept for later, the longest unused of them given up where they fill more than they may.
+
+    Args:
+        capacity: tells how many bytes they may fill, each time one is put away.
+    """
+
+    def __init__(self, capacity: Callable[[], int]) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+
+    @property
+    def size(self) -> int:
+        """Bytes of host memory."""
+        return sum(kept.size for kept in self._kept.values())
+
+    def find(self, key: Hashable) -> Kept | None:
+        """What was put away under the key, None where it is not there or no longer."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Hashable, made: Kept) -> None:
+        """Put away; what does not fit alone is not kept at all."""
+        self._kept.pop(key, None)
+        capacity = self._capacity()
+        if made.size <= capacity:
+            self._kept[key] = made
+        while self.size > capacity:
+            self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        """Give up everything."""
+        self._kept.clear()
+
+
+def _tensors(features: BaseFeatures) -> tuple[Tensor, ...]:
+    return (*features.levels, features.time_embedding)
+
+
+def _moved(features: BaseFeatures, move: Callable[[Tensor], Tensor]) -> BaseFeatures:
+    return BaseFeatures(tuple(map(move, features.levels)), move(features.time_embedding))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in half precision; pinned where it comes from a GPU, so that it can be copied back in passing."""
+    kept = torch.empty(tensor.shape, dtype=HALF.get(tensor.dtype, tensor.dtype), pin_memory=tensor.is_cuda)
+    return kept.copy_(tensor, non_blocking=True)

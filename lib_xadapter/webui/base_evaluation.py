@@ -1,0 +1,72 @@
+"""The base's guided evaluation inside the WebUI, as the joint stage asks for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from modules import prompt_parser, sd_samplers_kdiffusion, shared
+from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.sd_samplers_cfg_denoiser import catenate_conds
+from torch import Tensor
+
+from ..feature_sources import BaseStep
+from ..rows import batch_rows
+from ..taps import FeatureReader
+from .base_model import BaseModel
+from .seeded import blank_conditioning
+
+
+class BaseEvaluation:
+    """Evaluates the base at a noise level, with its own prompts, guidance scale and plugins.
+
+    Args:
+        base: the base model.
+        job: its processing object, prompts encoded.
+        reader: collects its features.
+        stage_one: the noise level of each sampling step of stage 1, which prompt schedules are counted in.
+    """
+
+    def __init__(
+        self, base: BaseModel, job: StableDiffusionProcessingTxt2Img, reader: FeatureReader, stage_one: Sequence[float]
+    ) -> None:
+        self._base, self._job, self._reader, self._stage_one = base, job, reader, stage_one
+        with base.current():
+            self._guidance = sd_samplers_kdiffusion.CFGDenoiserKDiffusion(sampler=None)
+            self._denoise = self._guidance.inner_model
+            self._conditioning = blank_conditioning(job)
+
+    def __call__(self, latent: Tensor, sigma: float) -> BaseStep:
+        step = self.prompt_step(sigma)
+        with self._base.current():
+            conds_list, cond = prompt_parser.reconstruct_multicond_batch(self._job.c, step)
+            uncond = prompt_parser.reconstruct_cond_batch(self._job.uc, step)
+            layout = batch_rows([len(conds) for conds in conds_list])
+            images = [row.image for row in layout]
+            self._reader.clear()
+            denoised = torch.cat(
+                [
+                    self._denoised(latent[images[rows]], sigma, given, self._conditioning[images[rows]])
+                    for rows, given in self._calls(len(images), cond, uncond)
+                ]
+            )
+        guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
+        return BaseStep(self._reader.take(), layout, guided)
+
+    def prompt_step(self, sigma: float) -> int:
+        """The step of stage 1 whose noise level is nearest: where `[a:b:0.5]` stands at this noise level."""
+        distances = [abs(math.log(max(level, 1e-8) / max(sigma, 1e-8))) for level in self._stage_one]
+        return min(range(len(distances)), key=distances.__getitem__, default=0)
+
+    def _calls(self, rows: int, cond: Any, uncond: Any) -> list[tuple[slice, Any]]:
+        if shared.opts.pad_cond_uncond and cond.shape[1] != uncond.shape[1]:
+            cond, uncond = self._guidance.pad_cond_uncond(cond, uncond)
+        if shared.opts.batch_cond_uncond and cond.shape[1] == uncond.shape[1]:
+            return [(slice(0, rows), catenate_conds([cond, uncond]))]
+        return [(slice(0, len(cond)), cond), (slice(len(cond), rows), uncond)]
+
+    def _denoised(self, latent: Tensor, sigma: float, cond: Tensor, image_conditioning: Tensor) -> Tensor:
+        conditions = {"c_crossattn": [cond], "c_concat": [image_conditioning]}
+        return self._denoise(latent, latent.new_full((len(latent),), sigma), cond=conditions)

@@ -1,0 +1,87 @@
+"""Mapping layers for tests of their CUDA path, and a device for it that is the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lib_xadapter.cuda_mapping.operations import Unfinished
+from lib_xadapter.cuda_mapping.path import Runner
+from lib_xadapter.cuda_mapping.recordings import Blocks, Recording, Unrecorded
+from lib_xadapter.mapping import MappingLayers, read_layout
+from tests.seeded import seeded
+from tests.small_adapter import AdapterPlan
+
+SHAPES = [(1, 4, 4), (2, 3, 5), (3, 7, 2), (8, 2, 3), (1, 1, 6), (2, 1, 1)]
+"""Rows, height and width of level 0: square, wide, high, a large batch, a line, a pixel."""
+
+SCALES = (1, 2, 2)
+"""The base's features of each level beside those of level 0."""
+
+NO_TIME = torch.zeros(1, 1)
+
+
+def released(dtype: torch.dtype = torch.float32, plan: AdapterPlan | None = None) -> MappingLayers:
+    """Small mapping layers in the released structure, in a type."""
+    plan = plan or AdapterPlan()
+    layers = MappingLayers(read_layout(plan.shapes()))
+    layers.load_state_dict(plan.weights())
+    return layers.to(dtype).eval().requires_grad_(False)
+
+
+def base_feature(level: int, shape: tuple[int, int, int], plan: AdapterPlan | None = None) -> Tensor:
+    """The base's feature of a level, in float32."""
+    rows, height, width = shape
+    scale = SCALES[level]
+    channels = (plan or AdapterPlan()).in_channels[level]
+    return seeded(f"base.{level}", (rows, channels, height * scale, width * scale))
+
+
+def upgraded_feature(like: Tensor, channels_last: bool = False) -> Tensor:
+    """A feature of the upgraded model of the size of a hidden one."""
+    feature = seeded("upgraded", tuple(like.shape)).to(like.device, like.dtype)
+    return feature.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """|value - expected| / |expected|, over all numbers."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+class OnTheCpu:
+    """The CPU where the CUDA path expects a GPU."""
+
+    def __init__(self, make_runner: Callable[[], Runner] = Unrecorded) -> None:
+        self._make_runner = make_runner
+        self.runners_made = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        yield
+
+    def runner(self) -> Runner:
+        self.runners_made += 1
+        return self._make_runner()
+
+
+class CpuRecorder:
+    """Records as a CUDA graph does: results of a shape come back in the same memory every time."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def record(self, blocks: Blocks, feature: Tensor) -> Recording:
+        self.recorded += 1
+        place = torch.empty_like(feature)
+        unfinished = blocks(feature)
+        sums = Unfinished(unfinished.convolution.clone(), unfinished.bias, unfinished.residual.clone())
+
+        def replay() -> None:
+            again = blocks(place)
+            sums.convolution.copy_(again.convolution)
+            sums.residual.copy_(again.residual)
+
+        return Recording(place, replay, sums)

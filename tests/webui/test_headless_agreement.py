@@ -1,0 +1,202 @@
+"""The diffusers host makes what the real WebUI makes: same files, prompt, seed, steps and sampler, same latents.
+
+Relative errors in float32 on the CPU; the WebUI here runs on PyTorch 2.1, the diffusers host on what is current.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .asking import arguments, made
+from .server import WebUIServer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+
+from lib_xadapter import load_adapter
+from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.loras import Lora, merge_lora
+from lib_xadapter.headless.model_files import load_base, load_upgraded
+from lib_xadapter.headless.models import Models
+from lib_xadapter.headless.pipeline import TwoStages
+from lib_xadapter.headless.samplers import sampler_named
+from lib_xadapter.settings import Settings
+
+TOLERANCE = 1e-3
+JOB = Job(
+    prompt="a (cat:1.3) on a mat",
+    negative_prompt="blurred",
+    settings=Settings(switch_point=0.8, weight=1.0),
+    width=256,
+    height=256,
+    steps=8,
+    sampler="DPM++ 2M",
+    seed=7,
+)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What to compare, stage by stage.
+
+    Attributes:
+        base: the base's finished latents, None for a single stage.
+        start: the upgraded model's at the first step of the joint stage, scaled as its UNet takes them.
+        finished: the upgraded model's finished latents.
+    """
+
+    base: Tensor | None
+    start: Tensor
+    finished: Tensor
+
+
+@dataclass(frozen=True)
+class Files:
+    """The small checkpoints that the WebUI runs on."""
+
+    folder: Path
+
+    def models(self, *loras: Lora) -> Models:
+        checkpoints, tokenizer = self.folder / "Stable-diffusion", self.folder / "tiny-clip"
+        base = load_base(checkpoints / "tiny15.safetensors", torch.float32, tokenizer)
+        upgraded = load_upgraded(checkpoints / "tinyxl.safetensors", torch.float32, tokenizer)
+        for lora in loras:
+            merge_lora(lora, base, upgraded)
+        return Models(base, upgraded, load_adapter(self.folder / "X-Adapter" / "tiny.safetensors"))
+
+    def lora(self, name: str, weight: float) -> Lora:
+        return Lora(self.folder / "Lora" / f"{name}.safetensors", weight)
+
+
+@pytest.fixture(scope="module")
+def files(models) -> Files:
+    return Files(models / "models")
+
+
+@pytest.fixture(scope="module")
+def plain_models(files) -> Models:
+    return files.models()
+
+
+def headless(models: Models, job: Job) -> Latents:
+    stages, request = TwoStages(models), request_of(models, job, job.settings)
+    steps = stages.joint_steps_of(request)
+    noise = torch.stack([noise.upgraded for noise in request.noises])
+    if job.settings.single_stage:
+        base, start = None, steps.from_noise(noise)
+    else:
+        base = stages.base_latents(request)
+        start = steps.noised(stages.carried_over(base, request.noises, job.size), noise)
+    start = steps.scaled(start, steps.timesteps[0])
+    # whoever asks twice draws other noise from the generators
+    request = request_of(models, job, job.settings)
+    return Latents(base, start, stages.upgraded_latents(request, base, job.size))
+
+
+def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> Latents:
+    given = {name: value for name, value in dataclasses.asdict(job.settings).items() if value != default_of(name)}
+    with server.recorded_samplings() as samplings:
+        answer = server.txt2img(
+            prompt=prompt or job.prompt,
+            negative_prompt=job.negative_prompt,
+            width=job.width,
+            height=job.height,
+            steps=job.steps,
+            cfg_scale=job.cfg_scale,
+            sampler_name=job.sampler,
+            seed=job.seed,
+            batch_size=job.batch,
+            **arguments(base_checkpoint="tiny15", adapter="tiny", **given),
+        )
+    made(answer)
+    *base, joint = samplings
+    finished = [torch.tensor(sampling["finished"]) for sampling in (*base, joint)]
+    return Latents(finished[0] if base else None, scaled(joint, job.sampler), finished[-1])
+
+
+def default_of(name: str) -> Any:
+    return getattr(Settings(), name)
+
+
+def scaled(sampling: dict[str, Any], sampler: str) -> Tensor:
+    """A sampling's first latents as the UNet takes them; samplers on timesteps have them like that."""
+    start = torch.tensor(sampling["start"])
+    return start if sampler_named(sampler).on_timesteps else start / math.sqrt(1 + sampling["level"] ** 2)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def check(ours: Latents, theirs: Latents) -> None:
+    """Every stage agrees."""
+    for stage in ("base", "start", "finished"):
+        one, other = getattr(ours, stage), getattr(theirs, stage)
+        assert (one is None) == (other is None), stage
+        if one is not None:
+            assert relative_error(one, other) < TOLERANCE, stage
+
+
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "Euler", "Heun", "PLMS"])
+def test_both_hosts_finish_every_stage_with_the_same_latents(sampler, webui, plain_models):
+    job = replace(JOB, sampler=sampler)
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"switch_point": 1.0},
+        {"switch_point": 0.3},
+        {"weight": 0.0},
+        {"weight": (1.0, 0.5, 1.5), "guidance_start": 0.2, "guidance_end": 0.6},
+        {"base_prompt": "a [dog]", "base_cfg_scale": 3.0, "base_steps": 5, "base_width": 192},
+        {"base_seed": 11},
+        {"single_stage": True},
+    ],
+    ids=str,
+)
+def test_every_argument_means_the_same_in_both_hosts(settings, webui, plain_models):
+    job = replace(JOB, settings=replace(JOB.settings, **settings))
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+@pytest.mark.parametrize(
+    "request_made",
+    [
+        {"negative_prompt": ""},
+        {"batch": 2},
+        {"prompt": "a cat, " * 40},
+        {"sampler": "DDIM", "steps": 30},
+        {"width": 384, "cfg_scale": 3.0},
+    ],
+    ids=str,
+)
+def test_every_request_means_the_same_in_both_hosts(request_made, webui, plain_models):
+    job = replace(JOB, **request_made)
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+@pytest.mark.parametrize("name", ["style15", "stylexl"])
+def test_a_lora_does_the_same_in_both_hosts(name, webui, files, plain_models):
+    ours = headless(files.models(files.lora(name, 0.8)), JOB)
+    check(ours, in_the_webui(webui, JOB, f"{JOB.prompt} <lora:{name}:0.8>"))
+    assert relative_error(ours.finished, headless(plain_models, JOB).finished) > TOLERANCE
+
+
+def test_the_adapter_acts_in_both(plain_models):
+    """Lest two hosts agree on doing nothing."""
+    led, alone = (
+        headless(plain_models, replace(JOB, settings=replace(JOB.settings, weight=weight))) for weight in (1.0, 0.0)
+    )
+    assert relative_error(led.finished, alone.finished) > 10 * TOLERANCE
