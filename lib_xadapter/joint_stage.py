@@ -16,6 +16,7 @@ from .feature_sources import FeatureSource, RowFeatures
 from .mapping_paths import MappingPath
 from .overlap import Overlap
 from .rows import Row, match_rows
+from .settings import Settings
 from .taps import Fusion, addition, fuse_into, like
 
 
@@ -46,6 +47,11 @@ class Course:
     start: float = 0.0
     end: float = 1.0
     refresh_every: int = 1
+
+    @classmethod
+    def asked_for(cls, settings: Settings) -> Course:
+        """As the user wants it."""
+        return cls(settings.guidance_start, settings.guidance_end, settings.refresh_every)
 
     def acts(self, moment: Moment) -> bool:
         """Whether residuals are added."""

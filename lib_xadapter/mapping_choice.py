@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from .mapping import MappingLayers
 from .mapping_paths import EagerMapping, MappingPath
+
+if TYPE_CHECKING:
+    from .mapping import MappingLayers
 
 logger = logging.getLogger(__name__)
 
 MappingChoice = Literal["auto", "eager", "cuda"]
+MAPPING_CHOICES: tuple[MappingChoice, ...] = get_args(MappingChoice)
 
 Result = TypeVar("Result")
 

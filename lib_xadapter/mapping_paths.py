@@ -7,11 +7,12 @@ the upgraded UNet.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from .mapping import MappingLayers
+if TYPE_CHECKING:
+    from .mapping import MappingLayers
 
 
 class MappingPath(Protocol):

@@ -11,6 +11,7 @@ from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, S
 from torch import nn
 
 from ..mapping import MappingLayers
+from ..mapping_choice import MappingChoice
 from ..memory import fits_together
 from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
@@ -25,11 +26,14 @@ class Placement:
         device: where they run.
         dtype: of everything but the VAEs, which overflow in float16 and stay in float32.
         low_memory: whether they are on the device only while they are needed.
+        mapping, fp8: how the mapping layers run, as in `mapping_choice`.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     low_memory: bool = False
+    mapping: MappingChoice = "auto"
+    fp8: bool = False
 
     @contextmanager
     def holding(self, *modules: nn.Module | None) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import WrongArgument
+from ..mapping_choice import MAPPING_CHOICES
 from ..settings import Settings, arguments, checked, defaults
 
 EXIT_WRONG = 2
@@ -111,6 +112,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     machine.add_argument("--low-memory", action="store_true", help="models are on the device only while they work")
+    machine.add_argument(
+        "--mapping",
+        choices=MAPPING_CHOICES,
+        default=MAPPING_CHOICES[0],
+        help="how the mapping layers run: by torch's kernels, by kernels of our own on an NVIDIA GPU, or auto",
+    )
+    machine.add_argument("--fp8", action="store_true", help="the mapping layers in 8 bits, on cards that have them")
     machine.add_argument(
         "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
     )

@@ -5,6 +5,7 @@ Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_ada
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from ..feature_sources import FeatureSource, Lockstep
 from ..joint_stage import Course, JointStage, Moment
-from ..mapping_paths import EagerMapping
+from ..mapping_choice import choose_mapping_path
+from ..mapping_paths import MappingPath
 from ..overlap import SideStream
 from ..recording import Playback, Recording, record
 from ..settings import BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
@@ -264,10 +266,15 @@ class TwoStages:
 
     def record(self, request: Request, finished: Tensor | None) -> Recording:
         """The base's features for the joint stage; they do not depend on the upgraded model, its prompts or weights."""
-        levels = course_of(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
+        levels = Course.asked_for(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
         done = itertools.count()
         with self._lockstep(request, finished) as source:
             return record(source, levels, lambda: self._progress("base", next(done), len(levels)))
+
+    @functools.cached_property
+    def _mapping(self) -> MappingPath:
+        """How the mapping layers run; asked for once they are on their device."""
+        return choose_mapping_path(self._models.adapter, self._placement.mapping, self._placement.fp8)
 
     def _couples(self, request: Request) -> bool:
         return self._models.adapter is not None and any(request.settings.weights)
@@ -277,9 +284,9 @@ class TwoStages:
         beside = isinstance(source, Lockstep) and device.type == "cuda"
         return JointStage(
             source,
-            EagerMapping(self._models.adapter),
+            self._mapping,
             settings.weights,
-            course_of(settings),
+            Course.asked_for(settings),
             settings.cond_only,
             SideStream(device) if beside else None,
         )
@@ -340,8 +347,3 @@ class TwoStages:
 
 def _prediction_type(pipeline: object) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
-
-
-def course_of(settings: Settings) -> Course:
-    """When the base runs and the adapter acts."""
-    return Course(settings.guidance_start, settings.guidance_end, settings.refresh_every)

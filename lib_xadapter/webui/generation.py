@@ -18,11 +18,9 @@ from typing import Any
 from modules import (
     devices,
     extra_networks,
-    lowvram,
     processing,
     sd_hijack,
     sd_models,
-    sd_samplers,
     sd_samplers_common,
     sd_unet,
     sd_vae,
@@ -30,16 +28,13 @@ from modules import (
 )
 from modules.processing import StableDiffusionProcessingTxt2Img
 from PIL import Image
-from torch import Tensor
 
 from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..feature_sources import FeatureSource, Lockstep
+from ..feature_sources import Lockstep
 from ..infotext import PLUGINS_KEY, write_infotext
-from ..joint_stage import Course, JointStage, Moment
-from ..mapping import MappingLayers
-from ..mapping_paths import EagerMapping
-from ..overlap import SideStream
+from ..joint_stage import Course, Moment
+from ..mapping_paths import MappingPath
 from ..recording import Playback, Recording, record
 from ..settings import BASE_NOISE_SEED, Settings, read_settings
 from ..taps import check_fit, read_features
@@ -49,16 +44,15 @@ from .base_evaluation import BaseEvaluation
 from .base_model import BaseModel
 from .base_side import BaseSide, Encoding, key_of
 from .controlnet_units import MODEL_NAMES, BaseUnits, without_leftovers
-from .coupling import coupled
 from .models import Models
 from .moments import planned_moments
 from .refusal import Refusal
 from .stage_one import StageOne, base_noise, base_processing, check_start, sample_base
+from .stage_two import StageTwo
 from .switch import denoising_strength
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTE = "xadapter_generation"
 STAND_INS = ("init", "parse_extra_network_prompts", "setup_conds", "sample")
 
 
@@ -99,7 +93,7 @@ class Generation:
         self._hosts: dict[str, Callable[..., Any]] = {}
         self._overridden: dict[str, Any] = {}
         self._base: BaseModel | None = None
-        self._adapter: MappingLayers | None = None
+        self._mapping: MappingPath | None = None
         self._base_job: StableDiffusionProcessingTxt2Img | None = None
         self._base_networks: plugins.NetworkData = {}
         self._networks_are_active = False
@@ -116,10 +110,6 @@ class Generation:
     def attach(self) -> None:
         """Stand in for the four methods, until the job ends."""
         without_leftovers(self._p)
-        earlier = getattr(self._p, ATTRIBUTE, None)
-        if earlier is not None:
-            earlier.detach()
-        setattr(self._p, ATTRIBUTE, self)
         self._hosts = {name: getattr(self._p, name) for name in STAND_INS}
         # other extensions stand in for methods, too
         self._overridden = {name: self._p.__dict__[name] for name in STAND_INS if name in self._p.__dict__}
@@ -152,7 +142,7 @@ class Generation:
         self._let_networks_be()
         if self._in_turns:
             self._models.upgraded_turn()
-        self._base_job = self._base = self._adapter = self._made_earlier = None
+        self._base_job = self._base = self._mapping = self._made_earlier = None
         if not keep_base:
             self._models.forget_base()
         self._models.rest()
@@ -171,8 +161,8 @@ class Generation:
         self._units.check(self._base)
         check_start(settings, self._units)
         if path is not None:
-            self._adapter = self._models.adapter(path)
-            check_fit(self._adapter, self._base.unet, shared.sd_model.model.diffusion_model)
+            self._mapping = self._models.mapping(path)
+            check_fit(self._mapping.adapter, self._base.unet, shared.sd_model.model.diffusion_model)
         self.settings = replace(
             settings, base_checkpoint=info.short_title, adapter=_adapter_name(path) if path else "None"
         )
@@ -310,7 +300,7 @@ class Generation:
             if made.pictures and is_broken_off():
                 return pictures_as_samples(made.pictures, self._p.width, self._p.height)
             source = scope.enter_context(self._lockstep(made)) if self._couples else None
-            return self._sample_upgraded(made, source, cond, uncond)
+            return self._stage_two.sample(made, source, cond, uncond)
 
     def _sample_in_turns(self, cond: Any, uncond: Any) -> Any:
         """The base first, then SDXL with the recording of it."""
@@ -320,7 +310,7 @@ class Generation:
             return pictures_as_samples(made.pictures, self._p.width, self._p.height)
         self._models.upgraded_turn()
         source = Playback(side.recording, devices.device) if self._couples else None
-        return self._sample_upgraded(made, source, cond, uncond)
+        return self._stage_two.sample(made, source, cond, uncond)
 
     # ---- the base
 
@@ -364,7 +354,7 @@ class Generation:
         return recording
 
     def _base_levels(self) -> list[float]:
-        return self._course.base_levels(self._planned)
+        return Course.asked_for(self.settings).base_levels(self._planned)
 
     def _find_recording(self) -> BaseSide | None:
         """What an earlier job made of the same base, prompts, plugins and noise levels."""
@@ -413,68 +403,14 @@ class Generation:
         for comment in hijack.comments:
             self._p.comment(f"{MODEL_NAMES[self._base.family]}: {comment}")
 
-    # ---- SDXL
-
-    def _sample_upgraded(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
-        """SDXL led by the base; by nothing but its picture where there is no source of features."""
-        p = self._p
-        p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-        start = self._from_noise if self.settings.single_stage else self._from_picture
-        return start(made, source, cond, uncond)
-
-    def _from_picture(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
-        """From the base's picture, noised to the switch point, as the img2img tab does it."""
-        p = self._p
-        carried = switch.carry_over(made.pictures, p.seeds, p.width, p.height)
-        conditioning = p.img2img_image_conditioning(carried.pixels * 2 - 1, carried.latents)
-        noise = p.rng.next() * shared.opts.initial_noise_multiplier
-        self._announce(carried.latents, noise, cond, uncond)
-        with self._led_by(source), denoising_strength(p, self.settings.switch_point):
-            return p.sampler.sample_img2img(p, carried.latents, noise, cond, uncond, image_conditioning=conditioning)
-
-    def _from_noise(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
-        """Both from noise, as the txt2img tab does it."""
-        p = self._p
-        noise = p.rng.next()
-        self._announce(noise, noise, cond, uncond)
-        with self._led_by(source):
-            return p.sampler.sample(p, noise, cond, uncond, image_conditioning=p.txt2img_image_conditioning(noise))
-
-    def _announce(self, x: Tensor, noise: Tensor, cond: Any, uncond: Any) -> None:
-        """What the WebUI tells scripts before every sampling."""
-        if self._p.scripts is not None:
-            self._p.scripts.process_before_every_sampling(p=self._p, x=x, noise=noise, c=cond, uc=uncond)
-
-    @contextmanager
-    def _led_by(self, source: FeatureSource | None) -> Iterator[None]:
-        """While open, the processing object's sampler takes SDXL through the joint stage."""
-        if source is None:
-            yield
-            return
-        settings = self.settings
-        beside = (
-            isinstance(source, Lockstep) and devices.device.type == "cuda" and not lowvram.is_enabled(shared.sd_model)
-        )
-        stage = JointStage(
-            source,
-            EagerMapping(self._adapter),
-            settings.weights,
-            self._course,
-            settings.cond_only,
-            SideStream(devices.device) if beside else None,
-        )
-        with coupled(stage, self._p.sampler, self._planned):
-            yield
+    @property
+    def _stage_two(self) -> StageTwo:
+        return StageTwo(self._p, self.settings, self._mapping, self._planned)
 
     @property
     def _couples(self) -> bool:
         """Whether features are led over at all."""
-        return self._adapter is not None and any(self.settings.weights)
-
-    @property
-    def _course(self) -> Course:
-        settings = self.settings
-        return Course(settings.guidance_start, settings.guidance_end, settings.refresh_every)
+        return self._mapping is not None and any(self.settings.weights)
 
     # ---- manners
 

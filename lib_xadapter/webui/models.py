@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from modules import devices, lowvram, sd_models, shared
 
-from ..mapping import MappingLayers, load_adapter
+from ..mapping import load_adapter
+from ..mapping_choice import MappingChoice, choose_mapping_path
+from ..mapping_paths import MappingPath
 from ..memory import WORKING_MEMORY, free_memory, size_of
 from ..recording import Shelf
 from ..settings import AUTO, RECORDED
@@ -24,11 +26,13 @@ LARGEST_BASE = 1_300_000_000
 
 
 @dataclass(frozen=True)
-class AdapterOnDisk:
-    """What tells whether a loaded adapter is still the file's."""
+class MappingOnDisk:
+    """What tells whether loaded mapping layers are still the file's, and run as they should."""
 
     path: Path
     modified: float
+    choice: MappingChoice
+    fp8: bool
 
 
 class Models:
@@ -38,7 +42,7 @@ class Models:
         self.recordings: Shelf[BaseSide] = Shelf(options.recordings_capacity)
         """What the base made in earlier jobs."""
         self._base: BaseModel | None = None
-        self._adapter: tuple[AdapterOnDisk, MappingLayers] | None = None
+        self._mapping: tuple[MappingOnDisk, MappingPath] | None = None
 
     def base(self, info: sd_models.CheckpointInfo, in_turns: bool) -> BaseModel:
         """The base model of a checkpoint, on the GPU; in RAM if it takes turns with SDXL."""
@@ -57,13 +61,15 @@ class Models:
         """The next job loads its base from the file."""
         self._base = None
 
-    def adapter(self, path: Path) -> MappingLayers:
-        """The mapping layers of a file, on the GPU, in the UNets' number type."""
-        on_disk = AdapterOnDisk(path, os.path.getmtime(path))
-        if self._adapter is None or self._adapter[0] != on_disk:
-            self._adapter = None
-            self._adapter = (on_disk, load_adapter(path, dtype=devices.dtype_unet))
-        return self._adapter[1].to(devices.device, devices.dtype_unet)
+    def mapping(self, path: Path) -> MappingPath:
+        """The mapping layers of a file, on the GPU, in the UNets' number type, run as the user wants."""
+        wanted = MappingOnDisk(path, os.path.getmtime(path), options.mapping_choice(), options.fp8())
+        if self._mapping is None or self._mapping[0] != wanted:
+            self._mapping = None
+            adapter = load_adapter(path, devices.device, devices.dtype_unet)
+            self._mapping = (wanted, choose_mapping_path(adapter, wanted.choice, wanted.fp8))
+        self._mapping[1].adapter.to(devices.device, devices.dtype_unet)
+        return self._mapping[1]
 
     def take_turns(self, memory: str, info: sd_models.CheckpointInfo) -> bool:
         """Whether base and SDXL are to be on the GPU one after the other.
@@ -96,12 +102,13 @@ class Models:
     def rest(self) -> None:
         """What happens after a job: stay, move to RAM, or go."""
         if options.keeping() == options.UNLOAD:
-            self._base = self._adapter = None
+            self._base = self._mapping = None
         elif options.keeping() == options.KEEP_IN_RAM:
             if self._base is not None:
                 self._base.to_ram()
-            if self._adapter is not None:
-                self._adapter[1].to(devices.cpu)
+            if self._mapping is not None:
+                self._mapping[1].release()
+                self._mapping[1].adapter.to(devices.cpu)
         devices.torch_gc()
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:

@@ -7,6 +7,8 @@ from typing import Literal
 import gradio as gr
 from modules import shared
 
+from ..mapping_choice import MAPPING_CHOICES, MappingChoice
+
 SECTION = ("xadapter", "X-Adapter")
 KEEP_ON_GPU = "Keep on the GPU"
 KEEP_IN_RAM = "Keep in RAM"
@@ -27,6 +29,14 @@ def add_options() -> None:
             gr.Radio,
             {"choices": [KEEP_ON_GPU, KEEP_IN_RAM, UNLOAD]},
         ).info("on the GPU they start at once; the others free video memory for whatever else runs"),
+        "xadapter_mapping": shared.OptionInfo(
+            MAPPING_CHOICES[0], "Mapping layers run by", gr.Radio, {"choices": list(MAPPING_CHOICES)}
+        ).info(
+            "eager: torch's kernels; cuda: kernels for NVIDIA cards from the 20 series and V100 on; auto: whichever can"
+        ),
+        "xadapter_fp8": shared.OptionInfo(False, "Mapping layers in 8 bits").info(
+            "on NVIDIA cards from the 40 series on, under Linux; less exact"
+        ),
         "xadapter_recordings": shared.OptionInfo(
             2.0,
             "Memory for recordings of the SD1.5 model, in GB of RAM",
@@ -52,3 +62,13 @@ def keeping() -> Keeping:
 def recordings_capacity() -> int:
     """Bytes that recordings of the base may fill between jobs."""
     return int(shared.opts.data.get("xadapter_recordings", 2.0) * 2**30)
+
+
+def mapping_choice() -> MappingChoice:
+    """How the mapping layers run."""
+    return shared.opts.data.get("xadapter_mapping", MAPPING_CHOICES[0])
+
+
+def fp8() -> bool:
+    """Whether the mapping layers may run in 8 bits."""
+    return shared.opts.data.get("xadapter_fp8", False)

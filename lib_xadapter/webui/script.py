@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from modules import script_callbacks, scripts
 from modules.processing import Processed, StableDiffusionProcessing
 
 from . import panel
-from .generation import ATTRIBUTE, Generation
-from .models import Models
 from .network_cards import exchange_page
 from .options import add_options
 from .rest import add_routes
+
+if TYPE_CHECKING:
+    from .generation import Generation
+    from .models import Models
+
+ATTRIBUTE = "xadapter_generation"
+"""Where a processing object keeps X-Adapter's part in its job."""
 
 
 class XAdapter(scripts.Script):
@@ -24,7 +29,7 @@ class XAdapter(scripts.Script):
     create_group = False
 
     def __init__(self) -> None:
-        self._models = Models()
+        self._models: Models | None = None
         # by then every extension has registered its pages, in whichever order the WebUI asks them
         self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
 
@@ -47,7 +52,17 @@ class XAdapter(scripts.Script):
         upscaling = getattr(p, "txt2img_upscale", False)
         if enabled is None or enabled is False or upscaling:
             return
-        Generation(p, self._models, lambda: panel.read_controls(values)).attach()
+        # whoever leaves X-Adapter unticked does not wait for what it is made of
+        from .generation import Generation
+        from .models import Models
+
+        self._models = self._models or Models()
+        generation = Generation(p, self._models, lambda: panel.read_controls(values))
+        earlier: Generation | None = getattr(p, ATTRIBUTE, None)
+        if earlier is not None:
+            earlier.detach()
+        setattr(p, ATTRIBUTE, generation)
+        generation.attach()
 
     def postprocess(self, p: StableDiffusionProcessing, processed: Processed, *values: Any) -> None:
         generation: Generation | None = getattr(p, ATTRIBUTE, None)
