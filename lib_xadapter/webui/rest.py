@@ -69,7 +69,7 @@ def _authentication() -> list[Any]:
     return [Depends(check)]
 
 
-def _authentication_of_the_page(app: Any) -> list[Any]:
+def _authentication_of_the_page(app: FastAPI) -> list[Any]:
     """Also whoever may see the page: it has no API password, but gradio's cookie where it asks for a login."""
     if not shared.cmd_opts.api_auth:
         return []
@@ -79,12 +79,19 @@ def _authentication_of_the_page(app: Any) -> list[Any]:
         request: Request,
         given: HTTPBasicCredentials | None = Depends(without_password),  # noqa: B008 - FastAPI's way
     ) -> None:
-        token = request.cookies.get("access-token") or request.cookies.get("access-token-unsecure")
-        if app.auth is not None and token not in app.tokens and not (given and _is_known(given)):
+        if not _may_see_the_page(app, request) and not (given and _is_known(given)):
             # without the header that makes a browser ask the user for a password while they type
             raise HTTPException(401, "Incorrect username or password")
 
     return [Depends(check)]
+
+
+def _may_see_the_page(app: FastAPI, request: Request) -> bool:
+    """As gradio's own app judges it; with --nowebui there is neither."""
+    if not isinstance(app, gr.routes.App):
+        return False
+    token = request.cookies.get("access-token") or request.cookies.get("access-token-unsecure")
+    return app.auth is None or token in app.tokens
 
 
 def _is_known(credentials: HTTPBasicCredentials) -> bool:
