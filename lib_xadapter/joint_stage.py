@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .feature_sources import FeatureSource, RowFeatures
 from .mapping_paths import MappingPath
 from .overlap import Overlap
-from .rows import Row, match_rows
+from .rows import Row, match_rows, take_rows
 from .settings import Settings
 from .taps import Fusion, addition, fuse_into, like
 
@@ -161,7 +161,7 @@ class JointStage:
         feature, time_embedding = features.levels[level], features.time_embedding
         if self._cond_only:
             led = [place for place, row in enumerate(self._found.rows) if self._leads(row)]
-            feature, time_embedding = feature[led], time_embedding[led]
+            feature, time_embedding = take_rows(feature, led), take_rows(time_embedding, led)
         rows = self._mapping.hidden(level, feature, time_embedding)
         return Hidden(rows, self._overlap.finished() if self._overlap is not None else None)
 
@@ -187,7 +187,8 @@ class JointStage:
         rows = _gather(hidden.rows, [sources[place] for place in led])
         if len(led) == len(called):
             return self._fused(level, feature, rows)
-        return feature.index_put((torch.tensor(led, device=feature.device),), self._fused(level, feature[led], rows))
+        fused = iter(self._fused(level, take_rows(feature, led), rows))
+        return torch.stack([next(fused) if place in led else row for place, row in enumerate(feature)])
 
     def _sources(self) -> tuple[tuple[int, ...], ...]:
         """For each row of the upgraded batch the mapped rows that lead it; none for one that is not led."""
@@ -204,10 +205,6 @@ class JointStage:
 
 def _gather(hidden: Tensor, sources: Sequence[tuple[int, ...]]) -> Tensor:
     """The mean of its sources for each row; the output convolution that follows is affine, so it may come after."""
-    places = [only for only, *more in sources if not more]
-    if len(places) == len(sources):
-        first, count = places[0], len(places)
-        if places == list(range(first, first + count)):
-            return hidden[first : first + count]
-        return hidden[places]
-    return torch.stack([hidden[list(several)].mean(0) for several in sources])
+    if all(len(places) == 1 for places in sources):
+        return take_rows(hidden, [place for (place,) in sources])
+    return torch.stack([take_rows(hidden, places).mean(0) for places in sources])

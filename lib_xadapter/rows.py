@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,3 +43,14 @@ def match_rows(upgraded: Sequence[Row], base: Sequence[Row]) -> tuple[tuple[int,
         return (places[row],) if len(ours) == theirs else tuple(ours)
 
     return tuple(sources(row) for row in upgraded)
+
+
+def take_rows(batch: Tensor, places: Sequence[int]) -> Tensor:
+    """The rows of a batch at these places: a part of it where they follow one another, otherwise a new tensor.
+
+    Indexing with a list would send it to the GPU and wait for that.
+    """
+    first, count = places[0], len(places)
+    if list(places) == list(range(first, first + count)):
+        return batch[first : first + count]
+    return torch.stack([batch[place] for place in places])

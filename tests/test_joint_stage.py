@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_xadapter.feature_sources import BaseStep, Lockstep
 from lib_xadapter.joint_stage import Course, JointStage, Moment
@@ -250,3 +251,33 @@ class TestOverlap:
                 stage.select(rows)
                 assert unet(torch.zeros(2, 1, 2, 2))[:, 0, 0, 0].tolist() == expected
         assert len(base.levels) == 1
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Refuses what would make the CPU wait for a GPU: numbers read back, and lists of indices sent over."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "index.Tensor", "index_put", "masked_select")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in self.WAITS):
+            raise AssertionError(f"{function} waits for the GPU")
+        return function(*args, **(kwargs or {}))
+
+
+class TestNoWaiting:
+    """Nothing in the step loop makes the CPU wait for a GPU."""
+
+    @pytest.mark.parametrize("rows", [TWO_IMAGES, batch_rows([2, 1])], ids=["alike", "several conds"])
+    @pytest.mark.parametrize("cond_only", [False, True])
+    def test_not_for_a_number_and_not_for_an_index(self, base, rows, cond_only):
+        stage, unet = stage_for(base, cond_only=cond_only), Decoder()
+        with stage.coupled_to(unet), NothingReadBack():
+            for step, sigma in enumerate((9.0, 4.0, 6.0)):
+                advanced(stage, rows=rows, sigma=sigma, step=step)
+                for part in (slice(0, len(rows)), slice(1, 3)):
+                    stage.select(part)
+                    unet(torch.zeros(len(rows[part]), 1, 2, 2))
+
+    def test_what_waits_is_noticed(self):
+        with pytest.raises(AssertionError, match="waits for the GPU"), NothingReadBack():
+            torch.zeros(2)[[0, 1]]

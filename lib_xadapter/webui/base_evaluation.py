@@ -13,7 +13,7 @@ from modules.sd_samplers_cfg_denoiser import catenate_conds
 from torch import Tensor
 
 from ..feature_sources import BaseStep
-from ..rows import batch_rows
+from ..rows import batch_rows, take_rows
 from ..taps import FeatureReader
 from .base_model import BaseModel
 from .seeded import blank_conditioning
@@ -45,10 +45,11 @@ class BaseEvaluation:
             uncond = prompt_parser.reconstruct_cond_batch(self._job.uc, step)
             layout = batch_rows([len(conds) for conds in conds_list])
             images = [row.image for row in layout]
+            batch, conditioning = take_rows(latent, images), take_rows(self._conditioning, images)
             self._reader.clear()
             denoised = torch.cat(
                 [
-                    self._denoised(latent[images[rows]], sigma, given, self._conditioning[images[rows]])
+                    self._denoised(batch[rows], sigma, given, conditioning[rows])
                     for rows, given in self._calls(len(images), cond, uncond)
                 ]
             )
