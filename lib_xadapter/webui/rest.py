@@ -45,11 +45,10 @@ class Selection(BaseModel):
 
 def _route(selection: Selection) -> dict[str, Any]:
     """Where each plugin would go, one object for each, and all of them in one line."""
+    prompts = selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt
     family = model_files.expected_base_family(selection.base_checkpoint)
-    routes = routing.expected(
-        selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt, family
-    )
-    routes += routing.expected_units(selection.units)
+    expected = [*routing.expected(*prompts), *routing.expected_units(selection.units)]
+    routes = [routing.with_base(route, family) for route in expected]
     return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
 
 

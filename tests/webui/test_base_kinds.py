@@ -16,7 +16,7 @@ from .. import lora_formats
 from .asking import HALF, arguments, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart
 from .server import Installation, WebUIServer, environment
-from .small_loras import add_lora
+from .small_loras import TINY15, add_lora
 
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
@@ -134,11 +134,20 @@ def words(server) -> Iterator[None]:
     assert server.post("/sdapi/v1/refresh-embeddings").status == 200
 
 
-@pytest.mark.parametrize(("base", "taken", "left"), [("tiny15", 768, 1024), ("tiny21", 1024, 768)])
-def test_the_route_tells_textual_inversions_by_the_base_that_they_fit(server, words, base, taken, left):
-    asked = {"prompt": "a word768 cat, word1024", "base_checkpoint": base}
-    names = {768: "SD1.5", 1024: "SD2"}
-    assert set(server.post("/xadapter/v1/route", asked).content["summary"].split("; ")) == {
-        f"textual inversion word{taken} to {names[taken]}",
-        f"textual inversion word{left} to neither model (it was made for {names[left]})",
+@pytest.mark.parametrize(
+    ("base", "name", "fits", "other", "misfit"),
+    [("tiny15", "SD1.5", "768", "SD2", "1024"), ("tiny21", "SD2", "1024", "SD1.5", "768")],
+)
+def test_the_route_tells_plugins_by_the_base_that_they_fit(server, words, base, name, fits, other, misfit):
+    add_lora(server, "wide768", lora_formats.unet_file(TINY15, lora_formats.lora))
+    add_lora(server, "wide1024", lora_formats.unet_file(TINY21, lora_formats.lora))
+    # lists the LoRAs
+    assert server.post("/sdapi/v1/refresh-loras").status == 200
+    prompt = "a word768 cat, word1024 <lora:wide768:1> <lora:wide1024:1>"
+    summary = server.post("/xadapter/v1/route", {"prompt": prompt, "base_checkpoint": base}).content["summary"]
+    assert set(summary.split("; ")) == {
+        f"textual inversion word{fits} to {name}",
+        f"textual inversion word{misfit} to neither model (it was made for {other})",
+        f"LoRA wide{fits} to {name}",
+        f"LoRA wide{misfit} to neither model (it was made for {other})",
     }
