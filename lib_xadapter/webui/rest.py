@@ -45,11 +45,10 @@ class Selection(BaseModel):
 
 def _route(selection: Selection) -> dict[str, Any]:
     """Where each plugin would go, one object for each, and all of them in one line."""
+    prompts = selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt
     family = model_files.expected_base_family(selection.base_checkpoint)
-    routes = routing.expected(
-        selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt, family
-    )
-    routes += routing.expected_units(selection.units)
+    expected = [*routing.expected(*prompts), *routing.expected_units(selection.units)]
+    routes = [routing.with_base(route, family) for route in expected]
     return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
 
 
@@ -69,7 +68,7 @@ def _authentication() -> list[Any]:
     return [Depends(check)]
 
 
-def _authentication_of_the_page(app: Any) -> list[Any]:
+def _authentication_of_the_page(app: FastAPI) -> list[Any]:
     """Also whoever may see the page: it has no API password, but gradio's cookie where it asks for a login."""
     if not shared.cmd_opts.api_auth:
         return []
@@ -79,12 +78,19 @@ def _authentication_of_the_page(app: Any) -> list[Any]:
         request: Request,
         given: HTTPBasicCredentials | None = Depends(without_password),  # noqa: B008 - FastAPI's way
     ) -> None:
-        token = request.cookies.get("access-token") or request.cookies.get("access-token-unsecure")
-        if app.auth is not None and token not in app.tokens and not (given and _is_known(given)):
+        if not _may_see_the_page(app, request) and not (given and _is_known(given)):
             # without the header that makes a browser ask the user for a password while they type
             raise HTTPException(401, "Incorrect username or password")
 
     return [Depends(check)]
+
+
+def _may_see_the_page(app: FastAPI, request: Request) -> bool:
+    """As gradio's own app judges it; with --nowebui there is neither."""
+    if not isinstance(app, gr.routes.App):
+        return False
+    token = request.cookies.get("access-token") or request.cookies.get("access-token-unsecure")
+    return app.auth is None or token in app.tokens
 
 
 def _is_known(credentials: HTTPBasicCredentials) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modules import extra_networks, sd_hijack
@@ -113,9 +113,7 @@ def unit_route(unit: Unit) -> Route:
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def expected(
-    prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str, base_family: str
-) -> list[Route]:
+def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str) -> list[Route]:
     """Where the plugins of these prompts will go, from the files and without any model."""
     text, networks = extra_networks.parse_prompt(prompt)
     base_text, base_networks = extra_networks.parse_prompt(base_prompt)
@@ -133,7 +131,7 @@ def expected(
         BASE: [base_text or text, base_negative_prompt or negative_prompt],
     }
     own_loras = [_expected_lora(tag, _own_model) for tag in own_tags]
-    return _joined([*loras, *own_loras, *_expected_embeddings(texts, base_family)])
+    return _joined([*loras, *own_loras, *_expected_embeddings(texts)])
 
 
 def _expected_lora(
@@ -159,18 +157,14 @@ def _without_base(route: Route) -> Route:
     return Route(route.kind, route.name, tuple(model for model in route.models if model != BASE), route.made_for)
 
 
-def _expected_embeddings(texts: Mapping[str, Sequence[str]], base_family: str) -> Iterator[Route]:
+def _expected_embeddings(texts: Mapping[str, Sequence[str]]) -> Iterator[Route]:
     database = sd_hijack.model_hijack.embedding_db
     for name, embedding in {**database.skipped_embeddings, **database.word_embeddings}.items():
         # SDXL's have vectors for each of its text encoders
         made_for = "sdxl" if isinstance(embedding.vec, dict) else EMBEDDING_WIDTHS.get(embedding.shape, "unknown")
         model = UPGRADED if made_for == "sdxl" else BASE
-        if not mentions(texts[model], name):
-            continue
-        if made_for in ("sdxl", "unknown", base_family):
+        if mentions(texts[model], name):
             yield Route(EMBEDDING, name, (model,), made_for)
-        else:
-            yield Route(EMBEDDING, name, (), made_for, f"it was made for {MODEL_NAMES[made_for]}")
 
 
 def expected_units(units: Sequence[Mapping[str, Any]]) -> list[Route]:
@@ -192,6 +186,13 @@ def _expected_unit(number: int, given: Mapping[str, Any]) -> Route:
     except XAdapterError as problem:
         told = str(problem).removeprefix(f"{subject} ").rstrip(".")
         return Route(f"{UNIT} {number}", name, (), problem=told)
+
+
+def with_base(route: Route, base_family: str) -> Route:
+    """The route with a base of that family, which takes nothing that was made for the other."""
+    if BASE not in route.models or route.made_for in (base_family, "unknown", "sdxl"):
+        return route
+    return replace(_without_base(route), problem=f"it was made for {MODEL_NAMES[route.made_for]}")
 
 
 def _joined(routes: Iterable[Route]) -> list[Route]:

@@ -15,7 +15,7 @@ from lib_xadapter.headless.jobs import Job, request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, TwoStages
-from lib_xadapter.headless.samplers import sampler_named
+from lib_xadapter.headless.samplers import RELEASED_SPACING, sampler_named
 from lib_xadapter.settings import CONTROL_IMAGE, Settings
 
 SEED = 5
@@ -80,11 +80,19 @@ def diffusers_latents(models: Models, job: Job, scheduler_options: dict) -> torc
     ).images
 
 
-@pytest.mark.parametrize("sampler", ["DPM++ 2M", "Euler", "Heun"])
-@pytest.mark.parametrize("rules", [WEBUI_RULES, RELEASED_RULES], ids=["WebUI", "released"])
-def test_the_bases_latents_are_those_of_diffusers_img2img(models, sampler, rules):
+@pytest.mark.parametrize(
+    ("sampler", "rules", "spacing"),
+    [
+        ("Euler", WEBUI_RULES, {}),
+        ("Heun", WEBUI_RULES, {}),
+        ("Euler", RELEASED_RULES, RELEASED_SPACING),
+        ("DPM++ 2M", RELEASED_RULES, RELEASED_SPACING),
+    ],
+    ids=["Euler", "Heun", "Euler, released", "DPM++ 2M, released"],
+)
+def test_the_bases_latents_are_those_of_diffusers_img2img(models, sampler, rules, spacing):
     job = dataclasses.replace(JOB, sampler=sampler)
-    ours, theirs = base_latents(models, job, rules), diffusers_latents(models, job, rules.scheduler_options)
+    ours, theirs = base_latents(models, job, rules), diffusers_latents(models, job, spacing)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     from_noise = base_latents(models, dataclasses.replace(job, settings=Settings()), rules)
     assert float((ours - from_noise).norm() / theirs.norm()) > 1e-3

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from .. import lora_formats
 from .asking import HALF, arguments, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart
 from .server import Installation, WebUIServer, environment
-from .small_loras import add_lora
+from .small_loras import TINY15, add_lora
 
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
@@ -113,8 +115,39 @@ def test_a_base_that_needs_a_given_picture_is_refused_by_name(server):
     assert {name.split(".")[0] for name in listed} == {"tiny15", *KINDS}
 
 
-def test_a_picture_in_a_batch_of_an_inpainting_base_is_the_one_made_alone(server):
-    alone = ours(server, "tiny15i", {"weight": 1}, seed=PLAIN["seed"] + 1)
-    batch = ours(server, "tiny15i", {"weight": 1}, batch_size=2, do_not_save_grid=True)
-    for together, single in zip(batch.images[-3::2], alone.images, strict=True):
-        assert grey_levels_apart(together, single) <= 1
+@pytest.mark.parametrize("kind", ["tiny15i", "tiny21i"])
+def test_an_inpainting_bases_picture_in_a_batch_is_the_one_made_alone(server, kind):
+    alone = ours(server, kind, seed=PLAIN["seed"] + 1).images[1]
+    assert grey_levels_apart(ours(server, kind, batch_size=2, do_not_save_grid=True).images[3], alone) <= 1
+
+
+@pytest.fixture
+def words(server) -> Iterator[None]:
+    """Textual inversions as wide as the text encoders of SD1.5 and SD2."""
+    files = {server.data / f"embeddings/word{width}.safetensors": width for width in (768, 1024)}
+    for file, width in files.items():
+        save_file({"emb_params": torch.zeros(1, width)}, file)
+    assert server.post("/sdapi/v1/refresh-embeddings").status == 200
+    yield
+    for file in files:
+        file.unlink()
+    assert server.post("/sdapi/v1/refresh-embeddings").status == 200
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "fits", "other", "misfit"),
+    [("tiny15", "SD1.5", "768", "SD2", "1024"), ("tiny21", "SD2", "1024", "SD1.5", "768")],
+)
+def test_the_route_tells_plugins_by_the_base_that_they_fit(server, words, base, name, fits, other, misfit):
+    add_lora(server, "wide768", lora_formats.unet_file(TINY15, lora_formats.lora))
+    add_lora(server, "wide1024", lora_formats.unet_file(TINY21, lora_formats.lora))
+    # lists the LoRAs
+    assert server.post("/sdapi/v1/refresh-loras").status == 200
+    prompt = "a word768 cat, word1024 <lora:wide768:1> <lora:wide1024:1>"
+    summary = server.post("/xadapter/v1/route", {"prompt": prompt, "base_checkpoint": base}).content["summary"]
+    assert set(summary.split("; ")) == {
+        f"textual inversion word{fits} to {name}",
+        f"textual inversion word{misfit} to neither model (it was made for {other})",
+        f"LoRA wide{fits} to {name}",
+        f"LoRA wide{misfit} to neither model (it was made for {other})",
+    }

@@ -123,3 +123,18 @@ def test_without_an_image_or_a_stage_1_it_is_refused(server, units, given, sente
     answer = ask(server, units, {**CONTROL_IMAGE, **given})
     assert answer.status == 422
     assert sentence in answer.error
+
+
+def test_a_base_recorded_before_sdxl_starts_from_the_image_of_its_own_job(server):
+    """A recording is found again for the same start alone."""
+
+    def pictures(image: Image.Image, memory: str, start: str = "control image") -> tuple[Image.Image, ...]:
+        given = {"base_start": start, "memory": memory, "return_base_image": True}
+        return made(ask(server, [unit(image)], given)).images[:2]
+
+    black, white = picture("black"), picture("white")
+    for case in ((black, "control image"), (white, "control image"), (white, "noise")):
+        of_case = {memory: pictures(case[0], memory, case[1]) for memory in ("recorded", "lockstep")}
+        for recorded, together in zip(*of_case.values(), strict=True):
+            assert grey_levels_apart(recorded, together) <= 1
+    assert grey_levels_apart(pictures(black, "recorded")[1], pictures(white, "recorded")[1]) > 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlencode
+from urllib.request import ProxyHandler, Request, build_opener
 
 import jsonschema
 import pytest
@@ -11,6 +13,7 @@ import lib_xadapter
 
 from .asking import TITLE, arguments, made, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .server import WebUIServer
 
 EVERYTHING = {
     "base_checkpoint": "tiny15",
@@ -27,6 +30,13 @@ EVERYTHING = {
     "guidance_end": 0.9,
     "return_base_image": True,
 }
+
+
+def login_cookie(server: WebUIServer, user: str, password: str) -> str:
+    """What gradio gives a browser for a name and password on its login page."""
+    form = urlencode({"username": user, "password": password}).encode()
+    with build_opener(ProxyHandler({})).open(Request(server.url + "/login", form)) as response:
+        return "; ".join(cookie.split(";")[0] for cookie in response.headers.get_all("Set-Cookie"))
 
 
 class TestRoutes:
@@ -56,8 +66,19 @@ class TestRoutes:
                 server.credentials = wrong
                 for route in ("models", "schema", "version"):
                     assert server.get(f"/xadapter/v1/{route}").status == 401
-                assert server.post("/xadapter/v1/route", {}).status == 401
+                # who may see the page may ask what the page asks
+                assert server.post("/xadapter/v1/route", {}).status == 200
             server.credentials = "user:secret"
+
+    def test_the_pages_own_route_takes_the_pages_login(self, start_webui):
+        with start_webui("login", credentials="user:secret", flags=["--gradio-auth", "me:mine"]) as server:
+            assert server.post("/xadapter/v1/route", {}).status == 200
+            server.credentials = None
+            assert server.post("/xadapter/v1/route", {}).status == 401
+            headers = {"Content-Type": "application/json", "Cookie": login_cookie(server, "me", "mine")}
+            for route, content, status in (("route", b"{}", 200), ("models", None, 401)):
+                asked = Request(f"{server.url}/xadapter/v1/{route}", content, headers)
+                assert server.ask(asked, timeout=60).status == status
 
     def test_the_script_is_listed_for_txt2img_alone(self, webui):
         scripts = webui.get("/sdapi/v1/scripts").content

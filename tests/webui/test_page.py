@@ -34,12 +34,16 @@ def browser():
 @pytest.fixture
 def page(browser, webui):
     opened = browser.new_page(viewport={"width": 1400, "height": 1600})
-    opened.set_default_timeout(LOOK)
-    opened.goto(webui.url, timeout=PATIENCE)
-    opened.wait_for_selector("#txt2img_generate")
-    opened.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
+    open_page(opened, webui)
     yield opened
     opened.close()
+
+
+def open_page(page, server) -> None:
+    page.set_default_timeout(LOOK)
+    page.goto(server.url, timeout=PATIENCE)
+    page.wait_for_selector("#txt2img_generate")
+    page.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
 
 
 def fill(page, selector: str, value: object) -> None:
@@ -167,3 +171,16 @@ def test_the_page_says_where_each_plugin_will_go_and_where_it_went(page):
     log = generate(page)
     assert f"X-Adapter plugins: {split}; textual inversion base15 to SD1.5" in log
     assert f"X-Adapter: {split}; textual inversion base15 to SD1.5." in log
+
+
+def test_the_line_needs_the_pages_login_and_no_api_password(browser, start_webui):
+    flags = ["--gradio-auth", "me:mine"]
+    with start_webui("page-login", credentials="user:secret", flags=flags) as server, browser.new_context() as context:
+        login = context.request.post(server.url + "/login", form={"username": "me", "password": "mine"})
+        assert login.ok
+        page = context.new_page()
+        open_page(page, server)
+        enable(page)
+        fill(page, "#txt2img_prompt", "a cat <lora:style15:1>")
+        line = "Plugins: LoRA style15 to SD1.5."
+        page.wait_for_function(f"document.querySelector('{ID}plugins').textContent === '{line}'")
