@@ -100,7 +100,11 @@ class Unit:
         """
         if self.settings.input_mode.name == "BATCH":
             raise WrongArgument(f"{self} reads a batch of images, which does not work together with X-Adapter.")
-        if self.settings.ipadapter_input is None and self.settings.get_input_images_rgba() is None:
+        try:
+            images = self.settings.ipadapter_input or self.settings.get_input_images_rgba()
+        except Exception as error:
+            raise WrongArgument(f"{self} has an image that cannot be read: {one_line(error)}") from error
+        if images is None:
             raise WrongArgument(f"{self} is enabled and has no image.")
 
     @property

@@ -47,6 +47,7 @@ def write_controls(models: Path, folder: Path) -> None:
     odd = {name: tensor for name, tensor in weights.items() if not name.startswith("body.7")}
     odd["body.0.block1.weight"] = torch.zeros(8, 8, 3, 3)
     save_file(odd, controls / "odd_sd15.safetensors")
+    save_file({**odd, "conv_in.weight": first}, controls / "odd_sdxl.safetensors")
     for name, projection in ((IP_ADAPTER, whole_image()), (IP_ADAPTER_PLUS, patches()), (FACE_ID, face())):
         save_file(ip_adapter(projection), controls / f"{name}.safetensors")
 

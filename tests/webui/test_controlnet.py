@@ -28,6 +28,7 @@ from .units import (
     natively,
     of_sdxl,
     of_the_base,
+    picture,
     unit,
 )
 
@@ -168,13 +169,37 @@ class TestWhatCannotWork:
             ([unit("cut_sd15")], ["cut_sd15.safetensors", "cut off"]),
             ([unit("text_sd15")], ["text_sd15.pth"]),
             ([T2I, unit("odd_sd15")], ["unit 1", "odd_sd15"]),
+            ([T2I, {**LINES_XL, "image": None}], ["unit 1", T2I_OF_SDXL, "no image"]),
+            ([{**LINES_XL, "image": None}], ["unit 0", T2I_OF_SDXL, "no image"]),
+            ([T2I, unit("odd_sdxl")], ["unit 1", "odd_sdxl", "SDXL", "log"]),
+            ([{**T2I, "mask": encode_image(mask(64, 64))}], ["unit 0", "not aligned"]),
         ],
-        ids=["image", "model", "unknown model", "cut file", "no file of tensors", "wrong shapes"],
+        ids=[
+            "image",
+            "model",
+            "unknown model",
+            "cut file",
+            "no file of tensors",
+            "wrong shapes",
+            "image for SDXL",
+            "image for SDXL alone",
+            "wrong shapes for SDXL",
+            "mask of another size",
+        ],
     )
     def test_it_is_told(self, webui, units, named):
         answer = ask(webui, units, SMALL)
         assert answer.status == 422
         assert all(word in answer.error for word in named), answer.error
+
+    @pytest.mark.parametrize("units", [[T2I], [LINES_XL]], ids=["the base's", "SDXL's"])
+    def test_a_folder_of_images_is_refused(self, webui, tmp_path, units):
+        picture().save(tmp_path / "one.png")
+        folder = {"input_mode": "batch", "batch_images": str(tmp_path)}
+        answer = ask(webui, [{**units[0], **folder}], SMALL)
+        assert answer.status == 422
+        assert "ControlNet unit 0" in answer.error
+        assert "a batch of images, which does not work together with X-Adapter" in answer.error
 
     @pytest.mark.parametrize(("given", "named"), [({"module": "unheard_of"}, "unheard_of"), ({"weight": 7}, "weight")])
     def test_what_the_extension_itself_refuses_is_told(self, webui, given, named):

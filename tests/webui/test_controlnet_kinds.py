@@ -50,6 +50,7 @@ def image_prompt(seed: int = 0, **given) -> dict:
     return unit(IP_ADAPTER, "ip-adapter_clip_h", ipadapter_input=embedded, **given)
 
 
+SOFTLY = {"control_mode": "My prompt is more important"}
 TWO_PICTURES = picture(), picture(background="olive")
 INPAINTED = {"mask": encode_image(mask())}
 HIDDEN = embedding({"hidden_states": [seen(1, 1, 257, PATCH_WIDTH), None]})
@@ -69,7 +70,7 @@ CASES: dict[str, Case] = {
         {},
     ),
     "reference_adain": ([unit(None, "reference_adain", threshold_a=0.5)], {}),
-    "reference_only, late, firmly": ([unit(None, "reference_only", guidance_start=0.4, **FIRMLY)], {}),
+    "reference_only, early": ([unit(None, "reference_only", guidance_end=0.6, **SOFTLY)], {}),
     "tile_resample": ([unit(T2I_ADAPTER, "tile_resample", threshold_a=2)], {}),
     "tile_colorfix+sharp": ([unit(T2I_ADAPTER, "tile_colorfix+sharp", threshold_a=8, threshold_b=1)], {}),
     "inpaint_global_harmonious": ([unit(T2I_ADAPTER, "inpaint", **INPAINTED)], {}),
@@ -98,12 +99,33 @@ WIDE_CASES: dict[str, Case] = {
 }
 
 
+@pytest.fixture(scope="module")
+def native_pictures(controlnet_webui):
+    return natively(controlnet_webui, "tiny15", CASES)
+
+
+@pytest.fixture(scope="module")
+def without(controlnet_webui):
+    return final(controlnet_webui, [], SMALL)
+
+
+@pytest.fixture(scope="module")
+def wide_webui(installation, models, start_webui, tmp_path_factory) -> Iterator[WebUIServer]:
+    """A WebUI with a base of full width."""
+    full_width, renamed = small_models(installation, full_width_base=True), tmp_path_factory.mktemp("renamed")
+    name_for_shuffling(full_width, renamed)
+    folders = [models, full_width, renamed]
+    with start_webui("full-width", models=folders, more_extensions=[extension()]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def wide_pictures(wide_webui):
+    return natively(wide_webui, "wide15", WIDE_CASES)
+
+
 class TestSmallBase:
     """The base's picture is the WebUI's own, with the SD1.5 checkpoint selected and the same units."""
-
-    @pytest.fixture(scope="class")
-    def native_pictures(self, controlnet_webui):
-        return natively(controlnet_webui, "tiny15", CASES)
 
     @pytest.mark.parametrize("name", CASES)
     def test_case(self, controlnet_webui, native_pictures, name):
@@ -112,10 +134,6 @@ class TestSmallBase:
 
 class TestIPAdapter:
     """It replaces the attention of layers, of one model only, and of none afterwards."""
-
-    @pytest.fixture(scope="class")
-    def without(self, controlnet_webui):
-        return final(controlnet_webui, [], SMALL)
 
     def test_sdxl_follows_it_in_the_joint_stage(self, controlnet_webui, without):
         assert grey_levels_apart(final(controlnet_webui, [image_prompt()], SMALL), without) > 1
@@ -133,22 +151,10 @@ class TestIPAdapter:
 class TestFullWidthBase:
     """ControlNets exist at full width only."""
 
-    @pytest.fixture(scope="class")
-    def server(self, installation, models, start_webui, tmp_path_factory) -> Iterator[WebUIServer]:
-        full_width, renamed = small_models(installation, full_width_base=True), tmp_path_factory.mktemp("renamed")
-        name_for_shuffling(full_width, renamed)
-        folders = [models, full_width, renamed]
-        with start_webui("full-width", models=folders, more_extensions=[extension()]) as started:
-            yield started
-
-    @pytest.fixture(scope="class")
-    def native_pictures(self, server):
-        return natively(server, "wide15", WIDE_CASES)
-
     @pytest.mark.parametrize("name", WIDE_CASES)
-    def test_case(self, server, native_pictures, name):
-        check_base_picture(server, native_pictures, name, WIDE_CASES[name], WIDE)
+    def test_case(self, wide_webui, wide_pictures, name):
+        check_base_picture(wide_webui, wide_pictures, name, WIDE_CASES[name], WIDE)
 
-    def test_sdxl_follows_one_in_the_joint_stage(self, server):
-        with_unit, without = (final(server, units, WIDE, **FEW_AND_SMALL) for units in ([CANNY], []))
+    def test_sdxl_follows_one_in_the_joint_stage(self, wide_webui):
+        with_unit, without = (final(wide_webui, units, WIDE, **FEW_AND_SMALL) for units in ([CANNY], []))
         assert grey_levels_apart(with_unit, without) > 1
