@@ -93,6 +93,18 @@ def test_a_controlnet_and_its_scale_change_the_picture(generate, control_image, 
     assert not numpy.array_equal(first(generate, *control, "1.5"), plain)
 
 
+def test_several_loras_and_controlnets_work_at_once(generate, control_image):
+    image = str(control_image)
+    status = generate(
+        "--lora", "small-style:0.5", "small-style:0.25", "--controlnet", "small-edges", "small-edges",
+        "--control-image", image, image, "--control-scale", "1", "--control-scale", "0.5",
+    )  # fmt: skip
+    assert status == 0
+    text = Image.open(generate.pictures()[0]).text["parameters"]
+    assert "a cat <lora:small-style:0.5> <lora:small-style:0.25>\n" in text
+    assert 'ControlNet 1: "Module: none, Model: small-edges, Weight: 0.5,' in text
+
+
 def test_weight_0_is_no_adapter_at_all(generate):
     assert numpy.array_equal(first(generate, "--weight", "0"), first(generate, adapter="None"))
 
