@@ -150,46 +150,59 @@ def vae_config(shapes: FileShapes, family: str) -> dict[str, Any]:
     }
 
 
-def clip_config(shapes: FileShapes, prefix: str) -> CLIPTextConfig:
-    """The config of a CLIP-L: SD1.5's text encoder and SDXL's first."""
-    vocabulary, width = shapes.of(f"{prefix}text_model.embeddings.token_embedding.weight")
-    return _text_config(
-        vocabulary,
-        width,
-        positions=shapes.of(f"{prefix}text_model.embeddings.position_embedding.weight")[0],
-        inner=shapes.of(f"{prefix}text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        layers=shapes.numbered(f"{prefix}text_model.encoder.layers."),
-        activation="quick_gelu",
-        projection=width,
-    )
+@dataclass(frozen=True)
+class TextEncoder:
+    """Where a file tells the sizes of a text encoder, and what it does not tell.
+
+    Attributes:
+        tokens, positions: its embeddings.
+        layers: what stands before a layer's number.
+        inner: the wider of the two linear layers in a layer.
+        projection: of the pooled prompt, None where there is none.
+        activation: of the linear layers.
+    """
+
+    tokens: str
+    positions: str
+    layers: str
+    inner: str
+    projection: str | None
+    activation: str
 
 
-def open_clip_config(shapes: FileShapes, prefix: str) -> CLIPTextConfig:
-    """The config of an OpenCLIP text encoder: SDXL's second."""
-    vocabulary, width = shapes.of(f"{prefix}token_embedding.weight")
-    return _text_config(
-        vocabulary,
-        width,
-        positions=shapes.of(f"{prefix}positional_embedding")[0],
-        inner=shapes.of(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")[0],
-        layers=shapes.numbered(f"{prefix}transformer.resblocks."),
-        activation="gelu",
-        projection=shapes.of(f"{prefix}text_projection")[1],
-    )
+CLIP_L = TextEncoder(
+    tokens="text_model.embeddings.token_embedding.weight",
+    positions="text_model.embeddings.position_embedding.weight",
+    layers="text_model.encoder.layers.",
+    inner="mlp.fc1.weight",
+    projection=None,
+    activation="quick_gelu",
+)
+"""SD1.5's text encoder and SDXL's first, in the layout of transformers."""
+OPEN_CLIP = TextEncoder(
+    tokens="token_embedding.weight",
+    positions="positional_embedding",
+    layers="transformer.resblocks.",
+    inner="mlp.c_fc.weight",
+    projection="text_projection",
+    activation="gelu",
+)
+"""SDXL's second text encoder."""
 
 
-def _text_config(
-    vocabulary: int, width: int, positions: int, inner: int, layers: int, activation: str, projection: int
-) -> CLIPTextConfig:
+def text_config(shapes: FileShapes, prefix: str, encoder: TextEncoder) -> CLIPTextConfig:
+    """The config of a text encoder whose tensors have this prefix."""
+    vocabulary, width = shapes.of(prefix + encoder.tokens)
+    layers = prefix + encoder.layers
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
+        intermediate_size=shapes.of(f"{layers}0.{encoder.inner}")[0],
+        num_hidden_layers=shapes.numbered(layers),
         num_attention_heads=max(width // HEAD_WIDTH, 1),
-        max_position_embeddings=positions,
-        hidden_act=activation,
-        projection_dim=projection,
+        max_position_embeddings=shapes.of(prefix + encoder.positions)[0],
+        hidden_act=encoder.activation,
+        projection_dim=shapes.of(prefix + encoder.projection)[1] if encoder.projection else width,
         # CLIP's vocabulary ends with the tokens for start and end of text
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,

@@ -39,12 +39,13 @@ from .compvis_layout import (
     vae_table,
 )
 from .model_configs import (
+    CLIP_L,
+    OPEN_CLIP,
     FileShapes,
     YamlConfig,
-    clip_config,
-    open_clip_config,
     read_yaml_beside,
     scheduler_config,
+    text_config,
     unet_config,
     vae_config,
 )
@@ -68,10 +69,10 @@ def load_base(path: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> 
     if path.is_dir():
         return _load_folder(StableDiffusionPipeline, path, "sd1", dtype, safety_checker=None)
     file = _SingleFile(path, "sd1", dtype)
-    text_config = clip_config(file.shapes, BASE_TEXT_PREFIX)
+    encoder = text_config(file.shapes, BASE_TEXT_PREFIX, CLIP_L)
     return StableDiffusionPipeline(
         vae=file.vae(),
-        text_encoder=file.part(lambda: CLIPTextModel(text_config), BASE_TEXT_PREFIX, clip_origin),
+        text_encoder=file.part(lambda: CLIPTextModel(encoder), BASE_TEXT_PREFIX, clip_origin),
         tokenizer=load_tokenizer(tokenizer),
         unet=file.unet(),
         scheduler=file.scheduler(),
@@ -86,8 +87,8 @@ def load_upgraded(path: Path, dtype: torch.dtype, tokenizer: Path | None = None)
     if path.is_dir():
         return _load_folder(StableDiffusionXLPipeline, path, "sdxl", dtype)
     file = _SingleFile(path, "sdxl", dtype)
-    first = clip_config(file.shapes, FIRST_TEXT_PREFIX)
-    second = open_clip_config(file.shapes, SECOND_TEXT_PREFIX)
+    first = text_config(file.shapes, FIRST_TEXT_PREFIX, CLIP_L)
+    second = text_config(file.shapes, SECOND_TEXT_PREFIX, OPEN_CLIP)
     return StableDiffusionXLPipeline(
         vae=file.vae(),
         text_encoder=file.part(lambda: CLIPTextModel(first), FIRST_TEXT_PREFIX, clip_origin),

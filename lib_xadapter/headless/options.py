@@ -60,15 +60,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--upgraded", required=True, metavar="FILE", help="SDXL checkpoint")
     models.add_argument("--base", "--base-checkpoint", required=True, metavar="FILE", help="SD1.5 checkpoint")
     models.add_argument("--adapter", required=True, metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
+    models.add_argument("--controlnet", **several, metavar="FILE", help="of SD1.5, one or more, each with")
+    models.add_argument("--control-image", **several, type=Path, metavar="IMAGE", help="its map")
     models.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL; may be repeated"
-    )
-    models.add_argument(
-        "--controlnet", action="append", default=[], metavar="FILE", help="of SD1.5; may be repeated, each with"
-    )
-    models.add_argument("--control-image", action="append", default=[], type=Path, metavar="IMAGE", help="its map")
-    models.add_argument(
-        "--control-scale", action="append", nargs="+", type=float, default=[], metavar="X", help="and its strength"
+        "--control-scale",
+        action="append",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="and its strength, given once for each; several values make a grid",
     )
     models.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
     models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")

@@ -77,6 +77,8 @@ SAMPLERS = {
         Sampler("UniPC", "Automatic", "UniPCMultistepScheduler", LEADING, on_timesteps=True),
     )
 }
+"""DPM2, DPM2 a and UniPC take other noise levels than in the WebUI, and samplers that add noise draw it otherwise; the
+rest finish with the WebUI's latents."""
 
 
 def sampler_named(name: str) -> Sampler:
@@ -144,11 +146,13 @@ def webui_steps(
     """
     scheduler = sampler.make(model_config)
     scheduler.set_timesteps(steps, device=device)
-    reached = steps if strength is None else int(min(strength, LARGEST_STRENGTH) * steps)
+    reached = None if strength is None else int(min(strength, LARGEST_STRENGTH) * steps)
     if not hasattr(scheduler, "set_begin_index"):
-        return _webui_ladder(scheduler, steps, None if strength is None else reached)
-    taken = reached if strength is None else max(reached, 1) if sampler.on_timesteps else reached + 1
-    timesteps = _begun(scheduler, _unrounded(scheduler), steps - taken)
+        return _webui_ladder(scheduler, steps, reached)
+    left_out = 0
+    if reached is not None:
+        left_out = steps - (max(reached, 1) if sampler.on_timesteps else reached + 1)
+    timesteps = _begun(scheduler, _unrounded(scheduler), left_out)
     return Steps(scheduler, timesteps, timesteps[:1], _webui_noise_scale(scheduler))
 
 

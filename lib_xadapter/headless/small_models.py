@@ -52,35 +52,29 @@ class SmallModels:
     """Where the files are; laid out as a WebUI's `models/` folder, with the tokenizer beside."""
 
     folder: Path
+    upgraded: Path
+    base: Path
+    lora: Path
+    controlnet: Path
+    adapter: Path
+    tokenizer: Path
 
-    @property
-    def upgraded(self) -> Path:
-        return self.folder / "Stable-diffusion" / "small-sdxl.safetensors"
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "Stable-diffusion" / "small-sd15.safetensors"
-
-    @property
-    def lora(self) -> Path:
-        return self.folder / "Lora" / "small-style.safetensors"
-
-    @property
-    def controlnet(self) -> Path:
-        return self.folder / "ControlNet" / "small-edges.safetensors"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "X-Adapter" / "small.safetensors"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / "tokenizer"
+    @classmethod
+    def below(cls, folder: Path) -> SmallModels:
+        return cls(
+            folder,
+            upgraded=folder / "Stable-diffusion" / "small-sdxl.safetensors",
+            base=folder / "Stable-diffusion" / "small-sd15.safetensors",
+            lora=folder / "Lora" / "small-style.safetensors",
+            controlnet=folder / "ControlNet" / "small-edges.safetensors",
+            adapter=folder / "X-Adapter" / "small.safetensors",
+            tokenizer=folder / "tokenizer",
+        )
 
 
 def make_small_models(folder: Path) -> SmallModels:
     """The models in a folder, made where they are not there yet."""
-    models = SmallModels(folder / f"v{VERSION}")
+    models = SmallModels.below(folder / f"v{VERSION}")
     makers: Mapping[Path, Callable[[], dict[str, Tensor]]] = {
         models.upgraded: _upgraded_checkpoint,
         models.base: _base_checkpoint,

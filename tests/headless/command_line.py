@@ -17,7 +17,11 @@ class CommandLine:
     out: Path
 
     def __call__(self, *more: str, **replaced: str | None) -> int:
-        """Exit status of the command; `replaced` gives options other values, None leaves them out."""
+        """Exit status of the command."""
+        return main(self.words(*more, **replaced))
+
+    def words(self, *more: str, **replaced: str | None) -> list[str]:
+        """The command; `replaced` gives options other values, None leaves them out."""
         options = {
             "upgraded": "small-sdxl",
             "base": "small-sd15",
@@ -33,7 +37,7 @@ class CommandLine:
             "out": str(self.out),
         } | {name.replace("_", "-"): value for name, value in replaced.items()}
         given = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
-        return main(["generate", *given, *more])
+        return ["generate", *given, *more]
 
     def pictures(self) -> list[Path]:
         return sorted(path for path in self.out.glob("*.png") if path.stem[0].isdigit())

@@ -44,40 +44,27 @@ def part(file: File, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in file.items() if key.startswith(prefix)}
 
 
+SMALL_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "model_channels": 32,
+    "out_channels": 4,
+    "num_res_blocks": 2,
+    "use_spatial_transformer": True,
+    "legacy": False,
+}
+
+
 def compvis_base(file: File) -> UNetModel:
     """The small SD1.5, as `v1-inference.yaml` would have it."""
-    unet = UNetModel(
-        image_size=32,
-        in_channels=4,
-        model_channels=32,
-        out_channels=4,
-        num_res_blocks=2,
-        attention_resolutions=[4, 2, 1],
-        channel_mult=[1, 2, 4, 4],
-        num_heads=8,
-        use_spatial_transformer=True,
-        context_dim=64,
-        legacy=False,
-    )
-    return loaded(unet, part(file, UNET_PREFIX))
+    attention = {"attention_resolutions": [4, 2, 1], "num_heads": 8, "context_dim": 64}
+    return loaded(UNetModel(**SMALL_UNET, channel_mult=[1, 2, 4, 4], **attention), part(file, UNET_PREFIX))
 
 
 def compvis_upgraded(file: File) -> UNetModel:
     """The small SDXL with one transformer block everywhere, as `sd_xl_base.yaml` would have it."""
-    unet = UNetModel(
-        image_size=32,
-        in_channels=4,
-        model_channels=32,
-        out_channels=4,
-        num_res_blocks=2,
-        attention_resolutions=[4, 2],
-        channel_mult=[1, 2, 4],
-        num_head_channels=64,
-        use_spatial_transformer=True,
-        use_linear_in_transformer=True,
-        context_dim=128,
-        legacy=False,
-    )
+    attention = {"attention_resolutions": [4, 2], "num_head_channels": 64, "context_dim": 128}
+    unet = UNetModel(**SMALL_UNET, channel_mult=[1, 2, 4], **attention, use_linear_in_transformer=True)
     # SDXL's embedding of pooled prompt and sizes came to these classes later, in sgm
     weights = part(file, UNET_PREFIX)
     width, told = weights["label_emb.0.0.weight"].shape

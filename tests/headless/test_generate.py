@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
 from PIL import Image
@@ -11,6 +16,8 @@ from lib_xadapter.headless.cli import EXIT_INTERRUPTED
 from lib_xadapter.infotext import read_infotext
 from lib_xadapter.settings import read_settings
 from tests.headless.command_line import CommandLine
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def pixels(path) -> numpy.ndarray:
@@ -84,6 +91,18 @@ def test_a_controlnet_and_its_scale_change_the_picture(generate, control_image, 
     control = ["--controlnet", "small-edges", "--control-image", str(control_image), "--control-scale"]
     assert numpy.array_equal(first(generate, *control, "0"), plain)
     assert not numpy.array_equal(first(generate, *control, "1.5"), plain)
+
+
+def test_several_loras_and_controlnets_work_at_once(generate, control_image):
+    image = str(control_image)
+    status = generate(
+        "--lora", "small-style:0.5", "small-style:0.25", "--controlnet", "small-edges", "small-edges",
+        "--control-image", image, image, "--control-scale", "1", "--control-scale", "0.5",
+    )  # fmt: skip
+    assert status == 0
+    text = Image.open(generate.pictures()[0]).text["parameters"]
+    assert "a cat <lora:small-style:0.5> <lora:small-style:0.25>\n" in text
+    assert 'ControlNet 1: "Module: none, Model: small-edges, Weight: 0.5,' in text
 
 
 def test_weight_0_is_no_adapter_at_all(generate):
@@ -170,3 +189,37 @@ def test_ctrl_c_keeps_what_is_finished(generate, monkeypatch, capsys):
     assert generate("--weight", "0", "1") == EXIT_INTERRUPTED
     assert len(generate.pictures()) == 1
     assert "1 of 2 pictures" in capsys.readouterr().out
+
+
+def test_a_real_interrupt_ends_the_program_without_a_traceback(generate):
+    """In the middle of the second picture of many."""
+    weights = [f"{number / 100:g}" for number in range(100)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lib_xadapter", *generate.words("--weight", *weights)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said = read_until(process.stderr, "picture 2 of 100")
+        process.send_signal(signal.SIGINT)
+        told, rest = process.communicate()
+    said += rest
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in said
+    assert said.endswith("Interrupted; what was finished is kept.\n")
+    finished = len(generate.pictures())
+    assert 0 < finished < 100
+    assert f"{finished} of 100 pictures" in told
+    for path in generate.out.iterdir():
+        Image.open(path).verify()
+
+
+def read_until(stream, sentence: str) -> str:
+    """What the stream says up to the sentence, which must come before its end."""
+    said = ""
+    while sentence not in said:
+        letter = stream.read(1)
+        assert letter, said
+        said += letter
+    return said

@@ -5,6 +5,7 @@ Relative errors in float32 on the CPU; the WebUI here runs on PyTorch 2.1, the d
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import os
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .asking import arguments, made
+from .conftest import grey_levels_apart
 from .server import WebUIServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.grid import save_picture
+from lib_xadapter.headless.jobs import Job, make_pictures, request_of
 from lib_xadapter.headless.loras import Lora, merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
@@ -200,3 +203,33 @@ def test_the_adapter_acts_in_both(plain_models):
         headless(plain_models, replace(JOB, settings=replace(JOB.settings, weight=weight))) for weight in (1.0, 0.0)
     )
     assert relative_error(led.finished, alone.finished) > 10 * TOLERANCE
+
+
+def test_text_under_a_headless_picture_makes_it_again_in_the_webui(webui, files, tmp_path):
+    """Read by the WebUI from the PNG, and pasted."""
+    job = replace(
+        JOB,
+        settings=Settings(
+            base_checkpoint="tiny15", adapter="tiny", base_prompt="a dog, red", base_steps=5, base_seed=3
+        ),
+        switch_points=(0.7,),
+        weights=((1.0, 0.5, 1.5),),
+        model="tinyxl",
+        loras=(("style15", 0.8),),
+    )
+    ours = next(make_pictures(files.models(files.lora("style15", 0.8)), job))
+    read = png_info(webui, save_picture(tmp_path / "ours.png", ours.image, ours.text))
+    pasted = made(webui.txt2img(infotext=read["info"]))
+    again = png_info(webui, save_picture(tmp_path / "pasted.png", pasted.image, pasted.infotexts[0]))
+    assert read["info"] == ours.text
+    said = again["parameters"]
+    assert float(said.pop("CFG scale")) == float(read["parameters"].pop("CFG scale"))
+    assert {key: said.get(key) for key in read["parameters"]} == read["parameters"]
+    assert grey_levels_apart(pasted.image, ours.image) <= 1
+
+
+def png_info(server: WebUIServer, path: Path) -> dict[str, Any]:
+    """What the WebUI reads from a PNG: the text, and the text taken apart."""
+    reply = server.post("/sdapi/v1/png-info", {"image": base64.b64encode(path.read_bytes()).decode()})
+    assert reply.status == 200, reply.content
+    return reply.content
