@@ -70,13 +70,12 @@ def on_the_gpu(level, shape, dtype, plan=None):
 
 
 @pytest.mark.parametrize("operations", CANDIDATES)
-@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "launches"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_residuals_are_near_double_precision(level, shape, graphs, operations, adapter, dtype):
+def test_residuals_are_near_double_precision(level, shape, operations, adapter, dtype):
     needs(operations)
     exact = exactly(adapter)
-    path = CudaMapping(adapter, CANDIDATES[operations], graphs)
+    path = CudaMapping(adapter, CANDIDATES[operations])
     for step in range(3):
         feature = on_the_gpu(level, shape, dtype) * (1 + step)
         expected = exact.residual(level, exact.hidden(level, feature, NO_TIME))
