@@ -17,7 +17,10 @@ from .weights import Convolution
 SOURCE = Path(__file__).with_name("finish.cu")
 
 CHANNELS_PER_THREAD = 8
-"""Of 16 bits each: 16 bytes, the widest that a thread loads and stores."""
+"""Of 16 bits each: the widest that a thread loads and stores at once."""
+
+ALIGNMENT = 16
+"""In bytes, of what is loaded and stored so."""
 
 THREADS = 256
 
@@ -109,7 +112,11 @@ class CudaOperations:
         rows, channels, height, width = unfinished.convolution.shape
         for operand in (unfinished.convolution, unfinished.residual):
             if operand is not None and not is_channels_last(operand):
-                raise RuntimeError(f"cuDNN gave {tuple(operand.shape)} in strides {operand.stride()}.")
+                raise RuntimeError(f"A feature of {tuple(operand.shape)} has strides {operand.stride()}.")
+        for operand in (out, unfinished.convolution, unfinished.bias, unfinished.residual):
+            # the GPU would stop for good at an address that is none of 16 bytes
+            if operand is not None and operand.data_ptr() % ALIGNMENT:
+                raise RuntimeError(f"A tensor of {tuple(operand.shape)} lies at {operand.data_ptr()}.")
         pixels, vectors = rows * height * width, pitch // CHANNELS_PER_THREAD
         if pixels * vectors >= 2**31:
             raise RuntimeError(f"A feature of {tuple(unfinished.convolution.shape)} is too large for one launch.")

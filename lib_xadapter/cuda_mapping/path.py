@@ -38,6 +38,9 @@ class Device(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """Around everything that is run there."""
 
+    def wait(self) -> None:
+        """Until all that was run there is done."""
+
     def runner(self) -> Runner:
         """A new one."""
 
@@ -62,6 +65,9 @@ class CudaDevice:
             stream.wait_event(self._done)
             yield
             self._done.record(stream)
+
+    def wait(self) -> None:
+        self._done.synchronize()
 
     def runner(self) -> Runner:
         return Recordings(GraphRecorder()) if self._graphs else Unrecorded()
@@ -125,7 +131,10 @@ class CudaMapping:
             return output.add_residual(self._usable().levels[level].output, feature, hidden, weight)
 
     def release(self) -> None:
-        self._prepared = None
+        if self._prepared is not None:
+            # a graph must not be destroyed while it runs
+            self._device.wait()
+            self._prepared = None
 
     def _usable(self) -> Prepared:
         """Output convolutions are copies: they hold wherever the adapter was moved to since."""

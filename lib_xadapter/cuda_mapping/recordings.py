@@ -34,7 +34,7 @@ class Recorder(Protocol):
     """Makes recordings."""
 
     def record(self, blocks: Blocks, feature: Tensor) -> Recording:
-        """What `blocks` does to a feature of this shape and type, channels-last."""
+        """What `blocks` does to a feature of this shape and type, channels-last; earlier replays are done by then."""
 
 
 class Recordings:
@@ -52,12 +52,12 @@ class Recordings:
         """
         key = (level, tuple(feature.shape))
         if key not in self._recordings:
-            while len(self._recordings) >= self._most:
-                self._recordings.popitem(last=False)
             # tensors that are made in inference mode could not be written into outside of it later on
             with torch.inference_mode(False), torch.no_grad():
                 self._recordings[key] = self._recorder.record(blocks, _channels_last(feature, like))
         self._recordings.move_to_end(key)
+        while len(self._recordings) > self._most:
+            self._recordings.popitem(last=False)
         recording = self._recordings[key]
         recording.feature.copy_(feature)
         recording.replay()

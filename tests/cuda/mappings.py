@@ -62,6 +62,9 @@ class OnTheCpu:
     def turn(self) -> Iterator[None]:
         yield
 
+    def wait(self) -> None:
+        """Everything is done."""
+
     def runner(self) -> Runner:
         self.runners_made += 1
         return self._make_runner()

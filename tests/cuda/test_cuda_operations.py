@@ -138,7 +138,7 @@ def test_bias_and_residual_are_added_with_one_rounding(has_bias, has_residual, d
     hidden = CudaOperations(dtype).finish(unfinished)
     torch.testing.assert_close(hidden, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     ones = pixels_with_ones(hidden)[..., 24:]
-    assert torch.equal(ones, torch.eye(8, dtype=dtype)[0].expand_as(ones))
+    assert torch.equal(ones, torch.eye(8)[0].to(dtype).expand_as(ones))
 
 
 @pytest.mark.parametrize("fuse_relu", [False, True])
@@ -172,6 +172,12 @@ def test_half_precision_is_near_double_precision(level, shape, dtype, cuda_on_cp
 def test_strides_that_the_kernel_does_not_read_are_refused(dtype, cuda_on_cpu):
     with pytest.raises(RuntimeError, match="strides"):
         CudaOperations(dtype).finish(Unfinished(torch.zeros(1, 8, 3, 5, dtype=dtype)))
+
+
+def test_addresses_that_a_gpu_would_stop_at_are_refused(dtype, cuda_on_cpu):
+    feature = torch.zeros(1 * 8 * 3 * 5 + 1, dtype=dtype)[1:].view(1, 3, 5, 8).permute(0, 3, 1, 2)
+    with pytest.raises(RuntimeError, match="lies at"):
+        CudaOperations(dtype).finish(Unfinished(feature))
 
 
 def test_a_driver_that_does_not_take_the_code_is_named(dtype, cuda_on_cpu):

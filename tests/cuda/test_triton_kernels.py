@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from lib_xadapter.cuda_mapping.eight_bits import OLDEST_TRITON, triton_version
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def errors():
     """The interpreter is chosen when Triton's kernels are defined, so for a whole process."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+    if (version := triton_version()) is None or int(version.partition(".")[0]) < OLDEST_TRITON:
+        pytest.skip(f"Triton {OLDEST_TRITON} is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, "-m", "tests.cuda.triton_interpreted"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
