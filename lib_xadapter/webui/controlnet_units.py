@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ..controlnet_files import ControlFamily, detect_control_family
 from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..feature_sources import BaseStep
+from ..feature_sources import BaseDenoiser, BaseStep
+from ..joint_stage import Moment
 from ..taps import FeatureReader
 from .base_model import BaseModel
 from .moments import noise_level
@@ -353,13 +354,18 @@ class BaseUnits:
             self._script.postprocess_batch(self._p, images=pixels)
         return pixels
 
-    def beside_sdxl(
-        self, evaluate: Callable[[Tensor, float], BaseStep], reader: FeatureReader
-    ) -> Callable[[Tensor, float], BaseStep]:
-        """The evaluation of the base with the units as they stood at the same noise level in stage 1."""
+    def beside_sdxl(self, evaluate: BaseDenoiser, reader: FeatureReader, planned: Iterable[Moment]) -> BaseDenoiser:
+        """The evaluation of the base with the units as they stood at the same noise level in stage 1.
+
+        Args:
+            evaluate: evaluates the base.
+            reader: collects its features.
+            planned: SDXL's evaluations as far as they are known; without a stage 1, they say how far a unit has come.
+        """
         if self._script is None:
             return evaluate
         self._reader = reader
+        self._schedule = self._schedule or [(moment.sigma, moment.progress) for moment in planned]
 
         def controlled(latent: Tensor, sigma: float) -> BaseStep:
             with self._state():
@@ -442,7 +448,7 @@ class BaseUnits:
         self._go_to(progress)
 
     def _progress_at(self, sigma: float) -> float:
-        """How much of stage 1 had gone at a noise level; without a stage 1, how much SDXL's sampler has gone."""
+        """How much of stage 1 had gone at a noise level; without a stage 1, how much of SDXL's sampling."""
         if not self._schedule:
             return shared.state.sampling_step / max(shared.state.sampling_steps, 1)
         return min(self._schedule, key=lambda seen: abs(math.log(max(seen[0], 1e-8) / max(sigma, 1e-8))))[1]

@@ -381,7 +381,8 @@ class Generation:
         noise = base_noise(job, [seed + BASE_NOISE_SEED for seed in job.seeds]).next()
         with read_features(self._base.unet) as reader:
             evaluation = BaseEvaluation(self._base, job, reader, made.levels)
-            yield Lockstep(self._units.beside_sdxl(evaluation, reader), Trajectory(noise, made.latents))
+            evaluate = self._units.beside_sdxl(evaluation, reader, self._planned or ())
+            yield Lockstep(evaluate, Trajectory(noise, made.latents))
 
     def _prepare_base(self, job: StableDiffusionProcessingTxt2Img, upgraded_embeddings: set[str]) -> None:
         """What the WebUI does before it encodes prompts, with the base as its current model."""
