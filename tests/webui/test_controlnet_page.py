@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from . import test_page
+from .asking import made
 from .conftest import PLAIN, grey_levels_apart
 from .server import WebUIServer
 from .test_page import ID, ask_for, enable, generate
-from .units import SMALL, STAGE_ONE, T2I_OF_SDXL, T2I_WITHOUT_NAME, ask, of_the_base, picture, unit
+from .units import T2I_OF_SDXL, T2I_WITHOUT_NAME, ask, final, picture, unit
 
 PANEL = "#txt2img_controlnet"
 
@@ -62,7 +63,7 @@ def wait_for_line(page: Any, text: str) -> None:
 
 
 def shown(page: Any) -> list[Image.Image]:
-    """The pictures of the gallery, the grid and the detected maps among them."""
+    """The pictures of the gallery, detected maps last."""
     sources = page.locator("#txt2img_gallery .thumbnail-item img, #txt2img_gallery .thumbnail-small img").evaluate_all(
         "images => images.map(image => image.src)"
     )
@@ -95,9 +96,8 @@ def test_a_unit_of_the_panel_makes_the_picture_that_rest_makes(page, webui):
     assert re.search(rf"X-Adapter: ControlNet unit 0 {T2I_WITHOUT_NAME} \[\w+\] to SD1.5\.", log)
     ours, detected = shown(page)
     assert (ours.size, detected.size) == ((256, 256), (128, 128))
-    asked = unit(T2I_WITHOUT_NAME, "none", processor_res=-1)
-    over_rest = ask(webui, [asked], {}, steps=PLAIN["steps"])
-    assert grey_levels_apart(ours.convert("RGB"), over_rest.images[0]) <= 1
-    assert grey_levels_apart(detected.convert("RGB"), over_rest.images[1].convert("RGB")) <= 1
-    (natural, *_) = of_the_base(ask(webui, [], {**SMALL, **STAGE_ONE}))
-    assert grey_levels_apart(natural.resize(ours.size), ours.convert("RGB")) > 1
+    rest = {"steps": PLAIN["steps"], "sampler_name": "DPM++ 2M", "scheduler": "Automatic"}
+    over_rest = made(ask(webui, [unit(T2I_WITHOUT_NAME, "none")], {}, **rest))
+    for one, other in zip((ours, detected), over_rest.images, strict=True):
+        assert grey_levels_apart(one.convert("RGB"), other.convert("RGB")) <= 1
+    assert grey_levels_apart(ours.convert("RGB"), final(webui, [], {}, **rest)) > 1
