@@ -28,9 +28,6 @@ class Runner(Protocol):
     def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
         """The blocks on a feature, brought to the device and type of `like`."""
 
-    def forget(self) -> None:
-        """Give memory back."""
-
 
 class Device(Protocol):
     """What the path has of the device it runs on."""
@@ -67,7 +64,7 @@ class CudaDevice:
             self._done.record(stream)
 
     def wait(self) -> None:
-        self._done.synchronize()
+        torch.cuda.synchronize(self._device)
 
     def runner(self) -> Runner:
         return Recordings(GraphRecorder()) if self._graphs else Unrecorded()

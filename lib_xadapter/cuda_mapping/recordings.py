@@ -63,19 +63,12 @@ class Recordings:
         recording.replay()
         return recording.unfinished
 
-    def forget(self) -> None:
-        """Give the recordings' memory back."""
-        self._recordings.clear()
-
 
 class Unrecorded:
     """Runs the blocks launch by launch: where torch's allocator has no pools for graphs, and to compare with."""
 
     def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
         return blocks(_channels_last(feature, like))
-
-    def forget(self) -> None:
-        """There is nothing to forget."""
 
 
 class GraphRecorder:

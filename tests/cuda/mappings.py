@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,8 +29,14 @@ def released(dtype: torch.dtype = torch.float32, plan: AdapterPlan | None = None
     """Small mapping layers in the released structure, in a type."""
     plan = plan or AdapterPlan()
     layers = MappingLayers(read_layout(plan.shapes()))
-    layers.load_state_dict(plan.weights())
+    layers.load_state_dict(weights(plan))
     return layers.to(dtype).eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=4)
+def weights(plan: AdapterPlan) -> dict[str, Tensor]:
+    """A plan's weights, made once; to be copied, not kept."""
+    return plan.weights()
 
 
 def base_feature(level: int, shape: tuple[int, int, int], plan: AdapterPlan | None = None) -> Tensor:

@@ -67,10 +67,7 @@ class Stream:
 @pytest.fixture
 def cuda(monkeypatch):
     stand_in = StandIn()
-    event = SimpleNamespace(
-        record=lambda stream: stand_in.events.append(f"{stream.name} done"),
-        synchronize=lambda: stand_in.events.append("wait"),
-    )
+    event = SimpleNamespace(record=lambda stream: stand_in.events.append(f"{stream.name} done"))
     for name, value in {
         "stream": stand_in.stream,
         "graph": stand_in.graph,
@@ -78,6 +75,7 @@ def cuda(monkeypatch):
         "current_stream": lambda: stand_in.current,
         "Stream": lambda: Stream("side", stand_in),
         "Event": lambda: event,
+        "synchronize": lambda device: stand_in.events.append("wait"),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: stand_in.events.append("replay")),
         "graph_pool_handle": lambda: "pool",
         "get_allocator_backend": lambda: stand_in.allocator,
