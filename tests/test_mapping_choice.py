@@ -11,11 +11,11 @@ import torch
 
 from lib_xadapter import cuda_mapping
 from lib_xadapter.cuda_mapping import CudaMapping, eight_bits, obstacle, obstacles
+from lib_xadapter.cuda_mapping.graphs import Captures
 from lib_xadapter.cuda_mapping.operations import TorchOperations
-from lib_xadapter.cuda_mapping.recordings import Recordings
 from lib_xadapter.mapping_choice import FallbackMapping, choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping
-from tests.cuda.mappings import NO_TIME, CpuRecorder, OnTheCpu, base_feature, released, upgraded_feature
+from tests.cuda.mappings import NO_TIME, CpuCapturer, OnTheCpu, base_feature, released, upgraded_feature
 from tests.small_adapter import AdapterPlan
 
 SHAPE = (2, 3, 5)
@@ -43,8 +43,8 @@ def a_gpu(monkeypatch):
     return gpu
 
 
-def on_the_cpu(adapter, make_operations=lambda dtype: TorchOperations(), recorder=None) -> CudaMapping:
-    return CudaMapping(adapter, make_operations, device=OnTheCpu(lambda: Recordings(recorder or CpuRecorder())))
+def on_the_cpu(adapter, make_operations=lambda dtype: TorchOperations(), capturer=None) -> CudaMapping:
+    return CudaMapping(adapter, make_operations, device=OnTheCpu(lambda: Captures(capturer or CpuCapturer())))
 
 
 @pytest.mark.parametrize(("choice", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
@@ -138,7 +138,7 @@ class FailingOperations(TorchOperations):
 
 STAGES = {
     "compiling": lambda adapter: on_the_cpu(adapter, no_operations),
-    "capturing": lambda adapter: on_the_cpu(adapter, recorder=FailingRecorder()),
+    "capturing": lambda adapter: on_the_cpu(adapter, capturer=FailingRecorder()),
     **{
         name: lambda adapter, name=name: on_the_cpu(adapter, lambda dtype: FailingOperations(name))
         for name in ("convolve", "upsample", "begin", "finish")
@@ -191,7 +191,7 @@ def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, mon
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(eager, "hidden", fail)
-    path = FallbackMapping(on_the_cpu(adapter, recorder=FailingRecorder()), eager)
+    path = FallbackMapping(on_the_cpu(adapter, capturer=FailingRecorder()), eager)
     for _ in range(2):
         with pytest.raises(torch.cuda.OutOfMemoryError):
             path.hidden(0, base_feature(0, SHAPE), NO_TIME)
@@ -200,7 +200,7 @@ def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, mon
 
 def test_what_the_failed_path_had_prepared_is_given_back():
     adapter = released()
-    first = on_the_cpu(adapter, recorder=FailingRecorder())
+    first = on_the_cpu(adapter, capturer=FailingRecorder())
     FallbackMapping(first, EagerMapping(adapter)).hidden(0, base_feature(0, SHAPE), NO_TIME)
     assert first._prepared is None
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from ..mapping import MappingLayers
 from . import output
 from .cuda_operations import CudaOperations
+from .graphs import Blocks, Captures, GraphCapturer, Uncaptured
 from .levels import run_blocks
 from .operations import Operations, Unfinished
-from .recordings import Blocks, GraphRecorder, Recordings, Unrecorded
 from .weights import LevelWeights, addresses, prepare
 
 MakeOperations = Callable[[torch.dtype], Operations]
 
 
 class Runner(Protocol):
-    """Runs the blocks of a level: from a recording, or one after the other."""
+    """Runs the blocks of a level: from a capture, or one after the other."""
 
     def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
         """The blocks on a feature, brought to the device and type of `like`."""
@@ -32,8 +32,11 @@ class Runner(Protocol):
 class Device(Protocol):
     """What the path has of the device it runs on."""
 
-    def turn(self) -> AbstractContextManager[None]:
+    def here(self) -> AbstractContextManager[None]:
         """Around everything that is run there."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The same, around what writes into memory of the path's own: one after the other, whichever the stream."""
 
     def wait(self) -> None:
         """Until all that was run there is done."""
@@ -56,8 +59,13 @@ class CudaDevice:
         self._done = torch.cuda.Event()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def here(self) -> Iterator[None]:
         with torch.cuda.device(self._device), torch.autocast("cuda", enabled=False):
+            yield
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self.here():
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             yield
@@ -67,7 +75,7 @@ class CudaDevice:
         torch.cuda.synchronize(self._device)
 
     def runner(self) -> Runner:
-        return Recordings(GraphRecorder()) if self._graphs else Unrecorded()
+        return Captures(GraphCapturer()) if self._graphs else Uncaptured()
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,13 @@ class CudaMapping:
             return prepared.operations.finish(unfinished)
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        with self._device.turn():
+        with self._device.here():
             return output.residual(self._usable().levels[level].output, hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         if not output.can_add(feature, hidden):
             return feature + weight * self.residual(level, hidden).to(feature)
-        with self._device.turn():
+        with self._device.here():
             return output.add_residual(self._usable().levels[level].output, feature, hidden, weight)
 
     def release(self) -> None:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lib_xadapter.cuda_mapping.graphs import Blocks, Capture, Uncaptured
 from lib_xadapter.cuda_mapping.operations import Unfinished
 from lib_xadapter.cuda_mapping.path import Runner
-from lib_xadapter.cuda_mapping.recordings import Blocks, Recording, Unrecorded
 from lib_xadapter.mapping import MappingLayers, read_layout
 from tests.seeded import seeded
 from tests.small_adapter import AdapterPlan
@@ -61,13 +61,15 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 class OnTheCpu:
     """The CPU where the CUDA path expects a GPU."""
 
-    def __init__(self, make_runner: Callable[[], Runner] = Unrecorded) -> None:
+    def __init__(self, make_runner: Callable[[], Runner] = Uncaptured) -> None:
         self._make_runner = make_runner
         self.runners_made = 0
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def here(self) -> Iterator[None]:
         yield
+
+    turn = here
 
     def wait(self) -> None:
         """Everything is done."""
@@ -77,14 +79,14 @@ class OnTheCpu:
         return self._make_runner()
 
 
-class CpuRecorder:
+class CpuCapturer:
     """Records as a CUDA graph does: results of a shape come back in the same memory every time."""
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.captured = 0
 
-    def record(self, blocks: Blocks, feature: Tensor) -> Recording:
-        self.recorded += 1
+    def capture(self, blocks: Blocks, feature: Tensor) -> Capture:
+        self.captured += 1
         place = torch.empty_like(feature)
         unfinished = blocks(feature)
         sums = Unfinished(unfinished.convolution.clone(), unfinished.bias, unfinished.residual.clone())
@@ -94,4 +96,4 @@ class CpuRecorder:
             sums.convolution.copy_(again.convolution)
             sums.residual.copy_(again.residual)
 
-        return Recording(place, replay, sums)
+        return Capture(place, replay, sums)

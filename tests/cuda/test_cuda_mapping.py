@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lib_xadapter.cuda_mapping import CudaMapping
+from lib_xadapter.cuda_mapping.graphs import Captures
 from lib_xadapter.cuda_mapping.operations import TorchOperations
-from lib_xadapter.cuda_mapping.recordings import Recordings
 from lib_xadapter.mapping_paths import EagerMapping
 from tests.cuda.mappings import (
     NO_TIME,
     SHAPES,
-    CpuRecorder,
+    CpuCapturer,
     OnTheCpu,
     base_feature,
     relative_error,
@@ -126,19 +126,19 @@ def test_no_second_copy_of_the_convolutions_is_made():
 
 
 def test_recordings_give_what_the_blocks_give():
-    recorder = CpuRecorder()
+    capturer = CpuCapturer()
     adapter = released(torch.float64)
-    path = algorithm(adapter, OnTheCpu(lambda: Recordings(recorder)))
+    path = algorithm(adapter, OnTheCpu(lambda: Captures(capturer)))
     plain = algorithm(copy.deepcopy(adapter))
     for shape in SHAPES[:3] * 2:
         for level in range(3):
             feature = base_feature(level, shape) + shape[1]
             assert torch.equal(path.hidden(level, feature, NO_TIME), plain.hidden(level, feature, NO_TIME))
-    assert recorder.recorded == 9
+    assert capturer.captured == 9
 
 
 def test_a_hidden_feature_stays_what_it_is_when_the_level_runs_again():
-    path = algorithm(released(), OnTheCpu(lambda: Recordings(CpuRecorder())))
+    path = algorithm(released(), OnTheCpu(lambda: Captures(CpuCapturer())))
     cond = path.hidden(2, base_feature(2, (1, 4, 4)), NO_TIME)
     before = cond.clone()
     uncond = path.hidden(2, base_feature(2, (1, 4, 4)) + 1, NO_TIME)
@@ -147,14 +147,14 @@ def test_a_hidden_feature_stays_what_it_is_when_the_level_runs_again():
 
 
 def test_the_recording_that_was_unused_for_longest_is_forgotten():
-    recorder = CpuRecorder()
-    path = algorithm(released(), OnTheCpu(lambda: Recordings(recorder, most=2)))
+    capturer = CpuCapturer()
+    path = algorithm(released(), OnTheCpu(lambda: Captures(capturer, most=2)))
     square, wide, high = ((1, 4, 4), (1, 3, 5), (1, 5, 3))
     for shape in (square, wide, square, high, square):
         path.hidden(0, base_feature(0, shape), NO_TIME)
-    assert recorder.recorded == 3
+    assert capturer.captured == 3
     path.hidden(0, base_feature(0, wide), NO_TIME)
-    assert recorder.recorded == 4
+    assert capturer.captured == 4
 
 
 def move(adapter) -> None:
@@ -164,7 +164,7 @@ def move(adapter) -> None:
 
 
 def test_weights_that_were_moved_are_prepared_anew():
-    device = OnTheCpu(lambda: Recordings(CpuRecorder()))
+    device = OnTheCpu(lambda: Captures(CpuCapturer()))
     adapter = released()
     path = algorithm(adapter, device)
     feature = base_feature(1, (2, 3, 5))
@@ -193,7 +193,7 @@ def test_a_released_path_prepares_itself_again():
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("then", [torch.inference_mode, torch.no_grad])
 def test_inference_mode_may_come_and_go(first, then):
-    path = algorithm(released(), OnTheCpu(lambda: Recordings(CpuRecorder())))
+    path = algorithm(released(), OnTheCpu(lambda: Captures(CpuCapturer())))
     results = []
     for mode in (first, then):
         with mode():

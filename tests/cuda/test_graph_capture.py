@@ -1,4 +1,4 @@
-"""How CUDA graphs are recorded and replayed, as torch.cuda is told to; a stand-in notes it where there is no GPU."""
+"""How CUDA graphs are captured and replayed, as torch.cuda is told to; a stand-in notes it where there is no GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy
 import pytest
 import torch
 
-from lib_xadapter.cuda_mapping import CudaMapping, recordings
+from lib_xadapter.cuda_mapping import CudaMapping, graphs
 from lib_xadapter.cuda_mapping.operations import TorchOperations
 from lib_xadapter.cuda_mapping.path import CudaDevice
 from tests.cuda.mappings import NO_TIME, base_feature, released
 
 
 class StandIn:
-    """torch.cuda as far as recording needs it, with what happened in `events`."""
+    """torch.cuda as far as capture needs it, with what happened in `events`."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -81,7 +81,7 @@ def cuda(monkeypatch):
         "get_allocator_backend": lambda: stand_in.allocator,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(recordings, "_borrowed", lambda tensor: tensor)
+    monkeypatch.setattr(graphs, "_borrowed", lambda tensor: tensor)
     return stand_in
 
 
@@ -107,8 +107,8 @@ FEATURE = base_feature(0, (1, 2, 2))
 
 def test_a_shape_is_warmed_up_and_captured_on_a_side_stream_once_and_replayed_on_the_callers(path, cuda):
     path.hidden(0, FEATURE, NO_TIME)
-    recording = ["side waits for caller", "run", "run", "capture", "captured run", "caller waits for side"]
-    assert cuda.events == ["caller waits", *recording, "replay", "caller done"]
+    capture = ["side waits for caller", "run", "run", "capture", "captured run", "caller waits for side"]
+    assert cuda.events == ["caller waits", *capture, "replay", "caller done"]
     cuda.events.clear()
     path.hidden(0, FEATURE, NO_TIME)
     assert cuda.events == ["caller waits", "replay", "caller done"]
@@ -147,7 +147,7 @@ def test_without_torchs_own_allocator_nothing_is_captured(cuda):
 
 def test_memory_is_told_as_the_array_interface_has_it():
     feature = base_feature(1, (2, 3, 5)).half().contiguous(memory_format=torch.channels_last)
-    interface = recordings._Memory(feature).__cuda_array_interface__
+    interface = graphs._Memory(feature).__cuda_array_interface__
     # numpy's interface has the same fields
     same = numpy.asarray(SimpleNamespace(__array_interface__=interface))
     assert same.ctypes.data == feature.data_ptr()

@@ -126,12 +126,12 @@ def test_quantising_rounds_to_the_nearest_number(adapter, dtype):
 
 
 def test_graphs_compute_what_single_launches_compute(adapter, dtype):
-    recorded = CudaMapping(adapter, lambda dtype: CudaOperations(dtype, benchmark=False))
+    captured = CudaMapping(adapter, lambda dtype: CudaOperations(dtype, benchmark=False))
     launched = CudaMapping(adapter, lambda dtype: CudaOperations(dtype, benchmark=False), graphs=False)
     for shape in SHAPES[:3] * 2:
         for level in range(3):
             feature = on_the_gpu(level, shape, dtype)
-            assert torch.equal(recorded.hidden(level, feature, NO_TIME), launched.hidden(level, feature, NO_TIME))
+            assert torch.equal(captured.hidden(level, feature, NO_TIME), launched.hidden(level, feature, NO_TIME))
 
 
 def test_hidden_features_stay_what_they_are_while_other_levels_and_shapes_run(adapter, dtype):

@@ -14,7 +14,7 @@ from .operations import Unfinished
 
 Blocks = Callable[[Tensor], Unfinished]
 
-MOST_RECORDINGS = 24
+MOST_CAPTURES = 24
 """Eight sizes of picture or batch, at three levels each."""
 
 WARM_UP_RUNS = 2
@@ -22,7 +22,7 @@ WARM_UP_RUNS = 2
 
 
 @dataclass(frozen=True)
-class Recording:
+class Capture:
     """Blocks that run again on another feature: write into `feature`, `replay`, read `unfinished`."""
 
     feature: Tensor
@@ -30,20 +30,20 @@ class Recording:
     unfinished: Unfinished
 
 
-class Recorder(Protocol):
-    """Makes recordings."""
+class Capturer(Protocol):
+    """Makes captures."""
 
-    def record(self, blocks: Blocks, feature: Tensor) -> Recording:
+    def capture(self, blocks: Blocks, feature: Tensor) -> Capture:
         """What `blocks` does to a feature of this shape and type, channels-last; earlier replays are done by then."""
 
 
-class Recordings:
-    """The recordings of one adapter, by level and shape; those unused for longest are forgotten."""
+class Captures:
+    """The captures of one adapter, by level and shape; those unused for longest are forgotten."""
 
-    def __init__(self, recorder: Recorder, most: int = MOST_RECORDINGS) -> None:
-        self._recorder = recorder
+    def __init__(self, capturer: Capturer, most: int = MOST_CAPTURES) -> None:
+        self._capturer = capturer
         self._most = most
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._captures: OrderedDict[Hashable, Capture] = OrderedDict()
 
     def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
         """`blocks` of a level on a feature, brought to the device and type of `like`.
@@ -51,27 +51,27 @@ class Recordings:
         What is returned lies in memory that the next run writes over, on whichever level that is.
         """
         key = (level, tuple(feature.shape))
-        if key not in self._recordings:
+        if key not in self._captures:
             # tensors that are made in inference mode could not be written into outside of it later on
             with torch.inference_mode(False), torch.no_grad():
-                self._recordings[key] = self._recorder.record(blocks, _channels_last(feature, like))
-        self._recordings.move_to_end(key)
-        while len(self._recordings) > self._most:
-            self._recordings.popitem(last=False)
-        recording = self._recordings[key]
-        recording.feature.copy_(feature)
-        recording.replay()
-        return recording.unfinished
+                self._captures[key] = self._capturer.capture(blocks, _channels_last(feature, like))
+        self._captures.move_to_end(key)
+        while len(self._captures) > self._most:
+            self._captures.popitem(last=False)
+        capture = self._captures[key]
+        capture.feature.copy_(feature)
+        capture.replay()
+        return capture.unfinished
 
 
-class Unrecorded:
+class Uncaptured:
     """Runs the blocks launch by launch: where torch's allocator has no pools for graphs, and to compare with."""
 
     def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
         return blocks(_channels_last(feature, like))
 
 
-class GraphRecorder:
+class GraphCapturer:
     """Records CUDA graphs, on a stream and in a memory pool of its own.
 
     All graphs share the pool, results included, since each one's result is read before the next is run: the pool is as
@@ -82,7 +82,7 @@ class GraphRecorder:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, blocks: Blocks, feature: Tensor) -> Recording:
+    def capture(self, blocks: Blocks, feature: Tensor) -> Capture:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         self._stream.wait_stream(before)
@@ -93,9 +93,9 @@ class GraphRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 place = torch.empty_like(feature)
                 unfinished = blocks(place)
-            recording = Recording(_borrowed(place), graph.replay, _borrowed_all(unfinished))
+            capture = Capture(_borrowed(place), graph.replay, _borrowed_all(unfinished))
         before.wait_stream(self._stream)
-        return recording
+        return capture
 
 
 class _Memory:
