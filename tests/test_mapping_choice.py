@@ -111,10 +111,10 @@ class Failure(Exception):
     """Something that no one has foreseen."""
 
 
-class FailingRecorder:
+class FailingCapturer:
     """Fails where graphs are captured."""
 
-    def record(self, blocks, feature):
+    def capture(self, blocks, feature):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 126 MiB.")
 
 
@@ -138,7 +138,7 @@ class FailingOperations(TorchOperations):
 
 STAGES = {
     "compiling": lambda adapter: on_the_cpu(adapter, no_operations),
-    "capturing": lambda adapter: on_the_cpu(adapter, capturer=FailingRecorder()),
+    "capturing": lambda adapter: on_the_cpu(adapter, capturer=FailingCapturer()),
     **{
         name: lambda adapter, name=name: on_the_cpu(adapter, lambda dtype: FailingOperations(name))
         for name in ("convolve", "upsample", "begin", "finish")
@@ -191,7 +191,7 @@ def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, mon
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(eager, "hidden", fail)
-    path = FallbackMapping(on_the_cpu(adapter, capturer=FailingRecorder()), eager)
+    path = FallbackMapping(on_the_cpu(adapter, capturer=FailingCapturer()), eager)
     for _ in range(2):
         with pytest.raises(torch.cuda.OutOfMemoryError):
             path.hidden(0, base_feature(0, SHAPE), NO_TIME)
@@ -200,7 +200,7 @@ def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, mon
 
 def test_what_the_failed_path_had_prepared_is_given_back():
     adapter = released()
-    first = on_the_cpu(adapter, capturer=FailingRecorder())
+    first = on_the_cpu(adapter, capturer=FailingCapturer())
     FallbackMapping(first, EagerMapping(adapter)).hidden(0, base_feature(0, SHAPE), NO_TIME)
     assert first._prepared is None
 
