@@ -138,7 +138,7 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
         if not 0 <= scale <= MOST_CONTROL:
             raise WrongArgument(f"--control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
     own = {name: value for name, value in vars(options).items() if name in OWN_SETTINGS}
-    models = {"base_checkpoint": files.base.stem, "adapter": files.adapter.stem if files.adapter else "None"}
+    models = {"base_checkpoint": files.base.stem, "adapter": files.adapter.name if files.adapter else "None"}
     swept = {"switch_point": options.switch_point[0], "weight": options.weight[0]}
     with naming_options():
         settings = read_settings({**own, **models, **swept})

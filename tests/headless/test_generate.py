@@ -157,7 +157,8 @@ def test_what_is_under_a_picture_makes_it_again(generate):
     text = Image.open(generate.pictures()[0]).text["parameters"]
     settings = read_settings(read_infotext(parameters(text)))
     assert (settings.weight, settings.switch_point, settings.base_steps) == (0.7, 0.6, 3)
-    assert (settings.base_prompt, settings.base_checkpoint, settings.adapter) == ("a dog", "small-sd15", "small")
+    assert (settings.base_prompt, settings.base_checkpoint) == ("a dog", "small-sd15")
+    assert settings.adapter == "small.safetensors"
     assert parameters(text)["Size"] == "128x128"
 
 

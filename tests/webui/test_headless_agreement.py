@@ -210,7 +210,7 @@ def test_text_under_a_headless_picture_makes_it_again_in_the_webui(webui, files,
     job = replace(
         JOB,
         settings=Settings(
-            base_checkpoint="tiny15", adapter="tiny", base_prompt="a dog, red", base_steps=5, base_seed=3
+            base_checkpoint="tiny15", adapter="tiny.safetensors", base_prompt="a dog, red", base_steps=5, base_seed=3
         ),
         switch_points=(0.7,),
         weights=((1.0, 0.5, 1.5),),

@@ -93,7 +93,7 @@ class Fault:
 
 @dataclass
 class Sampling:
-    """One sampling of one model.
+    """One sampling in which a model was evaluated.
 
     Attributes:
         start: the latents of its first model evaluation, as the sampler has them: (images, 4, h, w).
@@ -119,6 +119,7 @@ class Probe:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.samplings: list[Sampling] = []
+        self.under_way = Sampling()
         self.recording = False
         self.fault: Fault | None = None
         self.replaced = contextlib.ExitStack()
@@ -148,17 +149,18 @@ class Probe:
 
     def sampled(self, launch: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            sampling = Sampling()
-            self.samplings.append(sampling)
+            sampling = self.under_way = Sampling()
             finished = launch(*args, **kwargs)
-            sampling.finished = finished.clone()
+            if sampling.start is not None:
+                sampling.finished = finished.clone()
+                self.samplings.append(sampling)
             return finished
 
         return call
 
     def begun(self, forward: Callable) -> Callable:
         def call(denoiser: CFGDenoiser, x: torch.Tensor, level: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            sampling = self.samplings[-1]
+            sampling = self.under_way
             if sampling.start is None:
                 sampling.start, sampling.level = x.clone(), float(level[0])
             return forward(denoiser, x, level, *args, **kwargs)
