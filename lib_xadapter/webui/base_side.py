@@ -23,7 +23,7 @@ from ..recording import Recording
 from ..settings import Settings
 from . import plugins
 from .base_model import BaseModel
-from .controlnet_units import BaseUnits
+from .base_units import BaseUnits
 from .stage_one import SHARED_FIELDS, StageOne
 
 UPGRADED_OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")

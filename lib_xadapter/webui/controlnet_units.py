@@ -1,39 +1,24 @@
-"""The units of sd-webui-controlnet whose model is for SD1.x, on the base.
+"""The units of sd-webui-controlnet's panel: what is set in them, and which model each is for.
 
-The extension's own code does the work: a copy of its script object is run on the base's processing object, with the
-base as the WebUI's current model. This is the only file that knows the extension (1.1.455); where it is not installed,
-no unit is ever found. In its modules, `internal_controlnet.external_code` reads units, `scripts.hook` replaces a UNet's
-forward, and `scripts/controlnet.py` holds the script object.
+This file and `base_units` are the only ones that know the extension (1.1.455); where it is not installed, no unit is
+ever found. `internal_controlnet.external_code` is what it offers to other extensions.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import torch
-from modules import cache, script_callbacks, shared
-from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+from modules import cache
 from PIL import Image
-from torch import Tensor
 
 from ..controlnet_files import ControlFamily, detect_control_family
-from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..feature_sources import BaseDenoiser, BaseStep
-from ..joint_stage import Moment
-from ..taps import FeatureReader
-from .base_model import BaseModel
-from .moments import noise_level
+from ..errors import WrongArgument
 
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""
@@ -41,10 +26,6 @@ FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SD
 MODEL_NAMES = {"sd1": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 SDXL_PREPROCESSOR = "revision"
 """The extension's preprocessors without a model that act on SDXL alone have this in their names."""
-
-
-REPLACED_SAMPLE = "sample_before_CN_hack"
-"""Where the extension keeps a processing object's own `sample`."""
 
 
 def extension() -> ModuleType | None:
@@ -175,327 +156,6 @@ def family_by_name(file_name: str) -> ControlFamily:
     """What the extension reads from a file's name; SDXL, which is the current model, where that tells nothing."""
     version = sys.modules["scripts.enums"].StableDiffusionVersion.detect_from_model_name(file_name)
     return FAMILY_OF_VERSION.get(version.name, "sdxl")
-
-
-@dataclass(frozen=True)
-class Value:
-    """An attribute of a module or a class, and what it is."""
-
-    owner: Any
-    name: str
-    value: Any
-
-
-class BaseUnits:
-    """The units of one job that go to the base. Empty until they are taken over.
-
-    Order: `take_over` before any script's `process`; `check` when the job starts; for each batch `hooked`, and inside
-    it `stage_one`, then `beside_sdxl`; `give_back` when the job ends.
-
-    Attributes:
-        enabled: all units of the panel, SDXL's too.
-        detected_maps: what the extension shows beside the pictures, there after the first batch.
-    """
-
-    def __init__(self) -> None:
-        self.enabled: list[Unit] = []
-        self.detected_maps: list[Image.Image] = []
-        self._units: list[Unit] = []
-        self._taken: dict[int, tuple[Any, Any]] = {}
-        self._problem: XAdapterError | None = None
-        self._infotext: dict[str, str] = {}
-        self._p: StableDiffusionProcessingTxt2Img | None = None
-        self._original: Any = None
-        self._script: Any = None
-        self._own: list[Value] = []
-        self._schedule: list[tuple[float, float]] = []
-        self._reader: FeatureReader | None = None
-
-    # ---- before the job
-
-    def take_over(self, p: StableDiffusionProcessingTxt2Img) -> None:
-        """Take the base's units out of SDXL's arguments. Raises nothing: `check` tells what is wrong."""
-        external = extension()
-        self._p, self._original = p, external.find_cn_script(p.scripts) if external else None
-        if self._original is None:
-            return
-        try:
-            self._take_over(external)
-        except XAdapterError as problem:
-            self._problem = problem
-        except Exception as error:
-            self._problem = WrongArgument(f"The ControlNet units cannot be read: {one_line(error)}")
-
-    def _take_over(self, external: ModuleType) -> None:
-        p, script = self._p, self._original
-        before = dict(p.extra_generation_params)
-        # writes the infotext of all units, numbered as if SDXL had them
-        type(script).get_enabled_units(p)
-        self._infotext = {key: p.extra_generation_params[key] for key in p.extra_generation_params.keys() - before}
-        for place in range(script.args_from, script.args_to):
-            given, number = p.script_args[place], place - script.args_from
-            if given is None:
-                continue
-            # the X/Y/Z plot's axes are attributes of the processing object
-            unit = Unit(number, type(script).parse_remote_call(p, read_unit(number, given).settings, number))
-            if not unit.settings.enabled:
-                continue
-            unit.check_input()
-            self.enabled.append(unit)
-            if unit.family != "sdxl":
-                self._units.append(unit)
-                self._taken[place] = given, external.ControlNetUnit(enabled=False)
-        self._exchange({place: without for place, (_, without) in self._taken.items()})
-
-    def _exchange(self, arguments: dict[int, Any]) -> None:
-        """Put arguments into their places among the processing object's."""
-        p = self._p
-        if arguments:
-            p.script_args = type(p.script_args)(arguments.get(place, own) for place, own in enumerate(p.script_args))
-
-    def give_back(self) -> None:
-        """Put the base's units back among the arguments, for the next job of the same processing object."""
-        taken, self._taken = self._taken, {}
-        # another script may have put in something else
-        self._exchange(
-            {place: given for place, (given, without) in taken.items() if self._p.script_args[place] is without}
-        )
-
-    def check(self, base: BaseModel) -> None:
-        """Whether the units can be used on the base; writes all units into the infotext.
-
-        Raises:
-            XAdapterError: what was wrong when they were taken over, or a unit for another model than the base.
-        """
-        if self._problem is not None:
-            raise self._problem
-        base_family = "sd2" if base.model.is_sd2 else "sd1"
-        for unit in self._units:
-            if unit.family not in (base_family, None):
-                raise DoesNotFit(
-                    f"{unit} is for {MODEL_NAMES[unit.family]}, the checkpoint {base.info.name} is "
-                    f"{MODEL_NAMES[base_family]}."
-                )
-        # the extension has written SDXL's own units alone in the meantime
-        self._p.extra_generation_params.update(self._infotext)
-
-    def state(self) -> list[Any]:
-        """All that the units depend on: what is set in them, and when their models' files were written."""
-        return [
-            [unit.number, vars(unit.settings), None if unit.lacks_model else unit.model_file().stat().st_mtime]
-            for unit in self._units
-        ]
-
-    def first_with_picture(self) -> Unit | None:
-        """The first unit of the base with an image of its own."""
-        return next((unit for unit in self._units if unit.picture() is not None), None)
-
-    # ---- during a batch
-
-    @contextmanager
-    def hooked(self, job: StableDiffusionProcessingTxt2Img, base: BaseModel) -> Iterator[None]:
-        """While open, the base's UNet is under the control of the units.
-
-        Args:
-            job: the base's processing object, prompts encoded.
-            base: the base model.
-
-        Raises:
-            WrongArgument: the extension cannot set a unit up.
-        """
-        if not self._units:
-            yield
-            return
-        self._script = script = self._copied_script(base)
-        self._own = own_state(type(script), base)
-        self._schedule = []
-        try:
-            with base.current(), self._state():
-                self._set_up(job)
-            yield
-        finally:
-            self._reader = None
-            with base.current(), self._state():
-                script.postprocess(job, shown := SimpleNamespace(images=[]))
-            self.detected_maps = self.detected_maps or shown.images
-            self._script = None
-
-    def check_those_of_sdxl(self) -> None:
-        """Whether SDXL's own units are at work; what the extension raises for them ends in the WebUI's log.
-
-        Raises:
-            WrongArgument: it could not set them up.
-        """
-        units = [str(unit) for unit in self.enabled if unit.family == "sdxl"]
-        if units and not getattr(self._original.latest_network, "control_params", None):
-            raise WrongArgument(f"{', '.join(units)} cannot be used for SDXL; the WebUI's log tells why.")
-
-    @contextmanager
-    def stage_one(self) -> Iterator[None]:
-        """While open, the base samples alone, and how far each unit has come is written down by noise level."""
-        if self._script is None:
-            yield
-            return
-        script_callbacks.on_cfg_denoiser(self._follow_sampler)
-        try:
-            with self._state():
-                yield
-        finally:
-            script_callbacks.remove_callbacks_for_function(self._follow_sampler)
-
-    def change_noise(self, job: StableDiffusionProcessingTxt2Img) -> None:
-        """Some inpainting preprocessors start stage 1 from their picture."""
-        if self._script is not None:
-            self._script.before_process_batch(job)
-
-    def finish(self, pixels: Tensor) -> Tensor:
-        """Some preprocessors change the finished pictures: (images, 3, height, width) in 0..1."""
-        if self._script is not None:
-            self._script.postprocess_batch(self._p, images=pixels)
-        return pixels
-
-    def beside_sdxl(self, evaluate: BaseDenoiser, reader: FeatureReader, planned: Iterable[Moment]) -> BaseDenoiser:
-        """The evaluation of the base with the units as they stood at the same noise level in stage 1.
-
-        Args:
-            evaluate: evaluates the base.
-            reader: collects its features.
-            planned: SDXL's evaluations as far as they are known; without a stage 1, they say how far a unit has come.
-        """
-        if self._script is None:
-            return evaluate
-        self._reader = reader
-        self._schedule = self._schedule or [(moment.sigma, moment.progress) for moment in planned]
-
-        def controlled(latent: Tensor, sigma: float) -> BaseStep:
-            with self._state():
-                self._go_to(self._progress_at(sigma))
-                return evaluate(latent, sigma)
-
-        return controlled
-
-    # ---- inside the extension
-
-    def _copied_script(self, base: BaseModel) -> Any:
-        """The extension's script object, with nothing of SDXL's units in it."""
-        script = copy.copy(self._original)
-        script.latest_network = script.noise_modifier = script.input_image = None
-        script.enabled_units, script.detected_map, script.post_processors = [], [], []
-        # or else it would empty the cache, which is the base's own
-        script.latest_model_hash = base.model.sd_model_hash
-        script.args_from, script.args_to = 0, len(self._units)
-        return script
-
-    def _set_up(self, job: StableDiffusionProcessingTxt2Img) -> None:
-        p, script, hook = self._p, self._script, sys.modules["scripts.hook"]
-        job.seed, job.subseed, job.outpath_samples = p.seed, p.subseed, p.outpath_samples
-        job.scripts_value = SimpleNamespace(alwayson_scripts=[script])
-        job.script_args_value = [unit.settings.copy() for unit in self._units]
-        try:
-            script.process(job)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise WrongArgument(f"{self._at_fault(error)} cannot be used: {one_line(error)}") from error
-        finally:
-            job.scripts_value, job.script_args_value = None, {}
-        if self.detected_maps:
-            script.detected_map = []
-        network = script.latest_network
-        # it would follow SDXL's sampler
-        script_callbacks.remove_callbacks_for_function(network.guidance_schedule_handler)
-        network.original_forward = self._unread(network.original_forward)
-        hook.mark_prompt_context(job.c, positive=True)
-        hook.mark_prompt_context(job.uc, positive=False)
-
-    def _at_fault(self, error: Exception) -> str:
-        """The unit that the extension was busy with, or all."""
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code.co_name == "controlnet_main_entry":
-                place = frame.f_locals.get("idx", -1)
-                if len(frame.f_locals["self"].enabled_units) == len(self._units) and place >= 0:
-                    return str(self._units[place])
-        return ", ".join(map(str, self._units))
-
-    def _unread(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A pass of the UNet over the reference picture, from which no features are read."""
-
-        def unread(*args: Any, **kwargs: Any) -> Tensor:
-            if self._reader is None:
-                return forward(*args, **kwargs)
-            with self._reader.paused():
-                return forward(*args, **kwargs)
-
-        return unread
-
-    @contextmanager
-    def _state(self) -> Iterator[None]:
-        """While open, what the extension keeps in its modules is the base's and not SDXL's."""
-        outside = now(self._own)
-        install(self._own)
-        try:
-            yield
-        finally:
-            self._own = now(self._own)
-            install(outside)
-
-    # ---- start and end of a unit
-
-    def _follow_sampler(self, params: script_callbacks.CFGDenoiserParams) -> None:
-        """One evaluation of stage 1, as the extension itself counts them."""
-        progress = params.sampling_step / params.total_sampling_steps
-        self._schedule.append((noise_level(params.denoiser, params.sigma), progress))
-        self._go_to(progress)
-
-    def _progress_at(self, sigma: float) -> float:
-        """How much of stage 1 had gone at a noise level; without a stage 1, how much of SDXL's sampling."""
-        if not self._schedule:
-            return shared.state.sampling_step / max(shared.state.sampling_steps, 1)
-        return min(self._schedule, key=lambda seen: abs(math.log(max(seen[0], 1e-8) / max(sigma, 1e-8))))[1]
-
-    def _go_to(self, progress: float) -> None:
-        handler = self._script.latest_network.guidance_schedule_handler
-        handler(SimpleNamespace(sampling_step=progress, total_sampling_steps=1))
-
-
-def without_leftovers(p: StableDiffusionProcessing) -> None:
-    """Give a processing object the `sample` back that the extension replaced in an earlier job, and kept for itself.
-
-    It never does so itself: SDXL's units would end every later job in the earlier job's `sample`.
-    """
-    own = vars(p)
-    if getattr(own.get("sample"), "__module__", None) != "scripts.hook":
-        return
-    replaced = own.pop(REPLACED_SAMPLE)
-    # the class's own is there without it, and a copied processing object must not get the original's
-    if isinstance(getattr(replaced, "__self__", None), StableDiffusionProcessing):
-        del own["sample"]
-    else:
-        own["sample"] = replaced
-
-
-def own_state(script_class: type, base: BaseModel) -> list[Value]:
-    """What belongs to the current model in the extension's modules, as the base has it at first."""
-    ip_adapter, lllite = sys.modules["scripts.ipadapter.plugable_ipadapter"], sys.modules["scripts.controlnet_lllite"]
-    return [
-        Value(ip_adapter, "all_hacks", {}),
-        Value(ip_adapter, "current_model", None),
-        Value(lllite, "all_hack", {}),
-        Value(script_class, "model_cache", base.control_models),
-        # it judges by a file's name; the file itself has been asked already
-        Value(script_class, "check_sd_version_compatible", staticmethod(lambda unit: None)),
-    ]
-
-
-def now(places: Iterable[Value]) -> list[Value]:
-    """What stands there."""
-    return [replace(place, value=vars(place.owner)[place.name]) for place in places]
-
-
-def install(values: Iterable[Value]) -> None:
-    """Set each."""
-    for place in values:
-        setattr(place.owner, place.name, place.value)
 
 
 def one_line(error: Exception) -> str:

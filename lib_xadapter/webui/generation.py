@@ -43,7 +43,8 @@ from . import model_files, plugins, routing, switch
 from .base_evaluation import BaseEvaluation
 from .base_model import BaseModel
 from .base_side import BaseSide, Encoding, key_of
-from .controlnet_units import MODEL_NAMES, BaseUnits, without_leftovers
+from .base_units import BaseUnits, without_leftovers
+from .controlnet_units import MODEL_NAMES
 from .models import Models
 from .moments import planned_moments
 from .refusal import Refusal

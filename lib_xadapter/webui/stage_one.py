@@ -15,7 +15,8 @@ from ..errors import WrongArgument
 from ..settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
 from . import plugins, switch
 from .base_model import BaseModel
-from .controlnet_units import MODEL_NAMES, BaseUnits
+from .base_units import BaseUnits
+from .controlnet_units import MODEL_NAMES
 from .moments import noise_level
 from .seeded import blank_conditioning, each_from_its_seed
 
@@ -70,6 +71,7 @@ def base_processing(
         **{name: getattr(p, name) for name in SHARED_FIELDS},
     )
     job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
+    job.seed = p.seed if settings.base_seed == SAME_SEED else settings.base_seed
     job.seeds = job.all_seeds = base_seeds(p, settings)
     job.subseeds = job.all_subseeds = list(p.subseeds)
     job.prompts = job.all_prompts = prompts

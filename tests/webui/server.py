@@ -356,6 +356,10 @@ class WebUIServer:
         """Names of the base's tensors that are not, to the bit, those of its checkpoint's file."""
         return self.probed(self.get("/probe/changed"))
 
+    def imported(self) -> set[str]:
+        """The rooms of X-Adapter that the WebUI has imported so far."""
+        return {name.removeprefix("lib_xadapter.") for name in self.probed(self.get("/probe/imported"))}
+
     def recorded(self) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
         """The UNet calls made inside, oldest first, there once the context is left."""
         return self.recording("/probe/calls")

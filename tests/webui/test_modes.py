@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .asking import with_xadapter
+from .asking import arguments, made, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import decode_image
 
@@ -24,6 +24,21 @@ def test_models_that_are_moved_in_and_out_give_the_same_picture(start_webui, web
     assert grey_levels_apart(first, usual) <= 1
     assert grey_levels_apart(beside, usual) <= 1
     assert same_bytes(first, again)
+
+
+def test_nothing_is_imported_before_it_is_used(start_webui):
+    """Whoever leaves X-Adapter unticked has what the page shows, and no more."""
+    core = {"mapping", "joint_stage", "trajectory", "recording", "feature_sources", "overlap", "cuda_mapping"}
+    host = {
+        f"webui.{name}" for name in ("generation", "models", "base_units", "base_evaluation", "coupling", "moments")
+    }
+    with start_webui("untouched") as server:
+        made(server.txt2img(**PLAIN, **arguments(enabled=False)))
+        server.post("/xadapter/v1/route", {"prompt": "a cat <lora:style15:1>"})
+        assert "webui.panel" in server.imported()
+        assert not server.imported() & (core | host)
+        with_xadapter(server)
+        assert {"joint_stage", "webui.generation"} <= server.imported()
 
 
 class TestKeeping:

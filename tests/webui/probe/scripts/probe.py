@@ -2,6 +2,7 @@
 
 An extension for tests only. While it neither records nor holds an armed fault, nothing of the WebUI is replaced.
 
+    GET  /probe/imported  X-Adapter's modules that have been imported
     GET  /probe/state   what is loaded, hooked and selected
     POST /probe/reset   forget the UNet calls and samplings, and record from now on
     GET  /probe/calls   the recorded UNet calls, oldest first
@@ -316,6 +317,12 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
 
     app.get("/probe/state")(state)
     app.get("/probe/changed")(changed_tensors)
+    app.get("/probe/imported")(imported)
+
+
+def imported() -> list[str]:
+    """X-Adapter's modules that have been imported so far."""
+    return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
 
 
 def exit_with_the_tests() -> None:
