@@ -18,6 +18,7 @@ from .conftest import PLAIN, grey_levels_apart
 from .server import Installation, WebUIServer, environment
 from .small_loras import TINY15, add_lora
 
+CHECKPOINTS = "models/Stable-diffusion"
 STEPS = {"steps": 3}
 PICTURES = {"weight": 0, "switch_point": 0.2, "return_base_image": True}
 KINDS = ("tiny21", "tiny21v", "tiny15v", "tiny15i", "tiny21i")
@@ -32,7 +33,16 @@ def bases(installation: Installation, models: Path, tmp_path_factory: pytest.Tem
     command = [installation.python, "-I", script, installation.folder, folder, clip]
     made_them = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert made_them.returncode == 0, made_them.stderr
+    add_velocity_sdxl(models / CHECKPOINTS, folder / CHECKPOINTS)
     return folder
+
+
+def add_velocity_sdxl(source: Path, target: Path) -> None:
+    """The small SDXL checkpoint once more, as one that predicts the velocity; its .yaml says so."""
+    (target / "tinyxlv.safetensors").symlink_to(source / "tinyxl.safetensors")
+    config = (source / "tinyxl.yaml").read_text()
+    assert "EpsScaling" in config
+    (target / "tinyxlv.yaml").write_text(config.replace("EpsScaling", "VScaling").replace("EpsWeighting", "EDMWeighting"))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,19 @@ def test_it_leads_sdxl_in_the_joint_stage(server, kind):
     led = ours(server, kind, {**usual, "weight": 1}).image
     assert grey_levels_apart(led, without) > 1
     assert is_a_picture(led)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_an_sdxl_model_that_predicts_the_velocity_is_led_too(server, sampler):
+    """Without weight it makes what it makes in the img2img tab."""
+    request = {"sampler_name": sampler, "override_settings": {"sd_model_checkpoint": "tinyxlv.safetensors"}}
+    given = {"switch_point": 0.8}
+    without, start = ours(server, "tiny15", given, **request).images
+    assert grey_levels_apart(without, sdedit(server, start, 0.8, **request, **STEPS)) <= 1
+    led = ours(server, "tiny15", {**given, "weight": 1}, **request).images[0]
+    assert is_a_picture(led)
+    assert grey_levels_apart(led, without) > 1
+    assert grey_levels_apart(without, ours(server, "tiny15", given, sampler_name=sampler).images[0]) > 1
 
 
 @pytest.mark.parametrize("kind", ["tiny15v", "tiny21v"])
