@@ -42,7 +42,8 @@ def add_velocity_sdxl(source: Path, target: Path) -> None:
     (target / "tinyxlv.safetensors").symlink_to(source / "tinyxl.safetensors")
     config = (source / "tinyxl.yaml").read_text()
     assert "EpsScaling" in config
-    (target / "tinyxlv.yaml").write_text(config.replace("EpsScaling", "VScaling").replace("EpsWeighting", "EDMWeighting"))
+    velocity = config.replace("EpsScaling", "VScaling").replace("EpsWeighting", "EDMWeighting")
+    (target / "tinyxlv.yaml").write_text(velocity)
 
 
 @pytest.fixture(scope="module")
