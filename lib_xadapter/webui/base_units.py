@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from modules import script_callbacks, shared
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from ..joint_stage import Moment
 from ..taps import FeatureReader
 from .base_model import BaseModel
 from .controlnet_units import MODEL_NAMES, Unit, extension, one_line, read_unit
-from .moments import noise_level
+from .moments import noise_levels
 
 REPLACED_SAMPLE = "sample_before_CN_hack"
 """Where the extension keeps a processing object's own `sample`."""
@@ -67,6 +68,7 @@ class BaseUnits:
         self._script: Any = None
         self._own: list[Value] = []
         self._schedule: list[tuple[float, float]] = []
+        self._asked: list[tuple[CFGDenoiser, Tensor, float]] = []
         self._reader: FeatureReader | None = None
 
     # ---- before the job
@@ -166,7 +168,7 @@ class BaseUnits:
             return
         self._script = script = self._copied_script(base)
         self._own = own_state(type(script), base)
-        self._schedule = []
+        self._schedule, self._asked = [], []
         try:
             with base.current(), self._state():
                 self._set_up(job)
@@ -200,6 +202,14 @@ class BaseUnits:
                 yield
         finally:
             script_callbacks.remove_callbacks_for_function(self._follow_sampler)
+        self._write_down_schedule()
+
+    def _write_down_schedule(self) -> None:
+        """Which noise level each evaluation of stage 1 had: read from the GPU once, when it is through."""
+        if not self._asked:
+            return
+        denoisers, asked, progress = zip(*self._asked, strict=True)
+        self._schedule = list(zip(noise_levels(denoisers[0], asked), progress, strict=True))
 
     def change_noise(self, job: StableDiffusionProcessingTxt2Img) -> None:
         """Some inpainting preprocessors start stage 1 from their picture."""
@@ -302,7 +312,7 @@ class BaseUnits:
     def _follow_sampler(self, params: script_callbacks.CFGDenoiserParams) -> None:
         """One evaluation of stage 1, as the extension itself counts them."""
         progress = params.sampling_step / params.total_sampling_steps
-        self._schedule.append((noise_level(params.denoiser, params.sigma), progress))
+        self._asked.append((params.denoiser, params.sigma[:1], progress))
         self._go_to(progress)
 
     def _progress_at(self, sigma: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import XAdapterError
 from ..joint_stage import JointStage, Moment
 from ..rows import batch_rows
-from .moments import first_that_differs, moment, noise_level, noise_levels
+from .moments import first_that_differs, moment, noise_levels
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def coupled(stage: JointStage, sampler: Sampler, planned: Sequence[Moment] | Non
 
     def now(level: Tensor) -> Moment:
         if planned is None:
-            return moment(denoiser, noise_level(denoiser, level))
+            return moment(denoiser, noise_levels(denoiser, [level[:1]])[0])
         if denoiser.step >= len(planned):
             raise XAdapterError(
                 f"The sampler takes more than the {len(planned)} model evaluations that it was to take."
@@ -67,7 +67,7 @@ def coupled(stage: JointStage, sampler: Sampler, planned: Sequence[Moment] | Non
         hooks.callback(denoiser.inner_model.register_forward_hook(lambda *_: stage.select(None)).remove)
         yield
     if asked:
-        _check_plan(planned, noise_levels(denoiser, torch.cat(asked)))
+        _check_plan(planned, noise_levels(denoiser, asked))
 
 
 def _check_plan(planned: Sequence[Moment], asked: Sequence[float]) -> None:

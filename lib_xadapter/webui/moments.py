@@ -18,7 +18,6 @@ import torch
 from modules import rng, sd_samplers, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
-from modules.sd_samplers_common import Sampler
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
@@ -56,7 +55,7 @@ def _rehearsed(
     denoiser, found = sampler.model_wrap_cfg, []
 
     def forward(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        found.append(moment(denoiser, noise_levels(denoiser, sigma[:1])[0]))
+        found.append(moment(denoiser, noise_levels(denoiser, [sigma[:1]])[0]))
         denoiser.step += 1
         return predict(x)
 
@@ -102,21 +101,17 @@ def moment(denoiser: CFGDenoiser, sigma: float) -> Moment:
     return Moment(sigma, denoiser.step * denoiser.steps // total, min(denoiser.step / total, 1.0))
 
 
-def noise_level(sampler_or_denoiser: Sampler | CFGDenoiser, asked: Tensor) -> float:
-    """σ of what a sampler asks for; waits for the GPU to tell it.
+def noise_levels(denoiser: CFGDenoiser, asked: Sequence[Tensor]) -> list[float]:
+    """σ of what a sampler asked for: a σ already, or a timestep where it counts in those. Waits for the GPU.
 
     Args:
-        asked: (images,), all alike.
+        denoiser: the sampler's.
+        asked: (1,) each, one an evaluation.
     """
-    denoiser = getattr(sampler_or_denoiser, "model_wrap_cfg", sampler_or_denoiser)
-    return noise_levels(denoiser, asked[:1])[0]
-
-
-def noise_levels(denoiser: CFGDenoiser, asked: Tensor) -> list[float]:
-    """σ of what was asked for, (evaluations,): a σ already, or a timestep where the sampler counts in those."""
+    told = torch.cat(list(asked)).tolist() if asked else []
     if not isinstance(denoiser, CFGDenoiserTimesteps):
-        return asked.tolist()
-    return [timestep_to_sigma(timestep, denoiser.alphas) for timestep in asked.tolist()]
+        return told
+    return [timestep_to_sigma(timestep, denoiser.alphas) for timestep in told]
 
 
 def timestep_to_sigma(timestep: float, alphas_cumprod: Tensor) -> float:

@@ -17,7 +17,7 @@ from . import plugins, switch
 from .base_model import BaseModel
 from .base_units import BaseUnits
 from .controlnet_units import MODEL_NAMES
-from .moments import noise_level
+from .moments import noise_levels
 from .seeded import blank_conditioning, each_from_its_seed
 
 SHARED_FIELDS = (
@@ -124,13 +124,13 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
     Raises:
         WrongFile: a LoRA does not fit the base's layers.
     """
-    levels: list[float] = []
+    asked: list[Tensor] = []
     with base.current() as model, units.stage_one():
         job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
         denoiser = job.sampler.model_wrap_cfg
 
         def note(module: torch.nn.Module, args: tuple) -> None:
-            levels[denoiser.step :] = [noise_level(denoiser, args[1])]
+            asked[denoiser.step :] = [args[1][:1]]
 
         job.rng = base_noise(job, job.seeds)
         units.change_noise(job)
@@ -141,6 +141,7 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
         finally:
             hook.remove()
         plugins.check_applied(MODEL_NAMES[base.family])
+        levels = noise_levels(denoiser, asked)
         pictures = switch.decode(model, latents, units.finish)
     devices.torch_gc()
     return StageOne(latents, pictures, levels)
