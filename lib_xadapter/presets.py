@@ -22,5 +22,5 @@ PRESETS = (
     Preset("LoRA", 0.95, 1.5, "Trigger words belong into the SD1.5 prompt."),
     Preset("Depth", 0.8, 1.0, "ControlNet weight 1.0."),
     Preset("Canny", 1.0, 1.2, "ControlNet weight 1.5 to 2.0."),
-    Preset("Tile", 0.7, 1.2, "ControlNet weight 1.0."),
+    Preset("Tile", 0.7, 1.2, "ControlNet weight 1.0; SD1.5 starts from the control image."),
 )
