@@ -269,7 +269,9 @@ class TwoStages:
         levels = Course.asked_for(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
         done = itertools.count()
         with self._lockstep(request, finished) as source:
-            return record(source, levels, lambda: self._progress("base", next(done), len(levels)))
+            recording = record(source, levels, lambda: self._progress("recording", next(done), len(levels)))
+        self._progress("recording", len(levels), len(levels))
+        return recording
 
     @functools.cached_property
     def _mapping(self) -> MappingPath:
