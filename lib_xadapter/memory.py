@@ -11,10 +11,16 @@ WORKING_MEMORY = 2 * 2**30
 """Bytes for what UNets make in passing, at 1024 px with CFG."""
 
 
-def size_of(module: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes of a module's parameters and buffers; with a device, of those that are on it."""
-    tensors = (*module.parameters(), *module.buffers())
-    return sum(tensor.nbytes for tensor in tensors if device is None or tensor.device == device)
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def missing_from(module: nn.Module, device: torch.device) -> int:
+    """Bytes of a module that are not on a device yet."""
+    # torch calls the current GPU "cuda" where it is asked for, and "cuda:0" where a tensor is
+    there = (lambda found: found.type == device.type) if device.index is None else (lambda found: found == device)
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not there(tensor.device))
 
 
 def free_memory(device: torch.device) -> int:
@@ -28,6 +34,5 @@ def fits_together(modules: Iterable[nn.Module | None], device: torch.device | st
     device = torch.device(device)
     if device.type != "cuda":
         return True
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    missing = sum(size_of(module) - size_of(module, device) for module in modules if module is not None)
+    missing = sum(missing_from(module, device) for module in modules if module is not None)
     return missing + WORKING_MEMORY <= free_memory(device)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib_xadapter import memory
-from lib_xadapter.memory import WORKING_MEMORY, fits_together, size_of
+from lib_xadapter.memory import WORKING_MEMORY, fits_together, missing_from, size_of
 
 
 @pytest.fixture
@@ -23,10 +23,14 @@ def test_the_size_of_a_module_is_that_of_its_parameters_and_buffers(model):
     assert size_of(model.half()) == 2 * 1010
 
 
-def test_only_what_is_on_a_device_counts_there(model):
-    assert size_of(model, torch.device("cpu")) == 4 * 1010
-    assert size_of(model, torch.device("meta")) == 0
-    assert size_of(model.to("meta"), torch.device("meta")) == 4 * 1010
+@pytest.mark.parametrize(("device", "missing"), [("cpu", 0), ("meta", 4040), ("cuda", 4040), ("cuda:1", 4040)])
+def test_what_is_elsewhere_is_missing(model, device, missing):
+    assert missing_from(model, torch.device(device)) == missing
+
+
+def test_a_device_without_number_is_whichever_of_its_kind(model):
+    assert missing_from(model.to("meta"), torch.device("meta")) == 0
+    assert missing_from(model, torch.device("meta", 0)) == 4040
 
 
 def test_off_a_gpu_everything_fits(model):

@@ -14,7 +14,7 @@ from modules import devices, lowvram, sd_models, shared
 from ..mapping import load_adapter
 from ..mapping_choice import MappingChoice, choose_mapping_path
 from ..mapping_paths import MappingPath
-from ..memory import WORKING_MEMORY, free_memory, size_of
+from ..memory import WORKING_MEMORY, free_memory, missing_from
 from ..recording import Shelf
 from ..settings import AUTO, RECORDED
 from . import options
@@ -85,7 +85,7 @@ class Models:
         if devices.device.type != "cuda":
             return False
         loaded = self._base.model if self._is_loaded(info) else None
-        missing = _size_of_file(info) if loaded is None else size_of(loaded) - size_of(loaded, devices.device)
+        missing = _size_of_file(info) if loaded is None else missing_from(loaded, devices.device)
         return missing + WORKING_MEMORY > free_memory(devices.device)
 
     def base_turn(self) -> None:

@@ -125,7 +125,7 @@ def timestep_to_sigma(timestep: float, alphas_cumprod: Tensor) -> float:
 
 def first_that_differs(planned: Sequence[Moment], asked: Sequence[float]) -> int | None:
     """The place of the first noise level that was asked for and not planned; None where all were."""
-    for place, (moment_, sigma) in enumerate(zip(planned, asked, strict=False)):
-        if not same_level(moment_.sigma, sigma):
+    for place, (expected, sigma) in enumerate(zip(planned, asked, strict=False)):
+        if not same_level(expected.sigma, sigma):
             return place
     return None
