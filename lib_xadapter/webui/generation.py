@@ -176,9 +176,7 @@ class Generation:
         self._planned = planned_moments(self._p, None if settings.single_stage else settings.switch_point)
         if self._planned is None and self._in_turns:
             self._in_turns = False
-            notice = (
-                f"{self._p.sampler_name} chooses its noise levels as it goes: memory is 'lockstep' for this picture"
-            )
+            notice = f"the noise levels of {self._p.sampler_name} are not known before it runs, so memory is 'lockstep'"
             logger.warning(notice)
             self._p.comment(f"X-Adapter: {notice}.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,8 @@ from torch import Tensor
 from ..joint_stage import Moment
 from ..trajectory import same_level
 
+logger = logging.getLogger(__name__)
+
 EXTRA_NOISE = "img2img_extra_noise"
 ONE_PIXEL = (4, 1, 1)
 
@@ -31,14 +34,22 @@ Prediction = Callable[[Tensor], Tensor]
 
 
 def planned_moments(p: StableDiffusionProcessingTxt2Img, switch_point: float | None) -> tuple[Moment, ...] | None:
-    """The model evaluations of the joint stage, None where they depend on what the model predicts (DPM adaptive).
+    """The model evaluations of the joint stage.
+
+    None where they depend on what the model predicts (DPM adaptive), and for another extension's sampler that wants
+    more of the model than there is in a rehearsal.
 
     Args:
         p: the processing object, with its sampler's name, steps and options.
         switch_point: where SDXL starts over a picture, None where it starts from noise.
     """
     # two models that have nothing in common but their size
-    one, other = (_rehearsed(p, switch_point, predict) for predict in (torch.zeros_like, lambda x: torch.sin(7 * x)))
+    models = (torch.zeros_like, lambda x: torch.sin(7 * x))
+    try:
+        one, other = (_rehearsed(p, switch_point, predict) for predict in models)
+    except Exception as error:
+        logger.warning("%s cannot be rehearsed: %s: %s", p.sampler_name, type(error).__name__, error)
+        return None
     alike = len(one) == len(other) and all(same_level(a.sigma, b.sigma) for a, b in zip(one, other, strict=True))
     return one if alike else None
 
@@ -57,6 +68,8 @@ def _rehearsed(
     def forward(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         found.append(moment(denoiser, noise_levels(denoiser, [sigma[:1]])[0]))
         denoiser.step += 1
+        # CFG++ looks at the prediction without the prompt
+        denoiser.last_noise_uncond = predict(x)
         return predict(x)
 
     denoiser.forward, sampler.callback_state = forward, lambda _: None
