@@ -40,7 +40,7 @@ class Recording:
     @property
     def size(self) -> int:
         """Bytes of host memory."""
-        return sum(tensor.nbytes for step in self.steps for tensor in _tensors(step.found.features))
+        return sum(_room_for(tensor) for step in self.steps for tensor in _tensors(step.found.features))
 
 
 def record(source: FeatureSource, levels: Iterable[float], each: Callable[[], None] = lambda: None) -> Recording:
@@ -58,9 +58,10 @@ def record(source: FeatureSource, levels: Iterable[float], each: Callable[[], No
         each()
         found = source.at(sigma)
         steps.append(RecordedStep(sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
-    if any(tensor.is_pinned() for step in steps[-1:] for tensor in _tensors(step.found.features)):
+        device = found.features.time_embedding.device
+    if steps and device.type == "cuda":
         # the copies are under way until then
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return Recording(tuple(steps))
 
 
@@ -138,10 +139,6 @@ class Shelf(Generic[Kept]):
         while self.size > capacity:
             self._kept.popitem(last=False)
 
-    def clear(self) -> None:
-        """Give up everything."""
-        self._kept.clear()
-
 
 def _tensors(features: BaseFeatures) -> tuple[Tensor, ...]:
     return (*features.levels, features.time_embedding)
@@ -151,7 +148,15 @@ def _moved(features: BaseFeatures, move: Callable[[Tensor], Tensor]) -> BaseFeat
     return BaseFeatures(tuple(map(move, features.levels)), move(features.time_embedding))
 
 
+def _room_for(tensor: Tensor) -> int:
+    """Bytes that a tensor takes: torch gives pinned memory out in powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_pinned() else tensor.nbytes
+
+
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy in half precision; pinned where it comes from a GPU, so that it can be copied back in passing."""
-    kept = torch.empty(tensor.shape, dtype=HALF.get(tensor.dtype, tensor.dtype), pin_memory=tensor.is_cuda)
+    if tensor.dtype in HALF:
+        largest = torch.finfo(HALF[tensor.dtype]).max
+        tensor = tensor.clamp(-largest, largest).to(HALF[tensor.dtype])
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return kept.copy_(tensor, non_blocking=True)

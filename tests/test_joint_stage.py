@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lib_xadapter.feature_sources import BaseStep, Lockstep
 from lib_xadapter.joint_stage import Course, JointStage, Moment
@@ -220,7 +220,9 @@ class Aside:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
+        self.log.append("aside")
         yield
+        self.log.append("back")
 
     def finished(self) -> int:
         self.log.append("finished")
@@ -238,11 +240,17 @@ class TestOverlap:
 
     def test_the_base_waits_for_the_middle_block(self, base):
         overlap = Aside()
-        stage = advanced(stage_for(base, overlap=overlap))
-        assert base.levels == []
+
+        def aside_base(latent: Tensor, sigma: float) -> BaseStep:
+            overlap.log.append("base")
+            return base(latent, sigma)
+
+        stage = advanced(stage_for(aside_base, overlap=overlap))
+        assert overlap.log == ["begin"]
         assert added(stage, slice(0, 4), 4) == [6, 12, 18, 24]
-        assert base.levels == [5.0]
-        assert overlap.log == ["begin", *["finished"] * 3, "wait for 2", "wait for 3", "wait for 4", "end"]
+        work = ["aside", "base", "finished", "finished", "finished", "back"]
+        waits = [part for mark in (4, 5, 6) for part in (f"wait for {mark}", "aside", "back")]
+        assert overlap.log == ["begin", *work, *waits[:-2], "end"]
 
     def test_slices_of_one_evaluation_are_served_by_one_run_of_the_base(self, base):
         stage, unet = advanced(stage_for(base, overlap=Aside())), Decoder()
@@ -253,14 +261,27 @@ class TestOverlap:
         assert len(base.levels) == 1
 
 
-class NothingReadBack(TorchDispatchMode):
+class NothingReadBack(TorchFunctionMode):
     """Refuses what would make the CPU wait for a GPU: numbers read back, and lists of indices sent over."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "index.Tensor", "index_put", "masked_select")
+    WAITS = (
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "nonzero",
+        "masked_select",
+        "index_put",
+        "__bool__",
+        "__float__",
+        "__int__",
+    )
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in self.WAITS):
-            raise AssertionError(f"{function} waits for the GPU")
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        by_list = name == "__getitem__" and isinstance(args[1], (list, Tensor))
+        if name in (*self.NUMBERS, *self.INDICES) or by_list:
+            raise AssertionError(f"{name} waits for the GPU")
         return function(*args, **(kwargs or {}))
 
 
@@ -278,6 +299,11 @@ class TestNoWaiting:
                     stage.select(part)
                     unet(torch.zeros(len(rows[part]), 1, 2, 2))
 
-    def test_what_waits_is_noticed(self):
+    @pytest.mark.parametrize(
+        "wait",
+        [lambda x: x[[0, 1]], lambda x: x.tolist(), lambda x: x[0].item(), lambda x: float(x[0]), lambda x: bool(x[0])],
+    )
+    def test_what_waits_is_noticed(self, wait):
+        numbers = torch.zeros(2)
         with pytest.raises(AssertionError, match="waits for the GPU"), NothingReadBack():
-            torch.zeros(2)[[0, 1]]
+            wait(numbers)

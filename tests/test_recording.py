@@ -105,5 +105,13 @@ class TestShelf:
         limit[0] = 15
         shelf.put("b", Thing(10))
         assert shelf.find("a") is None
-        shelf.clear()
-        assert shelf.size == 0
+        assert shelf.size == 10
+
+
+def test_features_beyond_half_precision_stay_finite():
+    def loud(latent: torch.Tensor, sigma: float) -> BaseStep:
+        step = base(latent, sigma)
+        return BaseStep(BaseFeatures((latent.sign() * 1e6,) * 3, step.features.time_embedding), step.rows, latent)
+
+    recording = record(Lockstep(loud, Trajectory(torch.randn(1, 4, 3, 5))), LEVELS)
+    assert all(bool(level.isfinite().all()) for step in recording.steps for level in step.found.features.levels)

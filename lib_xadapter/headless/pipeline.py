@@ -248,6 +248,8 @@ class TwoStages:
             else:
                 source = Playback(recording, self._device)
             scope.enter_context(self._placement.holding(models.adapter, models.upgraded.unet))
+            if self._placement.low_memory:
+                scope.callback(self._mapping.release)
             stage = self._stage(request, source)
             scope.enter_context(stage.coupled_to(models.upgraded.unet))
             moments = iter(self._moments(steps))
@@ -278,19 +280,24 @@ class TwoStages:
         """How the mapping layers run; asked for once they are on their device."""
         return choose_mapping_path(self._models.adapter, self._placement.mapping, self._placement.fp8)
 
+    @functools.cached_property
+    def _side_stream(self) -> SideStream | None:
+        """Where the base runs beside the upgraded model, on a GPU."""
+        device = torch.device(self._device)
+        return SideStream(device) if device.type == "cuda" else None
+
     def _couples(self, request: Request) -> bool:
         return self._models.adapter is not None and any(request.settings.weights)
 
     def _stage(self, request: Request, source: FeatureSource) -> JointStage:
-        settings, device = request.settings, torch.device(self._device)
-        beside = isinstance(source, Lockstep) and device.type == "cuda"
+        settings = request.settings
         return JointStage(
             source,
             self._mapping,
             settings.weights,
             Course.asked_for(settings),
             settings.cond_only,
-            SideStream(device) if beside else None,
+            self._side_stream if isinstance(source, Lockstep) else None,
         )
 
     @contextmanager

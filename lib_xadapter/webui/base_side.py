@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy
 import torch
-from modules import shared
+from modules import sd_vae, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
 from PIL import Image
 
@@ -28,6 +28,11 @@ from .stage_one import SHARED_FIELDS, StageOne
 
 UPGRADED_OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")
 """Settings of the WebUI that say nothing about the base."""
+OWN_OPTIONS = "xadapter_"
+BUILT_IN = "processing_scripts"
+"""The folder of the scripts that the WebUI's own fields are, such as the seed."""
+OWN_TITLES = ("X-Adapter", "ControlNet")
+"""Scripts whose part in the base's side is known otherwise."""
 JOB_FIELDS = ("prompts", "negative_prompts", "width", "height", "steps", "cfg_scale", "seeds")
 SIDE_SETTINGS = ("base_start", "single_stage")
 
@@ -77,7 +82,7 @@ def key_of(
     networks: plugins.NetworkData,
     units: BaseUnits,
     levels: Sequence[float],
-    token_merging: float,
+    p: StableDiffusionProcessingTxt2Img,
 ) -> str:
     """A name for all that the base's side depends on.
 
@@ -88,9 +93,9 @@ def key_of(
         networks: the base's LoRAs.
         units: the base's ControlNet units.
         levels: noise levels at which it is recorded.
-        token_merging: the ratio of tokens that the WebUI merges.
+        p: SDXL's processing object, for what other extensions were told.
     """
-    options = {name: value for name, value in shared.opts.data.items() if name not in UPGRADED_OPTIONS}
+    options = {name: value for name, value in shared.opts.data.items() if concerns_base(name)}
     return fingerprint(
         {
             "checkpoint": file_state(base.info.filename),
@@ -98,20 +103,42 @@ def key_of(
             # drawn anew for each job, whether they are used or not
             "subseeds": job.subseeds if job.subseed_strength else [],
             "settings": {name: getattr(settings, name) for name in SIDE_SETTINGS},
+            "vae": vae_state(base),
+            "schedule": job.sampler_noise_scheduler_override,
+            "networks": {kind: [tag.items for tag in tags] for kind, tags in networks.items()},
             "loras": [lora_state(tag) for tag in plugins.lora_tags(networks)],
             "embeddings": [file_state(path) for path in embedding_files()],
             "units": units.state(),
             "options": options,
-            "token merging": token_merging,
+            "token merging": p.get_token_merging_ratio(),
+            "other extensions": told_to_others(p),
             "levels": levels,
         }
     )
 
 
-def lora_state(tag: Any) -> list[Any]:
-    """What a LoRA tag says, and its file."""
+def concerns_base(option: str) -> bool:
+    """Whether a setting of the WebUI may change what the base makes."""
+    return option not in UPGRADED_OPTIONS and not option.startswith(OWN_OPTIONS)
+
+
+def vae_state(base: BaseModel) -> tuple[str, float, int] | None:
+    """The VAE's file that the WebUI chooses for the base; None for the checkpoint's own."""
+    path = sd_vae.resolve_vae(base.info.filename).vae
+    return None if path is None else file_state(path)
+
+
+def told_to_others(p: StableDiffusionProcessingTxt2Img) -> list[Any]:
+    """The arguments of other extensions' scripts: some of them have a hand in the base's sampling, too."""
+    scripts = p.scripts.alwayson_scripts if p.scripts is not None else []
+    others = [script for script in scripts if BUILT_IN not in script.filename and script.title() not in OWN_TITLES]
+    return [[script.title(), p.script_args[script.args_from : script.args_to]] for script in others]
+
+
+def lora_state(tag: Any) -> tuple[str, float, int] | None:
+    """A LoRA's file."""
     on_disk = plugins.known_lora(plugins.name_of(tag))
-    return [tag.items, file_state(on_disk.filename) if on_disk is not None else None]
+    return None if on_disk is None else file_state(on_disk.filename)
 
 
 def embedding_files() -> Iterable[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -67,7 +68,9 @@ def ends_the_job(method: Callable[..., Any]) -> Callable[..., Any]:
         except XAdapterError as problem:
             self.end(keep_base=not self._base_networks)
             raise Refusal(problem) from problem
-        except BaseException:
+        except BaseException as error:
+            # what its frames hold would fill the GPU while the models find their way back
+            traceback.clear_frames(error.__traceback__)
             self.end(keep_base=False)
             raise
 
@@ -123,6 +126,11 @@ class Generation:
         """What the base's ControlNet units show beside the pictures."""
         return self._units.detected_maps
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the job has not ended yet."""
+        return self._p.__dict__.get("init") == self.init
+
     def detach(self) -> None:
         """Give the processing object its own methods and arguments back."""
         self._units.give_back()
@@ -141,12 +149,14 @@ class Generation:
         """
         self.detach()
         self._let_networks_be()
-        if self._in_turns:
-            self._models.upgraded_turn()
         self._base_job = self._base = self._mapping = self._made_earlier = None
         if not keep_base:
             self._models.forget_base()
-        self._models.rest()
+        try:
+            if self._in_turns:
+                self._models.upgraded_turn()
+        finally:
+            self._models.rest()
 
     @ends_the_job
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
@@ -155,7 +165,7 @@ class Generation:
         refuse_what_cannot_work(self._p)
         info = model_files.find_base_checkpoint(settings.base_checkpoint)
         path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
-        self._in_turns = self._models.take_turns(settings.memory, info)
+        self._in_turns = self._models.take_turns(settings.memory, info, path)
         if path is not None and any(settings.weights):
             self._plan(settings)
         self._base = self._models.base(info, self._in_turns)
@@ -173,6 +183,8 @@ class Generation:
 
     def _plan(self, settings: Settings) -> None:
         """Find out which noise levels SDXL's sampler will ask for; without them the base cannot run ahead."""
+        # the WebUI does so once the prompts are encoded; until then the model has the last job's schedule
+        sd_models.apply_alpha_schedule_override(self._p.sd_model, self._p)
         self._planned = planned_moments(self._p, None if settings.single_stage else settings.switch_point)
         if self._planned is None and self._in_turns:
             self._in_turns = False
@@ -305,9 +317,9 @@ class Generation:
         """The base first, then SDXL with the recording of it."""
         side = self._made_earlier or self._run_base()
         made = side.stage_one
+        self._models.upgraded_turn()
         if made.pictures and is_broken_off():
             return pictures_as_samples(made.pictures, self._p.width, self._p.height)
-        self._models.upgraded_turn()
         source = Playback(side.recording, devices.device) if self._couples else None
         return self._stage_two.sample(made, source, cond, uncond)
 
@@ -328,7 +340,8 @@ class Generation:
         with self._units.hooked(self._base_job, self._base):
             made = self._stage_one()
             recording = self._record(made) if self._couples and not is_broken_off() else Recording(())
-        side = BaseSide(self._encoding, made, recording, self._units.detected_maps)
+        # the joint stage is through: nothing needs the latents any more
+        side = BaseSide(self._encoding, replace(made, latents=None), recording, self._units.detected_maps)
         if self._couples and not is_broken_off():
             self._models.recordings.put(self._key, side)
         return side
@@ -364,12 +377,15 @@ class Generation:
             self._base_networks,
             self._units,
             self._base_levels(),
-            self._p.get_token_merging_ratio(),
+            self._p,
         )
         found = self._models.recordings.find(self._key)
         if found is not None:
             logger.info("The SD1.5 side is the same as in an earlier job: its recording is used again")
-            self.base_pictures += found.stage_one.pictures
+            # their texts are written into them
+            self.base_pictures += [picture.copy() for picture in found.stage_one.pictures]
+            for _ in self._steps_of_base():
+                shared.state.nextjob()
             self._units.detected_maps = self._units.detected_maps or list(found.detected_maps)
         return found
 
@@ -405,7 +421,7 @@ class Generation:
 
     @property
     def _stage_two(self) -> StageTwo:
-        return StageTwo(self._p, self.settings, self._mapping, self._planned)
+        return StageTwo(self._p, self.settings, self._mapping, self._planned, self._models.side_stream)
 
     @property
     def _couples(self) -> bool:
@@ -424,12 +440,16 @@ class Generation:
         finally:
             sd_models.apply_token_merging(model, 0)
 
+    def _steps_of_base(self) -> list[int]:
+        """Those of each job of the base: stage 1 and the recording, as far as there are any."""
+        stage_one = [] if self.settings.single_stage else [self.settings.base_steps or self._p.steps]
+        recording = [len(self._base_levels())] if self._couples and self._in_turns else []
+        return stage_one + recording
+
     def _count_jobs(self) -> None:
         """Each stage is a job in the progress bar, as hires fix does it."""
         p, state, settings = self._p, shared.state, self.settings
-        steps = [] if settings.single_stage else [settings.base_steps or p.steps]
-        if self._couples and self._in_turns:
-            steps.append(len(self._base_levels()))
+        steps = self._steps_of_base()
         if not steps or state.processing_has_refined_job_count:
             return
         steps.append(p.steps if settings.single_stage else joint_steps(p, settings.switch_point))

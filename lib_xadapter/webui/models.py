@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from ..mapping import load_adapter
 from ..mapping_choice import MappingChoice, choose_mapping_path
 from ..mapping_paths import MappingPath
 from ..memory import WORKING_MEMORY, free_memory, missing_from
+from ..overlap import SideStream
 from ..recording import Shelf
 from ..settings import AUTO, RECORDED
 from . import options
@@ -53,7 +55,9 @@ class Models:
                 self._base = load_base_model(info)
                 if in_turns:
                     self._base.to_ram()
-        if not in_turns:
+        if in_turns:
+            self._base.to_ram()
+        else:
             self._base.to_gpu()
         return self._base
 
@@ -65,18 +69,19 @@ class Models:
         """The mapping layers of a file, on the GPU, in the UNets' number type, run as the user wants."""
         wanted = MappingOnDisk(path, os.path.getmtime(path), options.mapping_choice(), options.fp8())
         if self._mapping is None or self._mapping[0] != wanted:
-            self._mapping = None
+            self._drop_mapping()
             adapter = load_adapter(path, devices.device, devices.dtype_unet)
             self._mapping = (wanted, choose_mapping_path(adapter, wanted.choice, wanted.fp8))
         self._mapping[1].adapter.to(devices.device, devices.dtype_unet)
         return self._mapping[1]
 
-    def take_turns(self, memory: str, info: sd_models.CheckpointInfo) -> bool:
+    def take_turns(self, memory: str, info: sd_models.CheckpointInfo, adapter: Path | None) -> bool:
         """Whether base and SDXL are to be on the GPU one after the other.
 
         Args:
             memory: as in `Settings`; "auto" looks at what is free.
             info: the base's checkpoint.
+            adapter: the adapter's file, where there is one.
         """
         if memory != AUTO:
             return memory == RECORDED
@@ -86,6 +91,8 @@ class Models:
             return False
         loaded = self._base.model if self._is_loaded(info) else None
         missing = _size_of_file(info) if loaded is None else missing_from(loaded, devices.device)
+        if adapter is not None and self._mapping is None:
+            missing += os.path.getsize(adapter)
         return missing + WORKING_MEMORY > free_memory(devices.device)
 
     def base_turn(self) -> None:
@@ -102,7 +109,8 @@ class Models:
     def rest(self) -> None:
         """What happens after a job: stay, move to RAM, or go."""
         if options.keeping() == options.UNLOAD:
-            self._base = self._mapping = None
+            self._base = None
+            self._drop_mapping()
         elif options.keeping() == options.KEEP_IN_RAM:
             if self._base is not None:
                 self._base.to_ram()
@@ -110,6 +118,16 @@ class Models:
                 self._mapping[1].release()
                 self._mapping[1].adapter.to(devices.cpu)
         devices.torch_gc()
+
+    @functools.cached_property
+    def side_stream(self) -> SideStream | None:
+        """Where the base runs beside SDXL; one for all pictures, as torch keeps memory for each stream."""
+        return SideStream(devices.device) if devices.device.type == "cuda" else None
+
+    def _drop_mapping(self) -> None:
+        if self._mapping is not None:
+            self._mapping[1].release()
+        self._mapping = None
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
         return self._base is not None and self._base.info.filename == info.filename

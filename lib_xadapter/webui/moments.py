@@ -47,6 +47,8 @@ def planned_moments(p: StableDiffusionProcessingTxt2Img, switch_point: float | N
     models = (torch.zeros_like, lambda x: torch.sin(7 * x))
     try:
         one, other = (_rehearsed(p, switch_point, predict) for predict in models)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         logger.warning("%s cannot be rehearsed: %s: %s", p.sampler_name, type(error).__name__, error)
         return None
@@ -60,6 +62,8 @@ def _rehearsed(
     """What the sampler asks of a model that is not there, for a picture of one latent pixel."""
     understudy = copy.copy(p)
     understudy.rng = rng.ImageRNG(ONE_PIXEL, [0])
+    # the first noise of an image seeds torch's own generator
+    understudy.rng.is_first = False
     understudy.all_seeds, understudy.iteration, understudy.batch_size = [0], 0, 1
     understudy.denoising_strength, understudy.extra_generation_params = switch_point, {}
     sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
@@ -75,12 +79,11 @@ def _rehearsed(
     denoiser.forward, sampler.callback_state = forward, lambda _: None
     sampler.func = _without_bar(sampler.func)
     latent = torch.zeros((1, *ONE_PIXEL), device=shared.device)
-    noise = understudy.rng.next()
     with _nothing_left_behind():
         if switch_point is None:
-            sampler.sample(understudy, noise, None, None)
+            sampler.sample(understudy, latent, None, None)
         else:
-            sampler.sample_img2img(understudy, latent, noise, None, None)
+            sampler.sample_img2img(understudy, latent, latent, None, None)
     return tuple(found)
 
 

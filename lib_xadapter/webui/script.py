@@ -59,8 +59,8 @@ class XAdapter(scripts.Script):
         self._models = self._models or Models()
         generation = Generation(p, self._models, lambda: panel.read_controls(values))
         earlier: Generation | None = getattr(p, ATTRIBUTE, None)
-        if earlier is not None:
-            earlier.detach()
+        if earlier is not None and earlier.is_attached:
+            earlier.end()
         setattr(p, ATTRIBUTE, generation)
         generation.attach()
 
@@ -68,6 +68,9 @@ class XAdapter(scripts.Script):
         generation: Generation | None = getattr(p, ATTRIBUTE, None)
         if generation is None:
             return
+        if generation.is_attached:
+            # interrupted between two batches
+            generation.end()
         shown = generation.base_pictures if generation.settings.return_base_image else []
         for place, picture in enumerate(shown):
             infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]

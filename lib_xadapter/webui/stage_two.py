@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from modules import devices, lowvram, sd_samplers, shared
+from modules import lowvram, sd_samplers, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
 from torch import Tensor
 
@@ -30,12 +30,14 @@ class StageTwo:
         settings: of X-Adapter.
         mapping: the mapping layers, None without an adapter.
         planned: the model evaluations that p's sampler will ask for, where they are known.
+        side_stream: where the base can run beside SDXL, on a GPU.
     """
 
     p: StableDiffusionProcessingTxt2Img
     settings: Settings
     mapping: MappingPath | None
     planned: tuple[Moment, ...] | None
+    side_stream: SideStream | None = None
 
     def sample(self, made: StageOne, source: FeatureSource | None, cond: Any, uncond: Any) -> Tensor:
         """Latents of SDXL, (images, 4, height / 8, width / 8).
@@ -86,13 +88,12 @@ class StageTwo:
             settings.weights,
             Course.asked_for(settings),
             settings.cond_only,
-            SideStream(devices.device) if self._runs_beside(source) else None,
+            self.side_stream if self._may_run_beside(source) else None,
         )
         with coupled(stage, self.p.sampler, self.planned):
             yield
 
     @staticmethod
-    def _runs_beside(source: FeatureSource) -> bool:
+    def _may_run_beside(source: FeatureSource) -> bool:
         # the WebUI moves a model's parts when they are called, which must not happen in the middle of a call of SDXL
-        moves = lowvram.is_enabled(shared.sd_model)
-        return isinstance(source, Lockstep) and devices.device.type == "cuda" and not moves
+        return isinstance(source, Lockstep) and not lowvram.is_enabled(shared.sd_model)

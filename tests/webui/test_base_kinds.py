@@ -110,6 +110,16 @@ def test_a_zero_terminal_snr_schedule_is_followed(server, kind):
     assert grey_levels_apart(ours(server, kind).images[1], usual.images[1]) == 0
 
 
+def test_a_change_of_schedule_is_known_before_sdxl_samples(server):
+    """The base is led along the levels that SDXL's sampler will have, and not along the last job's."""
+    given, schedule = {"weight": 1, "switch_point": 0.8}, {"sd_noise_schedule": "Zero Terminal SNR"}
+    usual, rescaled, again = (
+        ours(server, "tiny15v", given, override_settings=settings).images[0] for settings in ({}, schedule, {})
+    )
+    assert grey_levels_apart(usual, again) == 0
+    assert grey_levels_apart(usual, rescaled) > 1
+
+
 @pytest.mark.parametrize("make", [lora_formats.lora, lora_formats.loha], ids=lambda make: make.__name__)
 def test_sd2_takes_its_own_loras(server, make):
     name = f"sd2 {make.__name__}"

@@ -130,6 +130,14 @@ class TestTurns:
         told = [re.search("X-Adapter plugins: [^,]*", answer.infotexts[0]).group() for answer in (first, again)]
         assert told[0] == told[1]
 
+    def test_a_picture_of_the_base_that_is_shown_again_has_its_own_text(self, webui, fresh):
+        shown = {**RECORDED, "return_base_image": True}
+        for weight in (1, 0.5, 0.25):
+            answer = with_xadapter(webui, {**shown, "weight": weight}, **fresh)
+            for image in answer.images:
+                assert ("X-Adapter weight: " in image.info["parameters"]) == (weight != 1)
+                assert weight == 1 or f"X-Adapter weight: {weight}" in image.info["parameters"]
+
     def test_without_room_nothing_is_kept(self, webui, fresh):
         webui.post("/sdapi/v1/options", {"xadapter_recordings": 0})
         try:
@@ -140,6 +148,16 @@ class TestTurns:
 
 
 class TestBrokenOff:
+    @pytest.mark.parametrize("memory", [RECORDED, LOCKSTEP], ids=lambda memory: memory["memory"])
+    def test_after_a_skipped_batch_the_next_is_right(self, webui, fresh, memory):
+        whole = with_xadapter(webui, memory, **fresh, n_iter=2, do_not_save_grid=True).images
+        other = {**fresh, "prompt": "a boat"}
+        expected = with_xadapter(webui, memory, **{**other, "seed": fresh["seed"] + 1}).image
+        with webui.fault("base_unet", after=2, error="skip"):
+            cut = with_xadapter(webui, memory, **other, n_iter=2, do_not_save_grid=True).images
+        assert len(whole) == len(cut)
+        assert grey_levels_apart(cut[-1], expected) <= 1
+
     @pytest.mark.parametrize("how", ["interrupt", "skip"])
     @pytest.mark.parametrize("after", [2, PLAIN["steps"] + 2], ids=["in stage 1", "while recording"])
     def test_the_bases_picture_is_returned_and_nothing_kept(self, webui, fresh, how, after):
