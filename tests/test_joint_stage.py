@@ -264,18 +264,8 @@ class TestOverlap:
 class NothingReadBack(TorchFunctionMode):
     """Refuses what would make the CPU wait for a GPU: numbers read back, and lists of indices sent over."""
 
-    WAITS = (
-        "item",
-        "tolist",
-        "numpy",
-        "cpu",
-        "nonzero",
-        "masked_select",
-        "index_put",
-        "__bool__",
-        "__float__",
-        "__int__",
-    )
+    NUMBERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__")
+    INDICES = ("nonzero", "masked_select", "index_put")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
