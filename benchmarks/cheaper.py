@@ -31,8 +31,8 @@ from lib_xadapter.settings import Settings
 
 from .random_adapter import picture_size, type_name, type_named, written_size
 from .random_models import random_models, random_request
-from .reports import Bar, Machine, Plot, Report, name_for, parser_for
-from .timing import Spread, Times, in_turns
+from .reports import Bar, Machine, Plot, Report, name_for, parser_for, turns_of
+from .timing import Spread, Times
 
 FULL, WITHOUT = "refresh_every 1", "no adapter"
 VARIANTS: Mapping[str, Settings] = {
@@ -117,7 +117,7 @@ def joint_stage_times(subject: Subject, options: argparse.Namespace) -> dict[str
     for name, settings in VARIANTS.items():
         settings = replace(settings, single_stage=subject.finished is None)
         works[name] = lambda settings=settings: _joint_stage(subject, settings)
-    return in_turns(works, options.device, options.rounds, options.warm_up)
+    return turns_of(options).times(works)
 
 
 def _joint_stage(subject: Subject, settings: Settings) -> None:

@@ -32,8 +32,8 @@ from .mapping_candidates import CANDIDATES, RELEASED_FORM, candidate
 from .mapping_layers import Case, OneStep
 from .random_adapter import picture_size, type_name, type_named, written_size
 from .random_models import random_models, random_request
-from .reports import Bar, Machine, Plot, Report, name_for, parser_for
-from .timing import Times, Work, in_turns
+from .reports import Bar, Machine, Plot, Report, name_for, parser_for, turns_of
+from .timing import Times, Work
 
 UPGRADED, BASE, MAPPING = "SDXL alone", "SD1.5 alone", "mapping layers alone"
 SERIAL, OVERLAPPED = "joint, one after the other", "joint, overlapped"
@@ -133,7 +133,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Times]:
     request = random_request(models, case.size, Settings(), steps=len(TIMESTEPS))
     with models.placement.holding(models.base.unet, models.upgraded.unet, models.adapter):
         steps = Steps(models, request, candidate(options.mapping, models.adapter))
-        return in_turns(steps.works(case), options.device, options.rounds, options.warm_up)
+        return turns_of(options).times(steps.works(case))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

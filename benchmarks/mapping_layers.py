@@ -22,8 +22,8 @@ from lib_xadapter.mapping_paths import MappingPath
 
 from .mapping_candidates import CANDIDATES, ON_CPU, RELEASED_FORM, NotHere, candidate
 from .random_adapter import picture_size, random_adapter, type_name, type_named, written_size
-from .reports import Bar, Machine, Plot, Report, name_for, parser_for
-from .timing import Times, in_turns
+from .reports import Bar, Machine, Plot, Report, name_for, parser_for, turns_of
+from .timing import Times
 
 CEILING = "matrix product"
 PIXELS_PER_FEATURE = (32, 16, 16)
@@ -165,7 +165,7 @@ def measure(case: Case, adapter: MappingLayers, options: argparse.Namespace, not
     distances = {name: apart(path, paths[RELEASED_FORM], case, options.device) for name, path in paths.items()}
     product = Product(options.product, case.dtype, options.device)
     works = {name: OneStep(path, case, options.device) for name, path in paths.items()} | {CEILING: product}
-    times = in_turns(works, options.device, options.rounds, options.warm_up)
+    times = turns_of(options).times(works)
     return Measured(case, operations(adapter, case), product.operations, times, distances)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib
 import torch
 
-from .timing import Spread
+from .timing import PROCESSOR, WALL, Spread, Turns
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 ROW_HEIGHT, WIDTH = 0.32, 8
@@ -163,17 +163,15 @@ class Report:
         titles = list(self.rows[0])
         cells = [titles, *([_cell(row[title]) for title in titles] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        ]
+        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         machine = self.machine
         return "\n".join(
             [
                 self.question,
-                f"{machine.cores} cores of {machine.cpu}; GPU: {machine.gpu}; torch {machine.torch}; "
-                f"load {machine.load_before:g} before, {_load():g} after",
+                f"{machine.cores} cores of {machine.cpu}; GPU: {machine.gpu}; torch {machine.torch}, "
+                f"{machine.threads} threads; load {machine.load_before:g} before, {_load():g} after",
                 "",
-                *lines,
+                *("  ".join(row).rstrip() for row in padded),
                 "",
                 *(f"{name}: {_cell(value)}" for name, value in self.result.items()),
                 *(f"not run: {name}: {reason}" for name, reason in self.not_run.items()),
@@ -205,9 +203,20 @@ def parser_for(description: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", type=torch.device, default=torch.device(best), help="default here: %(default)s")
     parser.add_argument("--rounds", type=int, default=rounds, help="that count (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those (default: %(default)s)")
+    parser.add_argument(
+        "--clock",
+        choices=(WALL, PROCESSOR),
+        default=WALL,
+        help="without a GPU: the time that passes, or the processor's own where others share it (default: %(default)s)",
+    )
     parser.add_argument("--small", action="store_true", help="a quick look at small models")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     return parser
+
+
+def turns_of(options: argparse.Namespace) -> Turns:
+    """How the command line asks works to be timed."""
+    return Turns(options.device, options.rounds, options.warm_up, options.clock)
 
 
 def name_for(benchmark: str, options: argparse.Namespace, *more: str) -> str:

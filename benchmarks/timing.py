@@ -48,31 +48,44 @@ class Times:
         return Spread.of(one / another for one, another in zip(self.seconds, other.seconds, strict=True))
 
 
-def in_turns(works: Mapping[str, Work], device: torch.device, rounds: int, warm_up: int = 1) -> dict[str, Times]:
-    """Each work once a round; every other round in reverse order, so that none always follows the same one.
+WALL, PROCESSOR = "wall", "processor"
+"""Which time is taken where there is no GPU: what passes, or what the process was given of a shared processor."""
 
-    Args:
-        works: by name.
+
+@dataclass(frozen=True)
+class Turns:
+    """How works are timed.
+
+    Attributes:
         device: where they run; on a GPU the time is that between two events in its queue.
         rounds: that count.
         warm_up: rounds before those.
+        clock: "wall" or "processor".
     """
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-warm_up, rounds):
-        for name in works if turn % 2 == 0 else reversed(works):
-            seconds = seconds_of(works[name], device)
-            if turn >= 0:
-                taken[name].append(seconds)
-    return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
 
+    device: torch.device
+    rounds: int
+    warm_up: int = 1
+    clock: str = WALL
 
-def seconds_of(work: Work, device: torch.device) -> float:
-    """How long a work takes, until its last result is there."""
-    if device.type == "cuda":
-        return _seconds_on_gpu(work, device)
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    def times(self, works: Mapping[str, Work]) -> dict[str, Times]:
+        """Each work once a round; every other round in reverse order, so that none always follows the same one."""
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for turn in range(-self.warm_up, self.rounds):
+            for name in works if turn % 2 == 0 else reversed(works):
+                seconds = self.seconds_of(works[name])
+                if turn >= 0:
+                    taken[name].append(seconds)
+        return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
+
+    def seconds_of(self, work: Work) -> float:
+        """How long a work takes, until its last result is there."""
+        if self.device.type == "cuda":
+            return _seconds_on_gpu(work, self.device)
+        clock = time.process_time if self.clock == PROCESSOR else time.perf_counter
+        begin = clock()
+        work()
+        return clock() - begin
 
 
 def _seconds_on_gpu(work: Work, device: torch.device) -> float:
