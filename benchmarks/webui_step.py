@@ -10,7 +10,6 @@ and --gpu the servers run your own checkpoints on the GPU; otherwise the tests' 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,6 @@ from .timing import PROCESSOR, Times
 ON_CPU_ONLY = ("--skip-torch-cuda-test", "--use-cpu", "all", "--no-half", "--precision", "full")
 INSTALLED, NOT_INSTALLED, AGAIN = "installed, off", "not installed", "not installed, again"
 UPGRADED, BASE, JOINT = "SDXL", "SD1.5", "joint"
-CLOCK_TICK = os.sysconf("SC_CLK_TCK")
 
 
 class GpuServer(WebUIServer):
@@ -74,10 +72,12 @@ class Asked:
     def _now(self) -> float:
         if self.clock != PROCESSOR:
             return time.perf_counter()
-        # the name in brackets may hold blanks
-        fields = Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
-        user, system = fields[11:13]
-        return (int(user) + int(system)) / CLOCK_TICK
+        return time.clock_gettime(processor_clock_of(self.server.process.pid))
+
+
+def processor_clock_of(process: int) -> int:
+    """The clock of the processor time of all of a process's threads, as Linux numbers it (clock_getcpuclockid)."""
+    return (~process << 3) | 2
 
 
 def in_turns(works: Mapping[str, Callable[[], float]], rounds: int, warm_up: int) -> dict[str, Times]:
@@ -105,7 +105,10 @@ def steps(servers: Mapping[str, WebUIServer], options: argparse.Namespace) -> di
     arguments = {"base_checkpoint": options.base, "adapter": options.adapter, "single_stage": True, "memory": LOCKSTEP}
     joint = {"alwayson_scripts": {"X-Adapter": {"args": [arguments]}}}
     # a server of its own, for changing checkpoints takes longer than any step
-    base_alone = {"override_settings": {"sd_model_checkpoint": options.base}, "override_settings_restore_afterwards": 0}
+    base_alone = {
+        "override_settings": {"sd_model_checkpoint": options.base},
+        "override_settings_restore_afterwards": False,
+    }
     asked = {
         UPGRADED: Asked(servers[NOT_INSTALLED], options.clock, picture(options.size)),
         BASE: Asked(servers[AGAIN], options.clock, {**picture(options.size // 2), **base_alone}),
@@ -198,7 +201,10 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cheap-size", type=int, default=64, help="of pictures made with X-Adapter off (default: 64)")
     parser.add_argument("--cheap-steps", type=int, default=4, help="of these (default: 4)")
     parser.add_argument("--cheap-rounds", type=int, default=60, help="of these (default: 60)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.small:
+        options.rounds, options.cheap_rounds = 1, 3
+    return options
 
 
 if __name__ == "__main__":
