@@ -1,0 +1,75 @@
+"""Every benchmark runs, at its smallest, and leaves table, JSON and plot; how long anything takes is not looked at."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="needs requirements-benchmarks.txt")
+pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+
+from benchmarks.mapping_layers import Case, operations
+from benchmarks.random_adapter import RELEASED, random_adapter
+from benchmarks.timing import Spread, Times
+from lib_xadapter.mapping import MappingLayers, read_layout
+
+QUICK = ["--small", "--device", "cpu", "--rounds", "1", "--warm-up", "0"]
+
+
+def run(name: str, folder, capsys, *more: str) -> dict:
+    """A benchmark's JSON, once its table is printed and its plot drawn."""
+    importlib.import_module(f"benchmarks.{name}").main([*QUICK, "--out", str(folder), *more])
+    (written,) = folder.glob("*.json")
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads(written.read_text())
+    assert content["question"] in capsys.readouterr().out
+    return content
+
+
+def test_mapping_layers(tmp_path, capsys):
+    found = run("mapping_layers", tmp_path, capsys, "--paths", "eager channels-last", "--sizes", "64x64")
+    assert [row["path"] for row in found["rows"]] == ["eager NCHW", "eager channels-last"]
+    assert all(row["apart"] < 1e-5 for row in found["rows"])
+
+
+def test_a_joint_step(tmp_path, capsys):
+    found = run("joint_step", tmp_path, capsys, "--sizes", "64x64")
+    assert {row["step"] for row in found["rows"]} >= {"SDXL alone", "sum of these", "joint, recorded"}
+    assert found["not_run"] == {"joint, overlapped": "needs a GPU"}
+
+
+def test_peak_memory(tmp_path, capsys):
+    found = run("peak_memory", tmp_path, capsys, "--size", "64x64", "--steps", "1")
+    alone, lockstep, recorded = (row["weights on the device, GB"] for row in found["rows"])
+    assert recorded == pytest.approx(alone + found["result"]["adapter, GB"], rel=1e-5)
+    assert lockstep > recorded
+
+
+@pytest.mark.parametrize("more", [["--seeds", "1"], ["--full-size"]], ids=["pictures", "latents"])
+def test_cheaper(tmp_path, capsys, more):
+    rows = run("cheaper", tmp_path, capsys, "--size", "64x64", "--steps", "2", *more)["rows"]
+    apart = {row["variant"]: row["latents apart"]["median"] for row in rows}
+    assert apart.pop("refresh_every 1") == 0
+    assert min(apart.values()) > 0
+    assert ("at most" in rows[0]) == (more != ["--full-size"])
+
+
+def test_the_mapping_layers_have_the_operations_that_the_paper_leads_to():
+    """1.8 TFLOP for each CFG half at 1024 px."""
+    with torch.device("meta"):
+        released = MappingLayers(read_layout(RELEASED.shapes()))
+    assert operations(released, Case((1024, 1024), 1, torch.float32)) == pytest.approx(1.79e12, rel=0.01)
+
+
+def test_operations_grow_with_rows_and_pixels():
+    adapter = random_adapter(torch.float32, small=True)
+    one, four = (operations(adapter, Case(size, rows, torch.float32)) for size, rows in (((64, 64), 2), ((128, 64), 4)))
+    assert four == 4 * one
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that is slow for a while is slow for both."""
+    assert Times((2.0, 20.0, 6.0)).over(Times((1.0, 10.0, 3.0))) == Spread(2.0, 2.0, 2.0)
