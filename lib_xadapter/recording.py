@@ -1,7 +1,8 @@
-"""The base's joint stage run before the upgraded model's, its features kept in host memory.
+"""The base's joint stage run before the upgraded model's, its features kept in host memory, to the bit.
 
-The two models then never need the GPU at the same time, and as long as nothing changes on the base's side, the
-upgraded model can be run again without the base: with another weight, another prompt of its own, other LoRAs.
+At 1024 px they are about 10.5 MB an image, CFG half and step in half precision, which UNets run in on a GPU. The two
+models then never need the GPU at the same time, and as long as nothing changes on the base's side, the upgraded model
+can be run again without the base: with another weight, another prompt of its own, other LoRAs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ from .errors import XAdapterError
 from .feature_sources import FeatureSource, RowFeatures
 from .taps import BaseFeatures
 from .trajectory import same_level
-
-HALF = {torch.float32: torch.float16}
-"""Features are rounded by a 2000th at most, where the picture is rounded by a 256th."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,5 @@ def _room_for(tensor: Tensor) -> int:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in half precision; pinned where it comes from a GPU, so that it can be copied back in passing."""
-    if tensor.dtype in HALF:
-        largest = torch.finfo(HALF[tensor.dtype]).max
-        tensor = tensor.clamp(-largest, largest).to(HALF[tensor.dtype])
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return kept.copy_(tensor, non_blocking=True)
+    """A copy to the bit; pinned where it comes from a GPU, so that it can be copied back in passing."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

@@ -193,7 +193,8 @@ class Settings:
         False,
         "Lead the prompt's half only",
         "cond only",
-        "Map the SD1.5 features of the prompt alone and not of the negative prompt: faster, and less exact.",
+        "Map the SD1.5 features of the prompt alone and not of the negative prompt: less to compute, but the CFG scale "
+        "then multiplies what the adapter adds.",
     )
     memory: str = argument(
         AUTO,

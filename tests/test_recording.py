@@ -40,14 +40,13 @@ def test_a_recording_gives_what_the_base_gives_beside_the_upgraded_model(recordi
         ours, theirs = played.at(sigma), beside.at(sigma)
         assert ours.rows == theirs.rows
         for mine, other in zip(ours.features.levels, theirs.features.levels, strict=True):
-            torch.testing.assert_close(mine.float(), other, rtol=1e-3, atol=1e-3)
+            assert torch.equal(mine, other)
         assert ours.features.time_embedding[0, 0] == sigma
 
 
-def test_it_holds_half_precision_and_each_level_once(recording):
-    assert {feature.dtype for step in recording.steps for feature in step.found.features.levels} == {torch.float16}
+def test_it_holds_each_level_once(recording):
     assert [step.sigma for step in recording.steps] == [9.0, 4.0, 6.0, 2.0]
-    assert recording.size == 4 * (3 * (2 * 4 * 3 * 5) + 2) * 2
+    assert recording.size == 4 * (3 * (2 * 4 * 3 * 5) + 2) * 4
 
 
 def test_each_evaluation_is_announced():
@@ -106,12 +105,3 @@ class TestShelf:
         shelf.put("b", Thing(10))
         assert shelf.find("a") is None
         assert shelf.size == 10
-
-
-def test_features_beyond_half_precision_stay_finite():
-    def loud(latent: torch.Tensor, sigma: float) -> BaseStep:
-        step = base(latent, sigma)
-        return BaseStep(BaseFeatures((latent.sign() * 1e6,) * 3, step.features.time_embedding), step.rows, latent)
-
-    recording = record(Lockstep(loud, Trajectory(torch.randn(1, 4, 3, 5))), LEVELS)
-    assert all(bool(level.isfinite().all()) for step in recording.steps for level in step.found.features.levels)
