@@ -152,7 +152,7 @@ class Report:
             "question": self.question,
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "machine": {**asdict(self.machine), "load_after": _load()},
-            "options": {name: str(value) for name, value in self.options.items()},
+            "options": {name: _written(value) for name, value in self.options.items() if name != "out"},
             "result": _plain(self.result),
             "rows": _plain(self.rows),
             "not_run": dict(self.not_run),
@@ -183,6 +183,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, Spread):
         return f"{value.median:.4g} ({value.lower:.4g} to {value.upper:.4g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _written(value: Any) -> str:
+    """An option, without the folders of the machine that it was run on."""
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def _plain(value: Any) -> Any:
