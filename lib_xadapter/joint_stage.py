@@ -85,7 +85,7 @@ class JointStage:
         mapping: runs the mapping layers.
         weights: weight of each level's residual.
         course: when the base runs and the adapter acts.
-        cond_only: only rows of the prompt are led, those of the negative prompt are left alone.
+        cond_only: only the base's rows of the prompt are mapped, and lead the negative prompt's rows, too.
         overlap: where the base's work goes beside the upgraded model's; None for one after the other.
         fuse: how a residual enters a feature.
     """
@@ -157,16 +157,14 @@ class JointStage:
                 self._hidden = {level: self._map(level) for level, weight in enumerate(self._weights) if weight}
 
     def _map(self, level: int) -> Hidden:
-        features = self._found.features
-        feature, time_embedding = features.levels[level], features.time_embedding
-        if self._cond_only:
-            led = [place for place, row in enumerate(self._found.rows) if self._leads(row)]
-            feature, time_embedding = take_rows(feature, led), take_rows(time_embedding, led)
+        features, places = self._found.features, self._mapped_places()
+        feature, time_embedding = take_rows(features.levels[level], places), take_rows(features.time_embedding, places)
         rows = self._mapping.hidden(level, feature, time_embedding)
         return Hidden(rows, self._overlap.finished() if self._overlap is not None else None)
 
-    def _leads(self, row: Row) -> bool:
-        return not self._cond_only or row.cond is not None
+    def _mapped_places(self) -> list[int]:
+        """Which of the base's rows are mapped."""
+        return [place for place, row in enumerate(self._found.rows) if not self._cond_only or row.cond is not None]
 
     @torch.no_grad()
     def _enter(self, level: int, feature: Tensor) -> Tensor:
@@ -179,22 +177,9 @@ class JointStage:
         hidden = self._hidden[level]
         if self._overlap is not None:
             self._overlap.wait_for(hidden.mark, hidden.rows)
-        called = self._upgraded_rows[self._rows]
-        led = [place for place, row in enumerate(called) if self._leads(row)]
-        if not led:
-            return feature
-        sources = self._sources()[self._rows]
-        rows = _gather(hidden.rows, [sources[place] for place in led])
-        if len(led) == len(called):
-            return self._fused(level, feature, rows)
-        fused = iter(self._fused(level, take_rows(feature, led), rows))
-        return torch.stack([next(fused) if place in led else row for place, row in enumerate(feature)])
-
-    def _sources(self) -> tuple[tuple[int, ...], ...]:
-        """For each row of the upgraded batch the mapped rows that lead it; none for one that is not led."""
-        led = [row for row in self._upgraded_rows if self._leads(row)]
-        matched = iter(match_rows(led, [row for row in self._found.rows if self._leads(row)]))
-        return tuple(next(matched) if self._leads(row) else () for row in self._upgraded_rows)
+        mapped = [self._found.rows[place] for place in self._mapped_places()]
+        sources = match_rows(self._upgraded_rows, mapped)[self._rows]
+        return self._fused(level, feature, _gather(hidden.rows, sources))
 
     def _fused(self, level: int, feature: Tensor, hidden: Tensor) -> Tensor:
         weight = self._weights[level]

@@ -153,4 +153,4 @@ def _room_for(tensor: Tensor) -> int:
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy to the bit; pinned where it comes from a GPU, so that it can be copied back in passing."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

@@ -31,16 +31,16 @@ def batch_rows(conds_per_image: Sequence[int], with_uncond: bool = True) -> tupl
 def match_rows(upgraded: Sequence[Row], base: Sequence[Row]) -> tuple[tuple[int, ...], ...]:
     """For each upgraded row, the base rows whose residuals it gets (their mean, where there are several).
 
-    The n-th cond of an image gets the n-th cond of the base where both have as many; else each gets all of them.
+    The n-th cond of an image gets the n-th cond of the base where both have as many; else each gets all of them. So
+    does an uncond where the base's rows have none.
     """
     places = {row: place for place, row in enumerate(base)}
 
     def sources(row: Row) -> tuple[int, ...]:
-        if row.cond is None:
-            return (places[row],)
         ours = [place for other, place in places.items() if other.image == row.image and other.cond is not None]
         theirs = sum(other.image == row.image and other.cond is not None for other in upgraded)
-        return (places[row],) if len(ours) == theirs else tuple(ours)
+        alike = row in places if row.cond is None else len(ours) == theirs
+        return (places[row],) if alike else tuple(ours)
 
     return tuple(sources(row) for row in upgraded)
 

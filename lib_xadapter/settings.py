@@ -191,10 +191,9 @@ class Settings:
     )
     cond_only: bool = argument(
         False,
-        "Lead the prompt's half only",
+        "Map the prompt's half only",
         "cond only",
-        "Map the SD1.5 features of the prompt alone and not of the negative prompt: less to compute, but the CFG scale "
-        "then multiplies what the adapter adds.",
+        "Map the SD1.5 features of the prompt alone and let them lead the negative prompt, too: faster, less exact.",
     )
     memory: str = argument(
         AUTO,

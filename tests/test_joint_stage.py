@@ -191,13 +191,13 @@ class TestRefreshing:
 
 
 class TestCondOnly:
-    """Only the rows of the prompt are mapped and led."""
+    """Only the rows of the prompt are mapped, and lead both halves."""
 
     @pytest.mark.parametrize(
         ("rows", "expected"),
-        [(slice(0, 4), [6, 12, 0, 0]), (slice(1, 3), [12, 0]), (slice(0, 2), [6, 12]), (slice(2, 4), [0, 0])],
+        [(slice(0, 4), [6, 12, 6, 12]), (slice(1, 3), [12, 6]), (slice(0, 2), [6, 12]), (slice(2, 4), [6, 12])],
     )
-    def test_rows_of_the_negative_prompt_are_left_alone(self, base, rows, expected):
+    def test_rows_of_the_negative_prompt_follow_those_of_the_prompt(self, base, rows, expected):
         mapping = Doubling()
         stage = advanced(stage_for(base, mapping=mapping, cond_only=True))
         assert added(stage, rows, len(expected)) == expected
@@ -206,7 +206,12 @@ class TestCondOnly:
     def test_wherever_they_stand(self, base):
         uncond_first = (*TWO_IMAGES[2:], *TWO_IMAGES[:2])
         stage = advanced(stage_for(base, cond_only=True), rows=uncond_first)
-        assert added(stage, slice(0, 4), 4) == [0, 0, 6, 12]
+        assert added(stage, slice(0, 4), 4) == [6, 12, 6, 12]
+
+    def test_several_conds_lead_the_uncond_by_their_mean(self):
+        rows = batch_rows([2])
+        stage = advanced(stage_for(CountingBase(rows), cond_only=True), rows)
+        assert added(stage, slice(0, 3), 3) == [6, 12, 9]
 
 
 @dataclass
