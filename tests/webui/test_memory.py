@@ -71,6 +71,14 @@ class TestThePicture:
         assert same_bytes(with_xadapter(webui, RECORDED, **request).image, beside)
         assert "noise levels of DPM adaptive are not known" in webui.log
 
+    def test_a_sampler_that_cannot_be_rehearsed_runs_in_lockstep_and_says_so(self, webui):
+        beside = with_xadapter(webui, LOCKSTEP).image
+        assert "Euler cannot be rehearsed" not in webui.log
+        with webui.fault("sampler", after=0):
+            recorded = with_xadapter(webui, RECORDED).image
+        assert same_bytes(recorded, beside)
+        assert "Euler cannot be rehearsed: RuntimeError" in webui.log
+
 
 class TestTurns:
     """The base is through before SDXL begins, and is not run again for what does not concern it."""
