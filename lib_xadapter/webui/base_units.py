@@ -8,6 +8,7 @@ holds the script object.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 import traceback
@@ -31,6 +32,7 @@ from ..taps import FeatureReader
 from .base_model import BaseModel
 from .controlnet_units import MODEL_NAMES, Unit, extension, one_line, read_unit
 from .moments import noise_levels
+from .seeded import seeded
 
 REPLACED_SAMPLE = "sample_before_CN_hack"
 """Where the extension keeps a processing object's own `sample`."""
@@ -70,6 +72,7 @@ class BaseUnits:
         self._schedule: list[tuple[float, float]] = []
         self._asked: list[tuple[CFGDenoiser, Tensor, float]] = []
         self._reader: FeatureReader | None = None
+        self._seed = 0
 
     # ---- before the job
 
@@ -168,7 +171,7 @@ class BaseUnits:
             return
         self._script = script = self._copied_script(base)
         self._own = own_state(type(script), base)
-        self._schedule, self._asked = [], []
+        self._schedule, self._asked, self._seed = [], [], job.seeds[0]
         try:
             with base.current(), self._state():
                 self._set_up(job)
@@ -235,8 +238,11 @@ class BaseUnits:
         self._reader = reader
         self._schedule = self._schedule or [(moment.sigma, moment.progress) for moment in planned]
 
+        # reference units draw noise at every evaluation, whatever else draws in between
+        seeds = itertools.count(self._seed)
+
         def controlled(latent: Tensor, sigma: float) -> BaseStep:
-            with self._state():
+            with self._state(), seeded(next(seeds)):
                 self._go_to(self._progress_at(sigma))
                 return evaluate(latent, sigma)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from modules import processing, shared
@@ -14,10 +15,17 @@ def each_from_its_seed(seeds: Sequence[int], make: Callable[[int], Tensor]) -> T
     """The rows that `make` gives for the images' places, one each; the generator is afterwards where it was."""
     rows = []
     for place, seed in enumerate(seeds):
-        with torch.random.fork_rng(devices=[shared.device] if shared.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed):
             rows.append(make(place))
     return torch.cat(rows)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """While open, torch's own generators draw from a seed; afterwards they are where they were."""
+    with torch.random.fork_rng(devices=[shared.device] if shared.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def blank_conditioning(job: StableDiffusionProcessingTxt2Img) -> Tensor:
