@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .asking import HALF, arguments, base_alone, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
 
+VAE = "first_stage_model."
 STYLE = "a cat <lora:style15:1>"
 LONG = "a red dog sits on the old roof of a house by the sea in the evening rain, " * 6
 """More than 75 tokens. Most prompts of that length make the small SD1.5 model's pictures black; this one does not."""
@@ -198,6 +200,37 @@ class TestBatches:
         answer = with_xadapter(webui, {"return_base_image": True}, batch_size=2, n_iter=2)
         assert [image.size for image in answer.images[-4:]] == [tuple(HALF.values())] * 4
         assert len(answer.infotexts) == len(answer.images)
+
+
+class TestVAE:
+    """The base has the VAE that the WebUI would choose for it, and SDXL keeps its own."""
+
+    @pytest.fixture
+    def vae(self, webui, models):
+        """A VAE file that the WebUI finds by the SD1.5 checkpoint's name; its pictures are paler."""
+        weights = load_file(models / "models/Stable-diffusion/tiny15.safetensors")
+        own = {key.removeprefix(VAE): value for key, value in weights.items() if key.startswith(VAE)}
+        own["decoder.conv_out.weight"] = own["decoder.conv_out.weight"] / 2
+        file = webui.data / "models/VAE/tiny15.vae.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(own, file)
+        webui.post("/sdapi/v1/refresh-vae")
+        yield file
+        file.unlink()
+        webui.post("/sdapi/v1/refresh-vae")
+
+    @pytest.mark.parametrize("memory", ["lockstep", "recorded"])
+    def test_it_is_the_one_that_the_webui_would_choose(self, webui, request, memory):
+        shown = {"return_base_image": True, "weight": 0.5, "memory": memory}
+        without, before = with_xadapter(webui, shown).images[1], plain(webui)
+        request.getfixturevalue("vae")
+        ours = with_xadapter(webui, shown).images[1]
+        assert grey_levels_apart(ours, without) > 1
+        assert grey_levels_apart(plain(webui), before) <= 1
+        assert grey_levels_apart(ours, base_alone(webui)) <= 1
+
+    def test_without_the_file_the_checkpoints_own_is_back(self, webui, usual):
+        assert grey_levels_apart(with_xadapter(webui).image, usual) <= 1
 
 
 class TestLockstep:
