@@ -101,7 +101,7 @@ def random_request(
         steps,
         7.0,
         sampler,
-        [Noise.seeded(seed, latent_size(half(width), half(height)), latent_size(width, height))],
+        [Noise.seeded(seed, seed, latent_size(half(width), half(height)), latent_size(width, height))],
     )
 
 
