@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
 from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase
 from lib_xadapter.headless.models import Models, Placement, noise_schedule_of
 from lib_xadapter.headless.pipeline import Request
-from lib_xadapter.joint_stage import JointStage, Moment
+from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.mapping_paths import MappingPath
 from lib_xadapter.overlap import SideStream
 from lib_xadapter.recording import Playback, Recording, record
@@ -77,16 +78,23 @@ class Steps:
 
     def joint(self, overlapped: bool) -> Work:
         """Base and upgraded model in lockstep."""
-        moments, source = self._moments(), self._lockstep()
-        stage = self._stage(source, SideStream(self._device) if overlapped else None)
-        return lambda: self._step(stage, next(moments))
+        evaluations, source = self._evaluations(), self._lockstep()
+        overlap = SideStream(self._device) if overlapped else None
+        stage = self._stage(source, overlap)
+
+        def work() -> None:
+            self._step(stage, next(evaluations))
+            if overlap is not None:
+                overlap.end()
+
+        return work
 
     def recorded(self) -> Work:
         """The base alone, its features brought into host memory."""
-        moments, source = self._moments(), self._lockstep()
+        evaluations, source = self._evaluations(), self._lockstep()
 
         def work() -> None:
-            self._recording = record(source, [next(moments).sigma])
+            self._recording = record(source, [next(evaluations)])
 
         return work
 
@@ -94,31 +102,30 @@ class Steps:
         """The upgraded model with what was recorded last."""
         if self._recording is None:
             self.recorded()()
-        moment = Moment(self._recording.steps[0].sigma, 0, 0.5)
-        self._step(self._stage(Playback(self._recording, self._device), None), moment)
+        evaluation = Evaluation(self._recording.steps[0].sigma, 0, 0.5)
+        self._step(self._stage(Playback(self._recording, self._device), None), evaluation)
 
     def _stage(self, source: FeatureSource, overlap: SideStream | None) -> JointStage:
         return JointStage(source, self._mapping, self._weights, overlap=overlap)
 
     @torch.no_grad()
-    def _step(self, stage: JointStage, moment: Moment) -> Tensor:
-        with stage.coupled_to(self._models.upgraded.unet):
-            stage.advance(moment, self._upgraded.rows)
-            stage.select(slice(0, len(self._upgraded.rows)))
-            scaled = self._latent / math.sqrt(1 + moment.sigma**2)
-            return self._upgraded.predict(scaled, self._schedule.timestep_at(moment.sigma))
+    def _step(self, stage: JointStage, evaluation: Evaluation) -> Tensor:
+        rows = self._upgraded.rows
+        with stage.evaluate(evaluation, rows).fused_into(self._models.upgraded.unet, slice(0, len(rows))):
+            scaled = self._latent / math.sqrt(1 + evaluation.sigma**2)
+            return self._upgraded.predict(scaled, self._schedule.timestep_at(evaluation.sigma))
 
     def _lockstep(self) -> Lockstep:
         return Lockstep(self._evaluate_base, Trajectory(self._noise))
 
-    def _evaluate_base(self, latent: Tensor, sigma: float) -> BaseStep:
+    def _evaluate_base(self, latent: Tensor, evaluation: Evaluation) -> BaseStep:
         # the reader is taken away again, so that the base alone is measured without it
         with read_features(self._models.base.unet) as reader:
-            return LockstepBase(self._base, self._schedule, "epsilon", reader)(latent, sigma)
+            return LockstepBase(self._base, self._schedule, "epsilon", reader)(latent, evaluation)
 
-    def _moments(self) -> Iterator[Moment]:
+    def _evaluations(self) -> Iterator[Evaluation]:
         for timestep in itertools.cycle(TIMESTEPS):
-            yield Moment(self._schedule.sigma_at(timestep), 0, 0.5)
+            yield Evaluation(self._schedule.sigma_at(timestep), 0, 0.5)
 
 
 def modes(times: Mapping[str, Times]) -> dict[str, Times]:

@@ -21,6 +21,7 @@ from torch import nn
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.memory import size_of
+from lib_xadapter.recording import RecordingCache
 from lib_xadapter.settings import LOCKSTEP, RECORDED, Settings
 
 from .random_adapter import picture_size, type_name, type_named, written_size
@@ -99,12 +100,13 @@ def need(models: Models, mode: str, size: tuple[int, int], steps: int) -> Needed
         torch.cuda.reset_peak_memory_stats(device)
     stages = TwoStages(models)
     request = random_request(models, size, settings, steps)
-    recording = stages.record(request, None) if stages.records(request) else None
-    stages.upgraded_latents(request, None, size, recording)
+    recordings = RecordingCache(lambda: 2**40)
+    stages.upgraded_latents(request, None, size, recordings)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for module in (models.base.unet, models.upgraded.unet, models.adapter):
         module.to("cpu")
-    host = recording.size / len(recording.steps) if recording is not None else 0.0
+    found = recordings.find(settings.switch_point)
+    host = found.size / len(found.recording.steps) if found is not None else 0.0
     return Needed(placement.held.most, placement.held.together, peak, host)
 
 

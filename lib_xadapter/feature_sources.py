@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from .evaluations import Evaluation
 from .rows import Row
 from .taps import BaseFeatures
 from .trajectory import Trajectory, same_level
@@ -37,15 +37,15 @@ class BaseStep(RowFeatures):
     denoised: Tensor
 
 
-BaseDenoiser = Callable[[Tensor, float], BaseStep]
-"""(latent, sigma) → BaseStep: the host's way to evaluate its base, with its prompts, guidance and plugins."""
+BaseDenoiser = Callable[[Tensor, Evaluation], BaseStep]
+"""(latent, evaluation) → BaseStep: the host's way to evaluate its base, with its prompts, guidance and plugins."""
 
 
 class FeatureSource(Protocol):
-    """Gives the base's features at the noise levels of the joint stage, in the order of its evaluations."""
+    """Gives the base's features at the evaluations of the joint stage, in their order."""
 
-    def at(self, sigma: float) -> RowFeatures:
-        """The features at a noise level, as in `trajectory`."""
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        """The features at an evaluation's noise level."""
 
 
 class Lockstep:
@@ -61,13 +61,13 @@ class Lockstep:
         self._trajectory = trajectory
         self._latest: tuple[float, BaseStep] | None = None
 
-    @torch.no_grad()
-    def at(self, sigma: float) -> BaseStep:
+    def at(self, evaluation: Evaluation) -> BaseStep:
+        sigma = evaluation.sigma
         # samplers of second order end a step and begin the next at one level
         if self._latest is not None and same_level(self._latest[0], sigma):
             return self._latest[1]
         latent = self._trajectory.latent_at(sigma)
-        step = self._base(latent, sigma)
+        step = self._base(latent, evaluation)
         self._trajectory.evaluated(sigma, latent, step.denoised)
         self._latest = (sigma, step)
         return step

@@ -55,12 +55,18 @@ def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _write(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(f"{item:g}" for item in value)
+        return " ".join(map(_number, value))
     if isinstance(value, float):
-        return f"{value:g}"
+        return _number(value)
     if isinstance(value, str):
         return _quoted(value)
     return str(value)
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads as exactly this number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _quoted(text: str) -> str:

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import WrongFile
+from .errors import DoesNotFit, WrongFile
+from .settings import LEVELS
+from .taps import FUSIONS, POSITIONS, base_modules, base_strides, output_channels, upgraded_modules, upgraded_strides
 
-NUMBER_OF_LEVELS = 3
+METADATA = "xadapter."
+"""What our keys in a file's metadata begin with."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,16 @@ class MappingLayers(nn.Module):
 
     Args:
         levels: the blocks of each level, coarsest feature first.
+        fusion: how the residuals enter the upgraded features, one of `taps.FUSIONS`.
+        positions: where features are read and residuals added, one of `taps.POSITIONS`.
     """
 
-    def __init__(self, levels: Sequence[Sequence[BlockLayout]]) -> None:
+    def __init__(
+        self, levels: Sequence[Sequence[BlockLayout]], fusion: str = "addition", positions: str = "decoder"
+    ) -> None:
         super().__init__()
+        self.fusion = fusion
+        self.positions = positions
         self.levels = tuple(tuple(level) for level in levels)
         self.body = nn.ModuleList(ResNetBlock(layout) for layout in itertools.chain(*self.levels))
         self.zero_out = nn.ModuleList(
@@ -122,6 +131,13 @@ class MappingLayers(nn.Module):
     def time_channels(self) -> int | None:
         """Width of the base's time embedding that the blocks take, None where they take none."""
         return self.levels[0][0].time_channels
+
+    def zero_output(self) -> MappingLayers:
+        """Let every residual be zero, as training starts (paper, "Training": zero-initialised output convolutions)."""
+        for output in self.zero_out:
+            nn.init.zeros_(output.weight)
+            nn.init.zeros_(output.bias)
+        return self
 
     def map_level(self, level: int, feature: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """The residual of one level.
@@ -178,11 +194,81 @@ def load_adapter(
     name = os.path.basename(os.fspath(path))
     weights = read_weights(path)
     levels = read_layout({key: tuple(value.shape) for key, value in weights.items()}, name)
+    metadata = read_metadata(path)
     with torch.device("meta"):
-        layers = MappingLayers(levels)
+        layers = MappingLayers(
+            levels,
+            _named(metadata, "fusion", FUSIONS, "addition", name),
+            _named(metadata, "positions", POSITIONS, "decoder", name),
+        )
     _check_weights(weights, layers, name)
     layers.load_state_dict(weights, assign=True)
-    return layers.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return layers.to(device=device, dtype=dtype).eval()
+
+
+def save_adapter(
+    adapter: MappingLayers, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write mapping layers as a `.safetensors` file in the released layout, whole or not at all.
+
+    Args:
+        metadata: what else the file should tell; fusion and positions are always in it.
+    """
+    weights = {key: value.detach().contiguous().cpu() for key, value in adapter.state_dict().items()}
+    told = {**(metadata or {}), METADATA + "fusion": adapter.fusion, METADATA + "positions": adapter.positions}
+    unfinished = f"{os.fspath(path)}.unfinished"
+    try:
+        safetensors.torch.save_file(weights, unfinished, told)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in a `.safetensors` file's header; none in a pickle."""
+    if not os.fspath(path).lower().endswith(".safetensors"):
+        return {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _named(metadata: Mapping[str, str], what: str, known: Mapping[str, object], default: str, name: str) -> str:
+    chosen = metadata.get(METADATA + what, default)
+    if chosen not in known:
+        raise WrongFile(f"{name} was trained with the {what} '{chosen}', expected {' or '.join(known)}.")
+    return chosen
+
+
+def layout_for(
+    base_unet: nn.Module, upgraded_unet: nn.Module, blocks: int = 3, positions: str = "decoder"
+) -> list[list[BlockLayout]]:
+    """The released structure for a pair of UNets, the upgraded one at twice the base's size.
+
+    Args:
+        blocks: ResNet blocks a level.
+        positions: one of `taps.POSITIONS`.
+
+    Raises:
+        DoesNotFit: a residual would have to be smaller than its feature, or more than twice as large.
+    """
+    taps = POSITIONS[positions]
+    given = map(output_channels, base_modules(base_unet, taps))
+    wanted = map(output_channels, upgraded_modules(upgraded_unet, taps))
+    strides = zip(base_strides(base_unet, taps), upgraded_strides(upgraded_unet, taps), strict=True)
+    return [_level(*sizes, blocks) for sizes in zip(given, wanted, strides, strict=True)]
+
+
+def _level(in_channels: int, out_channels: int, strides: tuple[int, int], blocks: int) -> list[BlockLayout]:
+    base_stride, upgraded_stride = strides
+    # twice the latent pixels, so that equal strides mean twice the size
+    enlarged = 2 * base_stride / upgraded_stride
+    if enlarged not in (1, 2):
+        raise DoesNotFit(f"Mapping layers make features as large or twice as large, here {enlarged:g} times.")
+    first = BlockLayout(
+        in_channels, out_channels, upsamples=enlarged == 2, changes_channels=in_channels != out_channels
+    )
+    return [first] + [BlockLayout(out_channels, out_channels)] * (blocks - 1)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -219,19 +305,19 @@ def read_layout(shapes: Mapping[str, tuple[int, ...]], name: str = "The file") -
         example = next(iter(shapes), None)
         holds = f"it holds '{example}'" if example else "it is empty"
         raise WrongFile(f"{name} is not an X-Adapter file: {holds} and no 'body.0.block1.weight'.")
-    for level in range(NUMBER_OF_LEVELS):
+    for level in range(LEVELS):
         if len(shapes.get(f"zero_out.{level}.weight", ())) != 4:
             raise WrongFile(f"{name} misses 'zero_out.{level}.weight', the output convolution of level {level}.")
     blocks = 1 + max((int(key.split(".")[1]) for key in shapes if _is_body_key(key)), default=-1)
-    if blocks == 0 or blocks % NUMBER_OF_LEVELS:
+    if blocks == 0 or blocks % LEVELS:
         raise WrongFile(
             f"{name} holds {blocks} ResNet blocks ('body.0' to 'body.{blocks - 1}'), "
-            f"which cannot be shared out among {NUMBER_OF_LEVELS} levels."
+            f"which cannot be shared out among {LEVELS} levels."
         )
-    per_level = blocks // NUMBER_OF_LEVELS
+    per_level = blocks // LEVELS
     return [
         [_read_block(shapes, level, level * per_level + place, first=place == 0) for place in range(per_level)]
-        for level in range(NUMBER_OF_LEVELS)
+        for level in range(LEVELS)
     ]
 
 

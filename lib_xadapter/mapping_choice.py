@@ -76,7 +76,14 @@ class FallbackMapping:
         return self._run(lambda path: path.residual(level, hidden))
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
-        return self._run(lambda path: path.add(level, feature, hidden, weight))
+        before = feature._version
+
+        def add(path: MappingPath) -> Tensor:
+            if feature._version != before:
+                raise RuntimeError("an addition of mapping layers failed half-way, and cannot be repeated")
+            return path.add(level, feature, hidden, weight)
+
+        return self._run(add)
 
     def release(self) -> None:
         self._first.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import psutil
 import torch
 from torch import nn
 
@@ -27,6 +28,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that could be given out: what the driver has, and what torch keeps for later."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free_ram() -> int:
+    """Bytes of ordinary memory that programs could still be given."""
+    return psutil.virtual_memory().available
 
 
 def fits_together(modules: Iterable[nn.Module | None], device: torch.device | str) -> bool:

@@ -15,22 +15,22 @@ from torch import Tensor
 
 
 class Overlap(Protocol):
-    """Where the base's work goes while the upgraded model's is under way."""
+    """Runs the base's work beside the upgraded model's."""
 
     def begin(self) -> None:
-        """A model evaluation begins: what is aside comes after all that was asked for up to here."""
+        """A model evaluation begins: later work on the side stream waits for all work queued up to here."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """While open, work is put aside."""
+    def on_side_stream(self) -> AbstractContextManager[None]:
+        """While open, work is queued on the side stream."""
 
     def finished(self) -> object:
-        """A mark behind all the work that is aside by now."""
+        """An event behind all work that is on the side stream by now."""
 
-    def wait_for(self, mark: object, tensor: Tensor) -> None:
-        """What is asked for from now on comes after the mark, and may use a tensor that was made aside."""
+    def wait_for(self, event: object, tensor: Tensor) -> None:
+        """Later work waits for this event, and may use a tensor that was made on the side stream."""
 
     def end(self) -> None:
-        """What is asked for from now on comes after everything that is aside."""
+        """Later work waits for everything on the side stream."""
 
 
 class SideStream:
@@ -49,7 +49,7 @@ class SideStream:
         self._begun.record(torch.cuda.current_stream(self._device))
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def on_side_stream(self) -> Iterator[None]:
         self._stream.wait_event(self._begun)
         with torch.cuda.stream(self._stream):
             yield
@@ -57,10 +57,10 @@ class SideStream:
     def finished(self) -> torch.cuda.Event:
         return self._stream.record_event()
 
-    def wait_for(self, mark: torch.cuda.Event, tensor: Tensor) -> None:
+    def wait_for(self, event: torch.cuda.Event, tensor: Tensor) -> None:
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(mark)
-        # else its memory could be given to other work aside while it is still being read
+        current.wait_event(event)
+        # else its memory could be given to other work on the side stream while it is still being read
         tensor.record_stream(current)
 
     def end(self) -> None:

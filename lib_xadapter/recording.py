@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import XAdapterError
+from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
-from .taps import BaseFeatures
+from .taps import BaseFeatures, base_modules, base_strides, output_channels
 from .trajectory import same_level
 
 
@@ -41,21 +42,38 @@ class Recording:
         return sum(_room_for(tensor) for step in self.steps for tensor in _tensors(step.found.features))
 
 
-def record(source: FeatureSource, levels: Iterable[float], each: Callable[[], None] = lambda: None) -> Recording:
-    """Run the base through noise levels.
+def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int], evaluations: int) -> int:
+    """Bytes of a recording, before the base runs.
+
+    Args:
+        base_unet: whose features are recorded.
+        rows: of its batch: one for each image and CFG half.
+        latent_size: (height, width) of its latent.
+        evaluations: at which it is recorded.
+    """
+    levels = zip(map(output_channels, base_modules(base_unet)), base_strides(base_unet), strict=True)
+    height, width = latent_size
+    numbers = sum(channels * -(-height // stride) * -(-width // stride) for channels, stride in levels)
+    return rows * numbers * evaluations * next(base_unet.parameters()).element_size()
+
+
+def record(
+    source: FeatureSource, evaluations: Iterable[Evaluation], each: Callable[[], None] = lambda: None
+) -> Recording:
+    """Run the base through evaluations.
 
     Args:
         source: the base in lockstep.
-        levels: those of the evaluations at which the base is run.
+        evaluations: those at which the base is run.
         each: called before each of them.
     """
     steps: list[RecordedStep] = []
-    for sigma in levels:
-        if steps and same_level(steps[-1].sigma, sigma):
+    for evaluation in evaluations:
+        if steps and same_level(steps[-1].sigma, evaluation.sigma):
             continue
         each()
-        found = source.at(sigma)
-        steps.append(RecordedStep(sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
+        found = source.at(evaluation)
+        steps.append(RecordedStep(evaluation.sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
         device = found.features.time_embedding.device
     if steps and device.type == "cuda":
         # the copies are under way until then
@@ -76,12 +94,13 @@ class Playback:
         self._device = device
         self._latest: tuple[float, RowFeatures] | None = None
 
-    def at(self, sigma: float) -> RowFeatures:
-        """The features recorded at this level.
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        """The features recorded at this noise level.
 
         Raises:
             XAdapterError: another level comes next, or none.
         """
+        sigma = evaluation.sigma
         if self._latest is not None and same_level(self._latest[0], sigma):
             return self._latest[1]
         step = next(self._steps, None)
@@ -106,7 +125,7 @@ class Sized(Protocol):
 Kept = TypeVar("Kept", bound=Sized)
 
 
-class Shelf(Generic[Kept]):
+class RecordingCache(Generic[Kept]):
     """Recordings kept for later, the longest unused of them given up where they fill more than they may.
 
     Args:

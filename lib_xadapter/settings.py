@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import WrongArgument
-from .taps import TAPS
 
-LEVELS = len(TAPS)
+LEVELS = 3
+"""Of the mapping layers, one for each tap."""
 
 BASE_NOISE_SEED = 0x2312_2238
 """Added to an image's seed for the base's noise in the joint stage, which must not be the upgraded model's."""

@@ -14,7 +14,7 @@ CompVis layout spreads it over several `output_blocks`; its output is that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +37,12 @@ class Tap:
     upgraded_block: int | None
 
 
-TAPS = (Tap(base_block=-3, upgraded_block=None), Tap(base_block=-2, upgraded_block=0), Tap(-1, upgraded_block=1))
+Taps = tuple[Tap, ...]
+
+TAPS: Taps = (Tap(base_block=-3, upgraded_block=None), Tap(base_block=-2, upgraded_block=0), Tap(-1, upgraded_block=1))
+
+POSITIONS: Mapping[str, Taps] = {"decoder": TAPS}
+"""Name in an adapter file's metadata → where its levels read and add."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ def guidance(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
     return feature + weight * (residual - feature)
 
 
+FUSIONS: Mapping[str, Fusion] = {"addition": addition, "guidance": guidance}
+"""Name in an adapter file's metadata → how its residuals enter."""
+
+
 def decoder_blocks(unet: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are those of the decoder blocks, coarsest first.
 
@@ -89,16 +98,32 @@ def middle_block(unet: nn.Module) -> nn.Module:
     return unet.mid_block if hasattr(unet, "mid_block") else unet.middle_block
 
 
-def base_modules(unet: nn.Module) -> tuple[nn.Module, ...]:
+def base_modules(unet: nn.Module, taps: Taps = TAPS) -> tuple[nn.Module, ...]:
     """The modules whose outputs are the base's features, one a tap."""
     blocks = decoder_blocks(unet)
-    return tuple(blocks[tap.base_block] for tap in TAPS)
+    return tuple(blocks[tap.base_block] for tap in taps)
 
 
-def upgraded_modules(unet: nn.Module) -> tuple[nn.Module, ...]:
+def upgraded_modules(unet: nn.Module, taps: Taps = TAPS) -> tuple[nn.Module, ...]:
     """The modules to whose outputs the residuals are added, one a tap."""
     blocks = decoder_blocks(unet)
-    return tuple(middle_block(unet) if tap.upgraded_block is None else blocks[tap.upgraded_block] for tap in TAPS)
+    return tuple(middle_block(unet) if tap.upgraded_block is None else blocks[tap.upgraded_block] for tap in taps)
+
+
+def base_strides(unet: nn.Module, taps: Taps = TAPS) -> tuple[int, ...]:
+    """Latent pixels of the base to one pixel of each feature: 2, 1 and 1 for SD1.5."""
+    return tuple(_stride(len(decoder_blocks(unet)), tap.base_block) for tap in taps)
+
+
+def upgraded_strides(unet: nn.Module, taps: Taps = TAPS) -> tuple[int, ...]:
+    """Latent pixels of the upgraded model to one pixel of each feature: 4, 2 and 1 for SDXL."""
+    return tuple(_stride(len(decoder_blocks(unet)), tap.upgraded_block) for tap in taps)
+
+
+def _stride(blocks: int, block: int | None) -> int:
+    """Every decoder block but the last doubles height and width at its end; the middle block is before the first."""
+    doublings = 0 if block is None else block % blocks + 1
+    return 2 ** max(blocks - 1 - doublings, 0)
 
 
 def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Module) -> None:
@@ -107,8 +132,9 @@ def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Mo
     Raises:
         DoesNotFit: naming the first level whose channels differ.
     """
-    given = [output_channels(module) for module in base_modules(base_unet)]
-    wanted = [output_channels(module) for module in upgraded_modules(upgraded_unet)]
+    taps = POSITIONS[adapter.positions]
+    given = [output_channels(module) for module in base_modules(base_unet, taps)]
+    wanted = [output_channels(module) for module in upgraded_modules(upgraded_unet, taps)]
     for level, (taken, offered) in enumerate(zip(adapter.in_channels, given, strict=True)):
         if taken != offered:
             key = f"body.{level * len(adapter.levels[0])}"
@@ -138,8 +164,8 @@ def output_channels(block: nn.Module) -> int:
 class FeatureReader:
     """Collects the features of every call of a UNet until they are taken."""
 
-    def __init__(self) -> None:
-        self._levels: list[list[Tensor]] = [[] for _ in TAPS]
+    def __init__(self, levels: int = len(TAPS)) -> None:
+        self._levels: list[list[Tensor]] = [[] for _ in range(levels)]
         self._time_embedding: list[Tensor] = []
         self._paused = False
 
@@ -165,15 +191,15 @@ class FeatureReader:
 
 
 @contextmanager
-def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
+def read_features(base_unet: nn.Module, taps: Taps = TAPS) -> Iterator[FeatureReader]:
     """While open, the base's decoder features of every call can be taken from the reader."""
-    reader = FeatureReader()
+    reader = FeatureReader(len(taps))
 
     def collect(into: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
         return lambda module, inputs, output: None if reader._paused else into.append(output)
 
     with ExitStack() as hooks:
-        for module, level in zip(base_modules(base_unet), reader._levels, strict=True):
+        for module, level in zip(base_modules(base_unet, taps), reader._levels, strict=True):
             hooks.callback(module.register_forward_hook(collect(level)).remove)
         time_embedding = base_unet.time_embedding if hasattr(base_unet, "time_embedding") else base_unet.time_embed
         hooks.callback(time_embedding.register_forward_hook(collect(reader._time_embedding)).remove)
@@ -182,21 +208,25 @@ def read_features(base_unet: nn.Module) -> Iterator[FeatureReader]:
 
 @contextmanager
 def fuse_into(
-    upgraded_unet: nn.Module, enter: Callable[[int, Tensor], Tensor], levels: Sequence[int] = tuple(range(len(TAPS)))
+    upgraded_unet: nn.Module,
+    fuse: Callable[[int, Tensor], Tensor],
+    levels: Sequence[int] = tuple(range(len(TAPS))),
+    taps: Taps = TAPS,
 ) -> Iterator[None]:
-    """While open, the upgraded UNet's features pass through `enter` on their way.
+    """While open, the upgraded UNet's features pass through `fuse` on their way.
 
     Args:
         upgraded_unet: the upgraded model's UNet.
-        enter: (level, feature) → the feature that takes its place.
+        fuse: (level, feature) → the feature that takes its place.
         levels: those that are touched at all.
+        taps: where each level is.
     """
 
     def hook(level: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-        return lambda module, inputs, feature: enter(level, feature)
+        return lambda module, inputs, feature: fuse(level, feature)
 
     with ExitStack() as hooks:
-        for level, module in enumerate(upgraded_modules(upgraded_unet)):
+        for level, module in enumerate(upgraded_modules(upgraded_unet, taps)):
             if level in levels:
                 hooks.callback(module.register_forward_hook(hook(level)).remove)
         yield

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lib_xadapter.evaluations import Evaluation, GuidanceWindow
 from lib_xadapter.feature_sources import BaseStep, Lockstep
-from lib_xadapter.joint_stage import Course, JointStage, Moment
+from lib_xadapter.joint_stage import JointEvaluation, JointStage
+from lib_xadapter.mapping import BlockLayout, MappingLayers
+from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import Row, batch_rows, match_rows
 from lib_xadapter.taps import BaseFeatures
 from lib_xadapter.trajectory import Trajectory
@@ -22,8 +25,9 @@ from lib_xadapter.trajectory import Trajectory
 class Doubling:
     """Mapping layers that double their feature, so that a residual tells which row it came from."""
 
-    def __init__(self) -> None:
+    def __init__(self, fusion: str = "addition") -> None:
         self.mapped_rows: list[int] = []
+        self.adapter = SimpleNamespace(fusion=fusion, positions="decoder")
 
     def hidden(self, level: int, feature: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
         self.mapped_rows.append(len(feature))
@@ -56,22 +60,21 @@ class CountingBase:
     rows: tuple[Row, ...]
     levels: list[float] = field(default_factory=list)
 
-    def __call__(self, latent: torch.Tensor, sigma: float) -> BaseStep:
-        self.levels.append(sigma)
+    def __call__(self, latent: torch.Tensor, evaluation: Evaluation) -> BaseStep:
+        self.levels.append(evaluation.sigma)
         feature = torch.arange(1.0, len(self.rows) + 1)[:, None, None, None].expand(-1, 1, 2, 2)
         return BaseStep(BaseFeatures((feature,) * 3, torch.zeros(len(self.rows), 1)), self.rows, latent)
 
 
-def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), course: Course | None = None, **more: Any) -> JointStage:
+def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), window: GuidanceWindow | None = None, **more) -> JointStage:
     source = Lockstep(base, Trajectory(torch.zeros(2, 4, 2, 2)))
-    return JointStage(source, more.pop("mapping", Doubling()), weights, course, **more)
+    return JointStage(source, more.pop("mapping", Doubling()), weights, window, **more)
 
 
-def added(stage: JointStage, rows: slice | None, count: int) -> list[float]:
+def added(evaluation: JointEvaluation, rows: slice, count: int) -> list[float]:
     """What a UNet call adds to rows of zeros."""
     unet = Decoder()
-    with stage.coupled_to(unet):
-        stage.select(rows)
+    with evaluation.fused_into(unet, rows):
         return unet(torch.zeros(count, 1, 2, 2))[:, 0, 0, 0].tolist()
 
 
@@ -83,11 +86,8 @@ def base():
     return CountingBase(TWO_IMAGES)
 
 
-def advanced(
-    stage: JointStage, rows=TWO_IMAGES, sigma: float = 5.0, step: int = 0, progress: float = 0.0
-) -> JointStage:
-    stage.advance(Moment(sigma, step, progress), rows)
-    return stage
+def at(stage: JointStage, rows=TWO_IMAGES, sigma: float = 5.0, step: int = 0, progress: float = 0.0) -> JointEvaluation:
+    return stage.evaluate(Evaluation(sigma, step, progress), rows)
 
 
 @pytest.mark.parametrize(
@@ -95,21 +95,22 @@ def advanced(
     [(slice(0, 4), [6, 12, 18, 24]), (slice(0, 2), [6, 12]), (slice(2, 4), [18, 24]), (slice(1, 2), [12])],
 )
 def test_a_call_gets_the_residuals_of_its_rows(base, rows, expected):
-    assert added(advanced(stage_for(base)), rows, len(expected)) == expected
+    assert added(at(stage_for(base)), rows, len(expected)) == expected
 
 
 def test_a_call_that_is_not_part_of_the_evaluation_gets_none(base):
-    assert added(advanced(stage_for(base)), None, 4) == [0, 0, 0, 0]
+    at(stage_for(base))
+    assert Decoder()(torch.zeros(4, 1, 2, 2)).unique().tolist() == [0]
 
 
 def test_each_level_has_its_weight(base):
-    assert added(advanced(stage_for(base, (1.0, 0.0, 0.25))), slice(0, 1), 1) == [2.5]
+    assert added(at(stage_for(base, (1.0, 0.0, 0.25))), slice(0, 1), 1) == [2.5]
 
 
 def test_the_base_runs_once_an_evaluation_at_its_noise_level(base):
     stage = stage_for(base)
     for sigma in (9.0, 4.0, 6.0):
-        advanced(stage, sigma=sigma)
+        at(stage, sigma=sigma)
     assert base.levels == [9.0, 4.0, 6.0]
 
 
@@ -117,24 +118,24 @@ def test_the_base_runs_once_an_evaluation_at_its_noise_level(base):
     ("progress", "adds", "runs"), [(0.1, False, True), (0.2, True, True), (0.6, True, True), (0.7, False, False)]
 )
 def test_outside_its_window_the_adapter_adds_nothing_and_after_it_the_base_rests(base, progress, adds, runs):
-    stage = advanced(stage_for(base, course=Course(0.2, 0.6)), progress=progress)
+    stage = at(stage_for(base, window=GuidanceWindow(0.2, 0.6)), progress=progress)
     assert (added(stage, slice(0, 1), 1) != [0]) == adds
     assert bool(base.levels) == runs
 
 
 def test_conds_of_one_image_get_each_its_own():
     rows = batch_rows([2, 1])
-    stage = advanced(stage_for(CountingBase(rows)), rows)
+    stage = at(stage_for(CountingBase(rows)), rows)
     assert added(stage, slice(0, 5), 5) == [6, 12, 18, 24, 30]
 
 
 def test_a_base_with_fewer_conds_serves_them_all():
-    stage = advanced(stage_for(CountingBase(TWO_IMAGES)), batch_rows([3, 1]))
+    stage = at(stage_for(CountingBase(TWO_IMAGES)), batch_rows([3, 1]))
     assert added(stage, slice(0, 6), 6) == [6, 6, 6, 12, 18, 24]
 
 
 def test_a_base_with_more_conds_gives_their_mean():
-    stage = advanced(stage_for(CountingBase(batch_rows([2, 2]))), TWO_IMAGES)
+    stage = at(stage_for(CountingBase(batch_rows([2, 2]))), TWO_IMAGES)
     assert added(stage, slice(0, 4), 4) == [9, 21, 30, 36]
 
 
@@ -142,17 +143,33 @@ def test_skipped_unconds_are_simply_not_there():
     assert match_rows(batch_rows([1, 1], with_uncond=False), TWO_IMAGES) == ((0,), (1,))
 
 
-def test_nothing_is_kept_of_an_evaluation_after_the_stage(base):
-    stage = advanced(stage_for(base))
-    assert added(stage, slice(0, 1), 1) == [6]
-    assert added(stage, slice(0, 1), 1) == [0]
+def test_an_evaluation_gives_the_same_whatever_comes_after_it(base):
+    stage = stage_for(base)
+    first = at(stage, sigma=9.0)
+    at(stage, sigma=4.0, progress=0.5)
+    assert added(first, slice(0, 1), 1) == added(first, slice(0, 1), 1) == [6]
+
+
+def test_the_fusion_is_the_adapters_own(base):
+    """Guidance goes from the feature, here 0, towards the residual at each of the three levels."""
+    stage = stage_for(base, (0.5, 0.5, 0.5), mapping=Doubling("guidance"))
+    assert added(at(stage), slice(0, 1), 1) == [2 * (1 - 0.5**3)]
+
+
+def test_gradients_reach_the_mapping_layers_where_the_caller_wants_them():
+    layers = MappingLayers([[BlockLayout(1, 1)]] * 3)
+    stage = stage_for(CountingBase(TWO_IMAGES), mapping=EagerMapping(layers))
+    unet = Decoder()
+    with at(stage).fused_into(unet, slice(0, 4)):
+        unet(torch.zeros(4, 1, 2, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layers.parameters())
 
 
 def test_two_evaluations_at_one_noise_level_are_one_of_the_base(base):
     """Heun's method ends a step where the next begins."""
     stage = stage_for(base)
     for sigma in (9.0, 4.0, 4.0, 2.0):
-        assert added(advanced(stage, sigma=sigma), slice(0, 1), 1) == [6]
+        assert added(at(stage, sigma=sigma), slice(0, 1), 1) == [6]
     assert base.levels == [9.0, 4.0, 2.0]
 
 
@@ -160,33 +177,22 @@ class TestRefreshing:
     """With `refresh_every`, what the base gave at one step serves the next ones."""
 
     def test_the_base_runs_at_every_nth_step(self, base):
-        stage = stage_for(base, course=Course(refresh_every=3))
-        unet = Decoder()
-        with stage.coupled_to(unet):
-            for step, sigma in enumerate((9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0)):
-                advanced(stage, sigma=sigma, step=step)
-                stage.select(slice(0, 4))
-                assert unet(torch.zeros(4, 1, 2, 2))[:, 0, 0, 0].tolist() == [6, 12, 18, 24]
+        stage = stage_for(base, window=GuidanceWindow(refresh_every=3))
+        for step, sigma in enumerate((9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0)):
+            assert added(at(stage, sigma=sigma, step=step), slice(0, 4), 4) == [6, 12, 18, 24]
         assert base.levels == [9.0, 6.0, 3.0]
 
     def test_held_features_find_their_rows_among_others(self, base):
-        stage = stage_for(base, course=Course(refresh_every=2))
-        unet = Decoder()
-        with stage.coupled_to(unet):
-            advanced(stage)
-            advanced(stage, rows=batch_rows([3, 1]), step=1)
-            stage.select(slice(0, 6))
-            assert unet(torch.zeros(6, 1, 2, 2))[:, 0, 0, 0].tolist() == [6, 6, 6, 12, 18, 24]
+        stage = stage_for(base, window=GuidanceWindow(refresh_every=2))
+        at(stage)
+        held = at(stage, rows=batch_rows([3, 1]), step=1)
+        assert added(held, slice(0, 6), 6) == [6, 6, 6, 12, 18, 24]
         assert len(base.levels) == 1
 
     def test_features_found_before_the_adapter_starts_serve_when_it_does(self, base):
-        stage = stage_for(base, course=Course(start=0.4, refresh_every=4))
-        unet = Decoder()
-        with stage.coupled_to(unet):
-            for step, expected in enumerate((0, 0, 6, 6)):
-                advanced(stage, step=step, progress=step / 4)
-                stage.select(slice(0, 1))
-                assert unet(torch.zeros(1, 1, 2, 2)).unique().tolist() == [expected]
+        stage = stage_for(base, window=GuidanceWindow(start=0.4, refresh_every=4))
+        for step, expected in enumerate((0, 0, 6, 6)):
+            assert added(at(stage, step=step, progress=step / 4), slice(0, 1), 1) == [expected]
         assert len(base.levels) == 1
 
 
@@ -199,23 +205,23 @@ class TestCondOnly:
     )
     def test_rows_of_the_negative_prompt_follow_those_of_the_prompt(self, base, rows, expected):
         mapping = Doubling()
-        stage = advanced(stage_for(base, mapping=mapping, cond_only=True))
+        stage = at(stage_for(base, mapping=mapping, cond_only=True))
         assert added(stage, rows, len(expected)) == expected
         assert mapping.mapped_rows == [2, 2, 2]
 
     def test_wherever_they_stand(self, base):
         uncond_first = (*TWO_IMAGES[2:], *TWO_IMAGES[:2])
-        stage = advanced(stage_for(base, cond_only=True), rows=uncond_first)
+        stage = at(stage_for(base, cond_only=True), rows=uncond_first)
         assert added(stage, slice(0, 4), 4) == [6, 12, 6, 12]
 
     def test_several_conds_lead_the_uncond_by_their_mean(self):
         rows = batch_rows([2])
-        stage = advanced(stage_for(CountingBase(rows), cond_only=True), rows)
+        stage = at(stage_for(CountingBase(rows), cond_only=True), rows)
         assert added(stage, slice(0, 3), 3) == [6, 12, 9]
 
 
 @dataclass
-class Aside:
+class SideStream:
     """An overlap that writes down what is asked of it, in order."""
 
     log: list[str] = field(default_factory=list)
@@ -224,17 +230,17 @@ class Aside:
         self.log.append("begin")
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def on_side_stream(self) -> Iterator[None]:
         self.log.append("aside")
         yield
         self.log.append("back")
 
     def finished(self) -> int:
         self.log.append("finished")
-        return len(self.log)
+        return self.log.count("finished")
 
-    def wait_for(self, mark: int, tensor: torch.Tensor) -> None:
-        self.log.append(f"wait for {mark}")
+    def wait_for(self, event: int, tensor: torch.Tensor) -> None:
+        self.log.append(f"wait for {event}")
 
     def end(self) -> None:
         self.log.append("end")
@@ -244,25 +250,30 @@ class TestOverlap:
     """The base's work is put aside when the first residual is asked for, and waited for level by level."""
 
     def test_the_base_waits_for_the_middle_block(self, base):
-        overlap = Aside()
+        overlap = SideStream()
 
-        def aside_base(latent: Tensor, sigma: float) -> BaseStep:
+        def noted_base(latent: Tensor, evaluation: Evaluation) -> BaseStep:
             overlap.log.append("base")
-            return base(latent, sigma)
+            return base(latent, evaluation)
 
-        stage = advanced(stage_for(aside_base, overlap=overlap))
+        evaluation = at(stage_for(noted_base, overlap=overlap))
         assert overlap.log == ["begin"]
-        assert added(stage, slice(0, 4), 4) == [6, 12, 18, 24]
-        work = ["aside", "base", "finished", "finished", "finished", "back"]
-        waits = [part for mark in (4, 5, 6) for part in (f"wait for {mark}", "aside", "back")]
-        assert overlap.log == ["begin", *work, *waits[:-2], "end"]
+        assert added(evaluation, slice(0, 4), 4) == [6, 12, 18, 24]
+        assert [entry for entry in overlap.log if entry not in ("aside", "back")] == [
+            "begin",
+            "base",
+            *["finished"] * 3,
+            *(f"wait for {event}" for event in range(1, 4)),
+        ]
+        inside = "".join(
+            {"aside": "(", "back": ")", "base": "b", "finished": "f"}.get(entry, "") for entry in overlap.log
+        )
+        assert inside == "(b)(fff)"
 
-    def test_slices_of_one_evaluation_are_served_by_one_run_of_the_base(self, base):
-        stage, unet = advanced(stage_for(base, overlap=Aside())), Decoder()
-        with stage.coupled_to(unet):
-            for rows, expected in ((slice(0, 2), [6, 12]), (slice(2, 4), [18, 24])):
-                stage.select(rows)
-                assert unet(torch.zeros(2, 1, 2, 2))[:, 0, 0, 0].tolist() == expected
+    def test_slices_of_one_evaluation_share_one_run_of_the_base(self, base):
+        evaluation = at(stage_for(base, overlap=SideStream()))
+        for rows, expected in ((slice(0, 2), [6, 12]), (slice(2, 4), [18, 24])):
+            assert added(evaluation, rows, 2) == expected
         assert len(base.levels) == 1
 
 
@@ -287,12 +298,12 @@ class TestNoWaiting:
     @pytest.mark.parametrize("cond_only", [False, True])
     def test_not_for_a_number_and_not_for_an_index(self, base, rows, cond_only):
         stage, unet = stage_for(base, cond_only=cond_only), Decoder()
-        with stage.coupled_to(unet), NothingReadBack():
+        with NothingReadBack():
             for step, sigma in enumerate((9.0, 4.0, 6.0)):
-                advanced(stage, rows=rows, sigma=sigma, step=step)
+                evaluation = at(stage, rows=rows, sigma=sigma, step=step)
                 for part in (slice(0, len(rows)), slice(1, 3)):
-                    stage.select(part)
-                    unet(torch.zeros(len(rows[part]), 1, 2, 2))
+                    with evaluation.fused_into(unet, part):
+                        unet(torch.zeros(len(rows[part]), 1, 2, 2))
 
     @pytest.mark.parametrize(
         "wait",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lib_xadapter.errors import XAdapterError
+from lib_xadapter.evaluations import Evaluation, GuidanceWindow
 from lib_xadapter.feature_sources import BaseStep, Lockstep
-from lib_xadapter.joint_stage import Course, Moment
-from lib_xadapter.recording import Playback, Recording, Shelf, record
+from lib_xadapter.recording import Playback, Recording, RecordingCache, record
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import BaseFeatures
 from lib_xadapter.trajectory import Trajectory
@@ -19,7 +19,12 @@ LEVELS = (9.0, 4.0, 4.0, 6.0, 2.0)
 """With an evaluation at a known level, and a rise."""
 
 
-def base(latent: torch.Tensor, sigma: float) -> BaseStep:
+def at(sigma: float) -> Evaluation:
+    return Evaluation(sigma, 0, 0.0)
+
+
+def base(latent: torch.Tensor, evaluation: Evaluation) -> BaseStep:
+    sigma = evaluation.sigma
     feature = torch.stack([latent, latent * sigma])[:, 0]
     rows = batch_rows([1])
     return BaseStep(BaseFeatures((feature,) * 3, torch.full((2, 1), sigma)), rows, latent.tanh() / sigma)
@@ -31,13 +36,13 @@ def lockstep() -> Lockstep:
 
 @pytest.fixture
 def recording() -> Recording:
-    return record(lockstep(), LEVELS)
+    return record(lockstep(), map(at, LEVELS))
 
 
 def test_a_recording_gives_what_the_base_gives_beside_the_upgraded_model(recording):
     beside, played = lockstep(), Playback(recording, "cpu")
     for sigma in LEVELS:
-        ours, theirs = played.at(sigma), beside.at(sigma)
+        ours, theirs = played.at(at(sigma)), beside.at(at(sigma))
         assert ours.rows == theirs.rows
         for mine, other in zip(ours.features.levels, theirs.features.levels, strict=True):
             assert torch.equal(mine, other)
@@ -51,7 +56,7 @@ def test_it_holds_each_level_once(recording):
 
 def test_each_evaluation_is_announced():
     announced = []
-    record(lockstep(), LEVELS, lambda: announced.append(1))
+    record(lockstep(), map(at, LEVELS), lambda: announced.append(1))
     assert len(announced) == 4
 
 
@@ -60,13 +65,14 @@ def test_a_level_that_is_not_there_is_told(recording, asked, sentence):
     played = Playback(recording, "cpu")
     with pytest.raises(XAdapterError, match=sentence):
         for sigma in asked:
-            played.at(sigma)
+            played.at(at(sigma))
 
 
-def test_levels_are_those_at_which_the_base_runs():
-    moments = [Moment(10.0 - place, place // 2, place / 12) for place in range(12)]
-    assert Course().base_levels(moments) == [moment.sigma for moment in moments]
-    assert Course(end=0.5, refresh_every=2).base_levels(moments) == [10.0, 9.0, 6.0, 5.0]
+def test_the_base_runs_at_every_nth_step_up_to_the_end_of_the_window():
+    every = [Evaluation(10.0 - place, place // 2, place / 12) for place in range(12)]
+    assert GuidanceWindow().base_evaluations(every) == every
+    found = GuidanceWindow(end=0.5, refresh_every=2).base_evaluations(every)
+    assert [evaluation.sigma for evaluation in found] == [10.0, 9.0, 6.0, 5.0]
 
 
 @dataclass(frozen=True)
@@ -74,34 +80,34 @@ class Thing:
     size: int
 
 
-class TestShelf:
+class TestRecordingCache:
     def test_the_longest_unused_goes_first(self):
-        shelf: Shelf[Thing] = Shelf(lambda: 30)
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
         for name in "abc":
-            shelf.put(name, Thing(10))
-        shelf.find("a")
-        shelf.put("d", Thing(10))
-        assert [name for name in "abcd" if shelf.find(name)] == ["a", "c", "d"]
-        assert shelf.size == 30
+            cache.put(name, Thing(10))
+        cache.find("a")
+        cache.put("d", Thing(10))
+        assert [name for name in "abcd" if cache.find(name)] == ["a", "c", "d"]
+        assert cache.size == 30
 
     def test_what_is_too_large_is_not_kept_and_drives_nothing_away(self):
-        shelf: Shelf[Thing] = Shelf(lambda: 30)
-        shelf.put("small", Thing(20))
-        shelf.put("large", Thing(31))
-        assert shelf.find("large") is None
-        assert shelf.find("small") == Thing(20)
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache.put("small", Thing(20))
+        cache.put("large", Thing(31))
+        assert cache.find("large") is None
+        assert cache.find("small") == Thing(20)
 
     def test_the_same_key_takes_the_place_of_the_earlier(self):
-        shelf: Shelf[Thing] = Shelf(lambda: 30)
-        shelf.put("a", Thing(20))
-        shelf.put("a", Thing(25))
-        assert shelf.size == 25
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache.put("a", Thing(20))
+        cache.put("a", Thing(25))
+        assert cache.size == 25
 
     def test_a_smaller_limit_holds_from_the_next_time_on(self):
         limit = [30]
-        shelf: Shelf[Thing] = Shelf(lambda: limit[0])
-        shelf.put("a", Thing(20))
+        cache: RecordingCache[Thing] = RecordingCache(lambda: limit[0])
+        cache.put("a", Thing(20))
         limit[0] = 15
-        shelf.put("b", Thing(10))
-        assert shelf.find("a") is None
-        assert shelf.size == 10
+        cache.put("b", Thing(10))
+        assert cache.find("a") is None
+        assert cache.size == 10

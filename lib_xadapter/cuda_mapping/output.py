@@ -39,14 +39,15 @@ def can_add(feature: Tensor, hidden: Tensor) -> bool:
 
 def add_residual(output: Tensor, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
     """feature + weight · (W · hidden + b), written into the feature; arguments as for `residual`."""
-    columns = pixels_with_ones(hidden)
+    columns, bias = pixels_with_ones(hidden), None
     if columns is None:
         channels = hidden.shape[1]
-        feature.add_(output[:, channels, None, None], alpha=weight)
+        bias = output[:, channels, None, None]
         output, columns = output[:, :channels], pixels(hidden)
     if feature.is_contiguous():
         rows = output.expand(len(feature), *output.shape)
         feature.flatten(2).baddbmm_(rows, columns.transpose(1, 2), alpha=weight)
     else:
         pixels(feature).flatten(0, 1).addmm_(columns.flatten(0, 1), output.T, alpha=weight)
-    return feature
+    # the product first: where it fails, nothing has been written
+    return feature if bias is None else feature.add_(bias, alpha=weight)

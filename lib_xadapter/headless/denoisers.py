@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..evaluations import Evaluation
 from ..feature_sources import BaseStep
 from ..rows import Row, batch_rows
 from ..taps import FeatureReader
@@ -140,7 +141,8 @@ class LockstepBase:
         self._prediction_type = prediction_type
         self._reader = reader
 
-    def __call__(self, latent: Tensor, sigma: float) -> BaseStep:
+    def __call__(self, latent: Tensor, evaluation: Evaluation) -> BaseStep:
+        sigma = evaluation.sigma
         scaled = latent / math.sqrt(1 + sigma**2)
         self._reader.clear()
         output = self._model.predict(scaled, self._schedule.timestep_at(sigma))

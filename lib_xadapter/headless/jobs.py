@@ -11,13 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..recording import Recording
+from ..recording import RecordingCache
 from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
 from .pictures import to_tensor
-from .pipeline import WEBUI_RULES, Noise, Progress, Request, Rules, TwoStages, no_progress
+from .pipeline import WEBUI_RULES, Noise, Progress, Recordings, Request, Rules, TwoStages, no_progress
 from .prompts import base_prompts, upgraded_prompts
 
 LATENT_PIXEL = 8
@@ -26,6 +26,8 @@ MOST_STEPS = 150
 LARGEST_CFG = 30.0
 LARGEST_BATCH = 64
 LARGEST_SEED = 2**32 - 1
+LARGEST_RECORDING = 8 * 2**30
+"""Bytes of recordings that are kept while a sweep goes on."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,12 @@ def make_pictures(
         first = request_of(models, job, job.settings, scales)
         finished = None if job.settings.single_stage else stages.base_latents(first)
         base_images = [None] * job.batch if finished is None else stages.base_pictures(finished)
-        recorded: dict[float, Recording] = {}
+        recordings: Recordings = RecordingCache(lambda: LARGEST_RECORDING)
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             # noise generators move on, so that every picture gets a request of its own
             request = dataclasses.replace(first, settings=settings, noises=_noises(job))
-            if switch_point not in recorded and stages.records(request):
-                recorded = {switch_point: stages.record(request, finished)}
-            latents = stages.upgraded_latents(request, finished, job.size, recorded.get(switch_point))
+            latents = stages.upgraded_latents(request, finished, job.size, recordings)
             for image, base_image, seed in zip(stages.upgraded_pictures(latents), base_images, job.seeds, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
 

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..feature_sources import FeatureSource, Lockstep
-from ..joint_stage import Course, JointStage, Moment
+from ..evaluations import Evaluation, GuidanceWindow
+from ..feature_sources import BaseDenoiser
+from ..joint_stage import JointStage
 from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
 from ..overlap import SideStream
-from ..recording import Playback, Recording, record
-from ..settings import BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
+from ..recording import RecordingCache
+from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
-from ..trajectory import Trajectory
+from ..two_stage import Coupling, Pass, RecordedBase, StageOne, run
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
 from .models import Models, noise_schedule_of
 from .pictures import to_latents, to_pictures
 from .samplers import StepRule, Steps, released_steps, sampler_named, webui_steps
+
+logger = logging.getLogger(__name__)
 
 SOLVER_ORDER = 2
 
@@ -130,6 +134,8 @@ class Request:
         return self.settings.base_cfg_scale or self.cfg_scale
 
 
+Recordings = RecordingCache[RecordedBase]
+
 Progress = Callable[[str, int, int], None]
 """(what is under way, steps done, steps in all) → None; called before each step and after the last."""
 
@@ -149,40 +155,44 @@ class TwoStages:
 
     def __init__(self, models: Models, rules: Rules = WEBUI_RULES, progress: Progress = no_progress) -> None:
         models.check()
-        self._models = models
-        self._placement = models.placement
+        self.models = models
+        self.placement = models.placement
         self._rules = rules
-        self._progress = progress
+        self.progress = progress
 
     @property
     def _device(self) -> str:
-        return self._placement.device
+        return self.placement.device
 
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
         strength = None if request.start is None else START_STRENGTH
-        steps = self._steps(request, self._models.base, request.base_steps, strength)
+        steps = self._steps(request, self.models.base, request.base_steps, strength)
         start = self._base_start(request, steps)
-        model = self._base(request)
-        with self._placement.holding(self._models.base.unet, *self._models.controlnets):
-            return self._walk("base", steps, start, model.predict)
+        model = self.guided_base(request)
+        with self.placement.holding(self.models.base.unet, *self.models.controlnets):
+            return self.walk("base", steps, start, model.predict)
 
     def _base_start(self, request: Request, steps: Steps) -> Tensor:
         """Noise, or the picture to start from with noise over it."""
-        noise = self._stacked([noise.base for noise in request.noises])
+        noise = self.stacked([noise.base for noise in request.noises])
         if request.start is None:
             return steps.from_noise(noise)
-        vae, generators = self._models.base.vae, [noise.base_encoding for noise in request.noises]
-        with self._placement.holding(vae):
+        vae, generators = self.models.base.vae, [noise.base_encoding for noise in request.noises]
+        with self.placement.holding(vae):
             clean = to_latents(vae, [request.start] * len(generators), generators)
         return steps.noised(clean, noise)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
-        return self._decoded(self._models.base, latents)
+        return self._decoded(self.models.base, latents)
 
     def upgraded_latents(
-        self, request: Request, finished: Tensor | None, size: tuple[int, int], recording: Recording | None = None
+        self,
+        request: Request,
+        finished: Tensor | None,
+        size: tuple[int, int],
+        recordings: Recordings | None = None,
     ) -> Tensor:
         """The switch and stage 2: the upgraded model's finished latents.
 
@@ -190,32 +200,33 @@ class TwoStages:
             request: as for stage 1.
             finished: the base's finished latents, None for a single stage from noise.
             size: of the pictures, (width, height) in pixels.
-            recording: of the joint stage, where the base has run already.
+            recordings: those of the same base side, by switch point.
         """
         steps = self.joint_steps_of(request)
-        noise = self._stacked([noise.upgraded for noise in request.noises])
+        noise = self.stacked([noise.upgraded for noise in request.noises])
         if finished is None:
             start = steps.from_noise(noise)
         else:
             start = steps.noised(self.carried_over(finished, request.noises, size), noise)
-        return self.joint_stage(request, finished, start, steps, recording=recording)
+        return self.joint_stage(request, finished, start, steps, recordings=recordings)
 
     def upgraded_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The upgraded model's pictures, in 8 bits."""
-        return self._decoded(self._models.upgraded, latents)
+        return self._decoded(self.models.upgraded, latents)
 
     def joint_steps_of(self, request: Request) -> Steps:
         """The steps of the joint stage."""
         strength = None if request.settings.single_stage else request.settings.switch_point
-        return self._steps(request, self._models.upgraded, request.steps, strength)
+        return self._steps(request, self.models.upgraded, request.steps, strength)
 
     def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
         resized = [picture.resize(size, self._rules.resample) for picture in self.base_pictures(finished)]
-        vae = self._models.upgraded.vae
-        with self._placement.holding(vae):
+        vae = self.models.upgraded.vae
+        with self.placement.holding(vae):
             return to_latents(vae, resized, [noise.encoding for noise in noises])
 
+    @torch.no_grad()
     def joint_stage(
         self,
         request: Request,
@@ -223,7 +234,7 @@ class TwoStages:
         latents: Tensor,
         steps: Steps,
         each_step: Callable[[Tensor], None] | None = None,
-        recording: Recording | None = None,
+        recordings: Recordings | None = None,
     ) -> Tensor:
         """Stage 2 from noised latents of the upgraded model.
 
@@ -233,92 +244,52 @@ class TwoStages:
             latents: at the noise level of the first step.
             steps: the joint ones.
             each_step: is given the upgraded latents after every step.
-            recording: of these steps, where the base has run already.
+            recordings: those of the same base side, by switch point.
         """
-        models = self._models
-        upgraded = GuidedUnet(models.upgraded.unet, request.upgraded_prompts, request.cfg_scale)
-        if not self._couples(request):
-            with self._placement.holding(models.upgraded.unet):
-                return self._walk("SDXL", steps, latents, upgraded.predict, each_step)
         with ExitStack() as scope:
-            if recording is None and self.records(request):
-                recording = self.record(request, finished)
-            if recording is None:
-                source = scope.enter_context(self._lockstep(request, finished))
-            else:
-                source = Playback(recording, self._device)
-            scope.enter_context(self._placement.holding(models.adapter, models.upgraded.unet))
-            if self._placement.low_memory:
+            # the mapping layers' path looks at where they are
+            scope.enter_context(self.placement.holding(self.models.adapter))
+            plan = self._plan(request, steps)
+            if plan.coupling is not None and self.placement.low_memory:
                 scope.callback(self._mapping.release)
-            stage = self._stage(request, source)
-            scope.enter_context(stage.coupled_to(models.upgraded.unet))
-            moments = iter(self._moments(steps))
+            host = DiffusersHost(self, request, finished, latents, steps, each_step)
+            return run(host, plan, recordings if recordings is not None else RecordingCache(lambda: 0))
 
-            def predict(latent: Tensor, timestep: Tensor) -> Tensor:
-                stage.advance(next(moments), upgraded.rows)
-                stage.select(slice(0, len(upgraded.rows)))
-                return upgraded.predict(latent, timestep)
-
-            name = "base and SDXL" if recording is None else "SDXL"
-            return self._walk(name, steps, latents, predict, each_step)
-
-    def records(self, request: Request) -> bool:
-        """Whether the base runs before the upgraded model and not beside it."""
-        return self._couples(request) and request.settings.memory == RECORDED
-
-    def record(self, request: Request, finished: Tensor | None) -> Recording:
-        """The base's features for the joint stage; they do not depend on the upgraded model, its prompts or weights."""
-        levels = Course.asked_for(request.settings).base_levels(self._moments(self.joint_steps_of(request)))
-        done = itertools.count()
-        with self._lockstep(request, finished) as source:
-            recording = record(source, levels, lambda: self._progress("recording", next(done), len(levels)))
-        self._progress("recording", len(levels), len(levels))
-        return recording
+    def _plan(self, request: Request, steps: Steps) -> Pass:
+        settings = request.settings
+        coupling = None
+        if self.models.adapter is not None and any(settings.weights):
+            window = GuidanceWindow.from_settings(settings)
+            coupling = Coupling(self._mapping, settings.weights, window, settings.cond_only)
+        return Pass(
+            coupling,
+            tuple(self.evaluations(steps)),
+            recorded=coupling is not None and settings.memory == RECORDED,
+            may_record=settings.memory == AUTO,
+            key=settings.switch_point,
+            solver_order=sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER,
+        )
 
     @functools.cached_property
     def _mapping(self) -> MappingPath:
         """How the mapping layers run; asked for once they are on their device."""
-        return choose_mapping_path(self._models.adapter, self._placement.mapping, self._placement.fp8)
+        return choose_mapping_path(self.models.adapter, self.placement.mapping, self.placement.fp8)
 
     @functools.cached_property
-    def _side_stream(self) -> SideStream | None:
+    def side_stream(self) -> SideStream | None:
         """Where the base runs beside the upgraded model, on a GPU."""
         device = torch.device(self._device)
         return SideStream(device) if device.type == "cuda" else None
 
-    def _couples(self, request: Request) -> bool:
-        return self._models.adapter is not None and any(request.settings.weights)
-
-    def _stage(self, request: Request, source: FeatureSource) -> JointStage:
-        settings = request.settings
-        return JointStage(
-            source,
-            self._mapping,
-            settings.weights,
-            Course.asked_for(settings),
-            settings.cond_only,
-            self._side_stream if isinstance(source, Lockstep) else None,
-        )
-
-    @contextmanager
-    def _lockstep(self, request: Request, finished: Tensor | None) -> Iterator[Lockstep]:
-        """The base at the start of the joint stage, on its device while this is open."""
-        base, noises = self._models.base, request.noises
-        order = sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER
-        again = self._stacked([noise.base_again for noise in noises])
-        with self._placement.holding(base.unet, *self._models.controlnets), read_features(base.unet) as reader:
-            denoiser = LockstepBase(self._base(request), noise_schedule_of(base), _prediction_type(base), reader)
-            yield Lockstep(denoiser, Trajectory(again, finished, order))
-
-    def _moments(self, steps: Steps) -> list[Moment]:
+    def evaluations(self, steps: Steps) -> list[Evaluation]:
         """The model evaluations of the joint stage."""
-        schedule, count = noise_schedule_of(self._models.upgraded), len(steps.timesteps)
+        schedule, count = noise_schedule_of(self.models.upgraded), len(steps.timesteps)
         return [
-            Moment(schedule.sigma_at(timestep), place // steps.scheduler.order, place / count)
+            Evaluation(schedule.sigma_at(timestep), place // steps.scheduler.order, place / count)
             for place, timestep in enumerate(steps.timesteps.tolist())
         ]
 
-    def _walk(
+    def walk(
         self,
         stage: str,
         steps: Steps,
@@ -327,32 +298,128 @@ class TwoStages:
         each_step: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         for done, timestep in enumerate(steps.timesteps):
-            self._progress(stage, done, len(steps.timesteps))
+            self.progress(stage, done, len(steps.timesteps))
             output = predict(steps.scaled(latent, timestep), timestep)
             latent = steps.step(output, timestep, latent)
             if each_step is not None:
                 each_step(latent)
-        self._progress(stage, len(steps.timesteps), len(steps.timesteps))
+        self.progress(stage, len(steps.timesteps), len(steps.timesteps))
         return latent
 
     def _steps(self, request: Request, pipeline: object, steps: int, strength: float | None = None) -> Steps:
         taken = self._rules.steps(
             sampler_named(request.sampler), pipeline.scheduler.config, steps, strength, self._device
         )
-        upgraded = pipeline is self._models.upgraded
+        upgraded = pipeline is self.models.upgraded
         noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
         return replace(taken, noises=noises)
 
-    def _base(self, request: Request) -> GuidedUnet:
-        return GuidedUnet(self._models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
+    def guided_base(self, request: Request) -> GuidedUnet:
+        return GuidedUnet(self.models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
 
-    def _stacked(self, noises: Sequence[Tensor]) -> Tensor:
+    def stacked(self, noises: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(noises)).to(self._device)
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
-        with self._placement.holding(pipeline.vae):
+        with self.placement.holding(pipeline.vae):
             return to_pictures(pipeline.vae, latents, self._rules.to_whole)
 
 
 def _prediction_type(pipeline: object) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+
+class DiffusersHost:
+    """The joint stage's view of a set of pipelines, for one pass; see `two_stage.Host`.
+
+    Args:
+        stages: the models and rules.
+        request: prompts, guidance and settings.
+        finished: the base's finished latents, None in a single stage.
+        start: the upgraded latents at the noise level of the first step.
+        steps: the joint ones.
+        each_step: is given the upgraded latents after every step.
+    """
+
+    interrupted = False
+
+    def __init__(
+        self,
+        stages: TwoStages,
+        request: Request,
+        finished: Tensor | None,
+        start: Tensor,
+        steps: Steps,
+        each_step: Callable[[Tensor], None] | None,
+    ) -> None:
+        self._stages = stages
+        self._request = request
+        self._finished = finished
+        self._start = start
+        self._steps = steps
+        self._each_step = each_step
+
+    @property
+    def device(self) -> str:
+        return self._stages.placement.device
+
+    @property
+    def overlap(self) -> SideStream | None:
+        return self._stages.side_stream
+
+    def base_plugins(self) -> AbstractContextManager[None]:
+        models = self._stages.models
+        return self._stages.placement.holding(models.base.unet, *models.controlnets)
+
+    def sample_base(self) -> StageOne:
+        """It has sampled already: its picture is shared by all switch points and weights of a job."""
+        return StageOne(self._finished)
+
+    def base_noise(self) -> Tensor:
+        return self._stages.stacked([noise.base_again for noise in self._request.noises])
+
+    @contextmanager
+    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+        base = self._stages.models.base
+        guided = self._stages.guided_base(self._request)
+        with read_features(base.unet) as reader:
+            yield LockstepBase(guided, noise_schedule_of(base), _prediction_type(base), reader)
+
+    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
+        stages, unet = self._stages, self._stages.models.upgraded.unet
+        upgraded = GuidedUnet(unet, self._request.upgraded_prompts, self._request.cfg_scale)
+        evaluations = iter(stages.evaluations(self._steps))
+
+        def predict(latent: Tensor, timestep: Tensor) -> Tensor:
+            if joint is None:
+                return upgraded.predict(latent, timestep)
+            evaluation = joint.evaluate(next(evaluations), upgraded.rows)
+            with evaluation.fused_into(unet, slice(0, len(upgraded.rows))):
+                return upgraded.predict(latent, timestep)
+
+        with stages.placement.holding(unet):
+            return stages.walk("SDXL", self._steps, self._start, predict, self._each_step)
+
+    def samples_of_base(self, stage_one: StageOne) -> Tensor:
+        raise NotImplementedError("a run without a WebUI is interrupted by KeyboardInterrupt")
+
+    def base_to_device(self) -> None:
+        """`base_plugins` brings it there."""
+
+    def upgraded_to_device(self) -> None:
+        """`sample_upgraded` brings it there."""
+
+    @contextmanager
+    def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
+        done = itertools.count()
+        yield lambda: self._stages.progress("recording", next(done), evaluations)
+        self._stages.progress("recording", evaluations, evaluations)
+
+    def remarks(self) -> None:
+        """Nothing."""
+
+    def recording_found(self, base: RecordedBase) -> None:
+        """Nothing is shown of it."""
+
+    def notify(self, sentence: str) -> None:
+        logger.warning("%s", sentence)

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..mapping import NUMBER_OF_LEVELS, BlockLayout, MappingLayers
+from ..mapping import MappingLayers, layout_for
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
     CONTROLNET_PREFIX,
@@ -221,22 +221,7 @@ def _controlnet() -> dict[str, Tensor]:
 
 
 def _adapter() -> dict[str, Tensor]:
-    """The released structure: three blocks a level, the finest level upsampling."""
-    given = (BASE_CHANNELS[3], BASE_CHANNELS[1], BASE_CHANNELS[0])
-    taken = (UPGRADED_CHANNELS[2], UPGRADED_CHANNELS[2], UPGRADED_CHANNELS[1])
-    levels = [
-        [
-            BlockLayout(
-                inner if place == 0 else outer,
-                outer,
-                upsamples=place == 0 and level == NUMBER_OF_LEVELS - 1,
-                changes_channels=place == 0 and inner != outer,
-            )
-            for place in range(3)
-        ]
-        for level, (inner, outer) in enumerate(zip(given, taken, strict=True))
-    ]
-    return seeded(MappingLayers(levels), "adapter", gain=1.2).state_dict()
+    return seeded(MappingLayers(layout_for(base_unet(), upgraded_unet())), "adapter", gain=1.2).state_dict()
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -9,16 +9,16 @@ import gradio as gr
 from modules import script_callbacks, scripts
 from modules.processing import Processed, StableDiffusionProcessing
 
-from . import panel
-from .network_cards import exchange_page
 from .options import add_options
-from .rest import add_routes
+from .page import panel
+from .page.network_cards import exchange_page
+from .page.rest import add_routes
 
 if TYPE_CHECKING:
-    from .generation import Generation
-    from .models import Models
+    from .base.models import Models
+    from .job.job import Job
 
-ATTRIBUTE = "xadapter_generation"
+ATTRIBUTE = "xadapter_job"
 """Where a processing object keeps X-Adapter's part in its job."""
 
 
@@ -30,6 +30,7 @@ class XAdapter(scripts.Script):
 
     def __init__(self) -> None:
         self._models: Models | None = None
+        self._job: Job | None = None
         # by then every extension has registered its pages, in whichever order the WebUI asks them
         self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
 
@@ -53,31 +54,43 @@ class XAdapter(scripts.Script):
         if enabled is None or enabled is False or upscaling:
             return
         # whoever leaves X-Adapter unticked does not wait for what it is made of
-        from .generation import Generation
-        from .models import Models
+        from .base.models import Models
+        from .job.job import Job
 
         self._models = self._models or Models()
-        generation = Generation(p, self._models, lambda: panel.read_controls(values))
-        earlier: Generation | None = getattr(p, ATTRIBUTE, None)
-        if earlier is not None and earlier.is_attached:
-            earlier.end()
-        setattr(p, ATTRIBUTE, generation)
-        generation.attach()
+        # a job of a script that never closed its processing object
+        self._end_earlier_job()
+        self._job = Job(p, self._models, lambda: panel.read_controls(values))
+        setattr(p, ATTRIBUTE, self._job)
+
+    def _end_earlier_job(self) -> None:
+        if self._job is not None:
+            self._job.end()
+
+    def process_batch(self, p: StableDiffusionProcessing, *values: Any, **batch: Any) -> None:
+        if job := _job_of(p):
+            job.after_activation()
+
+    def process_before_every_sampling(self, p: StableDiffusionProcessing, *values: Any, **tensors: Any) -> None:
+        if job := _job_of(p):
+            job.before_sampling()
 
     def postprocess(self, p: StableDiffusionProcessing, processed: Processed, *values: Any) -> None:
-        generation: Generation | None = getattr(p, ATTRIBUTE, None)
-        if generation is None:
+        job = _job_of(p)
+        if job is None:
             return
-        if generation.is_attached:
-            # interrupted between two batches
-            generation.end()
-        shown = generation.base_pictures if generation.settings.return_base_image else []
+        job.end()
+        shown = job.base_pictures if job.settings.return_base_image else []
         for place, picture in enumerate(shown):
             infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]
             picture.info["parameters"] = infotext
             processed.images.append(picture)
             processed.infotexts.append(infotext)
-        processed.images += generation.detected_maps
+        processed.images += job.detected_maps
+
+
+def _job_of(p: StableDiffusionProcessing) -> Job | None:
+    return getattr(p, ATTRIBUTE, None)
 
 
 def register() -> None:

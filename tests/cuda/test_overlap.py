@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, Lockstep
-from lib_xadapter.joint_stage import JointStage, Moment
+from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.overlap import Overlap, SideStream
 from lib_xadapter.recording import Playback, record
@@ -27,7 +28,7 @@ pytestmark = [
 
 ROWS = batch_rows([1])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LEVELS = (9.0, 5.0, 2.0, 1.0)
+EVALUATIONS = [Evaluation(sigma, step, step / 4) for step, sigma in enumerate((9.0, 5.0, 2.0, 1.0))]
 INPUTS = JointInputs("square")
 
 
@@ -43,21 +44,21 @@ class SmallModels:
     def lockstep(self) -> Iterator[Lockstep]:
         with read_features(self.base) as reader:
 
-            def evaluate(latent: Tensor, sigma: float) -> BaseStep:
+            def evaluate(latent: Tensor, evaluation: Evaluation) -> BaseStep:
                 noise = call_base(self.base, latent.expand(2, -1, -1, -1)).mean(0, keepdim=True)
-                return BaseStep(reader.take(), ROWS, latent - sigma * noise)
+                return BaseStep(reader.take(), ROWS, latent - evaluation.sigma * noise)
 
             yield Lockstep(evaluate, Trajectory(INPUTS.base[:1].to(DEVICE)))
 
     def sampled(self, source: object, overlap: Overlap | None = None) -> list[Tensor]:
         stage = JointStage(source, self.mapping, (1.0, 1.0, 1.0), overlap=overlap)
         outputs, latent = [], self.start
-        with stage.coupled_to(self.upgraded):
-            for step, sigma in enumerate(LEVELS):
-                stage.advance(Moment(sigma, step, step / len(LEVELS)), ROWS)
-                stage.select(slice(0, 2))
+        for evaluation in EVALUATIONS:
+            with stage.evaluate(evaluation, ROWS).fused_into(self.upgraded, slice(0, 2)):
                 latent = latent - 0.1 * call_upgraded(self.upgraded, latent)
-                outputs.append(latent)
+            outputs.append(latent)
+        if overlap is not None:
+            overlap.end()
         return outputs
 
 
@@ -80,7 +81,7 @@ def test_a_recording_is_pinned_and_plays_back(models):
     with models.lockstep() as source:
         serial = models.sampled(source)
     with models.lockstep() as source:
-        recording = record(source, LEVELS)
+        recording = record(source, EVALUATIONS)
     assert all(feature.is_pinned() for step in recording.steps for feature in step.found.features.levels)
     played = models.sampled(Playback(recording, "cuda"))
     assert max(float((one - other).norm() / other.norm()) for one, other in zip(played, serial, strict=True)) < 1e-3

@@ -18,12 +18,13 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from PIL import Image
 from torch import Tensor, nn
 
-from lib_xadapter.feature_sources import BaseStep, Lockstep
+from lib_xadapter.evaluations import Evaluation
+from lib_xadapter.feature_sources import BaseDenoiser, BaseStep, Lockstep
 from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
 from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
 from lib_xadapter.headless.pipeline import Request
-from lib_xadapter.joint_stage import JointStage, Moment
+from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.mapping import MappingLayers
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import batch_rows
@@ -172,30 +173,31 @@ class CompVisHost:
             sampler = DDIMSampler(model)
             sampler.make_schedule(request.steps, verbose=False)
             start = sampler.stochastic_encode(clean, torch.tensor([joint_steps - 1]), noise=noise.upgraded[None])
-            with stage.coupled_to(self.upgraded):
-                finished = sampler.decode(
-                    start.float(),
-                    prompts.cond,
-                    joint_steps,
-                    unconditional_conditioning=prompts.uncond,
-                    unconditional_guidance_scale=request.cfg_scale,
-                )
+            finished = sampler.decode(
+                start.float(),
+                prompts.cond,
+                joint_steps,
+                unconditional_conditioning=prompts.uncond,
+                unconditional_guidance_scale=request.cfg_scale,
+            )
         return finished.float()
 
     def _joint(
         self, stage: JointStage, model: SamplerModel, request: Request, x: Tensor, t: Tensor, context: Tensor
     ) -> Tensor:
-        stage.advance(Moment(model.sigma(t), step=0, progress=0.5), [ROWS[place] for place in UNCOND_FIRST])
-        stage.select(slice(0, 2))
+        rows = [ROWS[place] for place in UNCOND_FIRST]
+        evaluation = stage.evaluate(Evaluation(model.sigma(t), step=0, progress=0.5), rows)
         told = told_to_sdxl(request.upgraded_prompts)[UNCOND_FIRST]
-        return self.upgraded(x, t, context=context, y=told)
+        with evaluation.fused_into(self.upgraded, slice(0, 2)):
+            return self.upgraded(x, t, context=context, y=told)
 
-    def _lockstep_base(self, request: Request, reader: FeatureReader) -> Callable[[Tensor, float], BaseStep]:
+    def _lockstep_base(self, request: Request, reader: FeatureReader) -> BaseDenoiser:
         context = torch.cat([request.base_prompts.cond, request.base_prompts.uncond])
         model = SamplerModel(lambda *arguments: arguments[0])
         levels = ((1 - model.alphas_cumprod) / model.alphas_cumprod).sqrt()
 
-        def evaluate(latent: Tensor, sigma: float) -> BaseStep:
+        def evaluate(latent: Tensor, evaluation: Evaluation) -> BaseStep:
+            sigma = evaluation.sigma
             timestep = (levels - sigma).abs().argmin().repeat(2)
             scaled = latent / math.sqrt(1 + sigma**2)
             cond, uncond = self.base(torch.cat([scaled] * 2), timestep, context=context).chunk(2)

@@ -9,6 +9,7 @@ import torch
 
 from lib_xadapter import load_adapter
 from lib_xadapter.errors import WrongArgument
+from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase, Prompts
 from lib_xadapter.headless.jobs import Job, half, request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
@@ -124,7 +125,7 @@ def test_the_bases_clean_latent_follows_from_either_prediction(prediction_type, 
     sigma = 2.5
     unet = GuidedUnet(Velocity(sigma, prediction_type), Prompts(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)), 7.0)
     base = LockstepBase(unet, noise_schedule_of(models.base), prediction_type, StillReader())
-    denoised = base(torch.randn(1, 4, 2, 2), sigma).denoised
+    denoised = base(torch.randn(1, 4, 2, 2), Evaluation(sigma, 0, 0.0)).denoised
     torch.testing.assert_close(denoised, torch.full_like(denoised, 3.0), rtol=1e-4, atol=1e-4)
 
 

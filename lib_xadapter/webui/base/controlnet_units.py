@@ -17,8 +17,8 @@ from typing import Any
 from modules import cache
 from PIL import Image
 
-from ..controlnet_files import ControlFamily, detect_control_family
-from ..errors import WrongArgument
+from ...controlnet_files import ControlFamily, detect_control_family
+from ...errors import WrongArgument
 
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""

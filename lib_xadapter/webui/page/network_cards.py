@@ -12,8 +12,8 @@ from typing import Any
 
 from modules import sd_models, ui_extra_networks
 
-from ..errors import WrongFile
-from .plugins import BASE_LORAS, known_lora, lora_base
+from ...errors import WrongFile
+from ..base.plugins import BASE_LORAS, known_lora, lora_base
 
 MODEL_MARK = "xadapter-model"
 """Sort key whose value is the model of the card's LoRA: sd1, sd2, sdxl or unknown."""

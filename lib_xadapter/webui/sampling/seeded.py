@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from modules import processing, shared
@@ -37,3 +39,42 @@ def blank_conditioning(job: StableDiffusionProcessingTxt2Img) -> Tensor:
     latent = torch.zeros(size, device=shared.device)
     # an inpainting model's grey picture passes the VAE, which draws
     return each_from_its_seed(job.seeds, lambda _: job.txt2img_image_conditioning(latent))
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where torch's own generators and a processing object's generators of noise are."""
+
+    rng: Any
+    of_torch: Tensor
+    of_cuda: Tensor | None
+    of_images: tuple[Any, ...]
+
+    @classmethod
+    def capture(cls, p: StableDiffusionProcessingTxt2Img) -> RandomState:
+        """As they are now."""
+        # the ControlNet extension wraps the generators of some pictures
+        images = getattr(p.rng, "rng", p.rng)
+        on_gpu = shared.device.type == "cuda"
+        return cls(
+            images,
+            torch.random.get_rng_state(),
+            torch.cuda.get_rng_state(shared.device) if on_gpu else None,
+            tuple(_state(generator) for generator in images.generators),
+        )
+
+    def restore(self) -> None:
+        """As they were."""
+        torch.random.set_rng_state(self.of_torch)
+        if self.of_cuda is not None:
+            torch.cuda.set_rng_state(self.of_cuda, shared.device)
+        for generator, state in zip(self.rng.generators, self.of_images, strict=True):
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            else:
+                generator.offset = state
+
+
+def _state(generator: Any) -> Any:
+    """Of a generator of torch's, or of the WebUI's own that draws as NVIDIA's does."""
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.offset

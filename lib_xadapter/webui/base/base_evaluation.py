@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from modules import prompt_parser, sd_samplers_kdiffusion, shared
+from modules import prompt_parser, sd_samplers, sd_samplers_kdiffusion, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
 from modules.sd_samplers_cfg_denoiser import catenate_conds
 from torch import Tensor
 
-from ..feature_sources import BaseStep
-from ..rows import batch_rows, take_rows
-from ..taps import FeatureReader
+from ...evaluations import Evaluation
+from ...feature_sources import BaseStep
+from ...rows import batch_rows, take_rows
+from ...taps import FeatureReader
+from ..sampling.sampling_plan import nearest_level
+from ..sampling.seeded import blank_conditioning
 from .base_model import BaseModel
-from .seeded import blank_conditioning
 
 
 class BaseEvaluation:
@@ -33,13 +34,14 @@ class BaseEvaluation:
         self, base: BaseModel, job: StableDiffusionProcessingTxt2Img, reader: FeatureReader, stage_one: Sequence[float]
     ) -> None:
         self._base, self._job, self._reader, self._stage_one = base, job, reader, stage_one
+        self._total_steps = sd_samplers.find_sampler_config(job.sampler_name).total_steps(job.steps)
         with base.current():
             self._guidance = sd_samplers_kdiffusion.CFGDenoiserKDiffusion(sampler=None)
             self._denoise = self._guidance.inner_model
             self._conditioning = blank_conditioning(job)
 
-    def __call__(self, latent: Tensor, sigma: float) -> BaseStep:
-        step = self.prompt_step(sigma)
+    def __call__(self, latent: Tensor, evaluation: Evaluation) -> BaseStep:
+        sigma, step = evaluation.sigma, self.prompt_step(evaluation)
         with self._base.current():
             conds_list, cond = prompt_parser.reconstruct_multicond_batch(self._job.c, step)
             uncond = prompt_parser.reconstruct_cond_batch(self._job.uc, step)
@@ -56,10 +58,11 @@ class BaseEvaluation:
         guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
         return BaseStep(self._reader.take(), layout, guided)
 
-    def prompt_step(self, sigma: float) -> int:
-        """The step of stage 1 whose noise level is nearest: where `[a:b:0.5]` stands at this noise level."""
-        distances = [abs(math.log(max(level, 1e-8) / max(sigma, 1e-8))) for level in self._stage_one]
-        return min(range(len(distances)), key=distances.__getitem__, default=0)
+    def prompt_step(self, evaluation: Evaluation) -> int:
+        """Where `[a:b:0.5]` is: at the nearest noise level of stage 1; in a single stage, as far as SDXL has come."""
+        if not self._stage_one:
+            return int(evaluation.progress * self._total_steps)
+        return nearest_level(self._stage_one, evaluation.sigma)
 
     def _calls(self, rows: int, cond: Any, uncond: Any) -> list[tuple[slice, Any]]:
         if shared.opts.pad_cond_uncond and cond.shape[1] != uncond.shape[1]:

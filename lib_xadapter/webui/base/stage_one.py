@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from modules import devices, processing, rng, sd_samplers, shared
 from modules.processing import StableDiffusionProcessingTxt2Img
-from PIL import Image
 from torch import Tensor
 
-from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
-from . import plugins, switch
+from ...errors import WrongArgument
+from ...settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
+from ...two_stage import StageOne
+from ..sampling import switch
+from ..sampling.sampling_plan import noise_levels
+from ..sampling.seeded import blank_conditioning, each_from_its_seed
+from . import plugins
 from .base_model import BaseModel
 from .base_units import BaseUnits
 from .controlnet_units import MODEL_NAMES
-from .moments import noise_levels
-from .seeded import blank_conditioning, each_from_its_seed
 
 SHARED_FIELDS = (
     "sampler_name",
@@ -37,21 +37,6 @@ SHARED_FIELDS = (
     "do_not_reload_embeddings",
 )
 """What the base's processing object takes from SDXL's as it is."""
-
-
-@dataclass(frozen=True)
-class StageOne:
-    """What the base made alone.
-
-    Attributes:
-        latents: its finished latents, (images, 4, h, w).
-        pictures: their pictures.
-        levels: the noise level of each sampling step, for prompt schedules in the joint stage.
-    """
-
-    latents: Tensor | None
-    pictures: list[Image.Image]
-    levels: list[float]
 
 
 def base_processing(
@@ -144,7 +129,7 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
         levels = noise_levels(denoiser, asked)
         pictures = switch.decode(model, latents, units.finish)
     devices.torch_gc()
-    return StageOne(latents, pictures, levels)
+    return StageOne(latents, tuple(pictures), tuple(levels))
 
 
 def _from_noise(job: StableDiffusionProcessingTxt2Img, noise: Tensor) -> Tensor:

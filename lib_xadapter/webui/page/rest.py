@@ -13,9 +13,10 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
 from pydantic import BaseModel
 
-from .. import __version__
-from ..settings import json_schema
-from . import model_files, routing
+from ... import __version__
+from ...settings import json_schema
+from .. import model_files
+from . import routing
 
 PREFIX = "/xadapter/v1"
 

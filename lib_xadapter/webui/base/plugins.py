@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from modules import cache, extra_networks, shared
 
-from ..errors import WrongArgument, WrongFile
-from ..lora_files import detect_lora_base
-from .base_model import lora_extension
+from ...errors import WrongArgument, WrongFile
+from ...lora_files import detect_lora_base
+from .host_state import lora_extension
 
 LORA_TAGS = ("lora", "lyco")
 BASE_LORAS = ("sd1", "sd2")
@@ -169,16 +171,24 @@ def network_of_the_settings() -> extra_networks.ExtraNetworkParams | None:
 
 @contextmanager
 def no_added_network() -> Iterator[None]:
-    """While open, the setting "Add network to prompt" adds nothing."""
-    if ADDED_NETWORK not in shared.opts.data:
+    """While open, the Lora extension does not see the setting "Add network to prompt"; everybody else does."""
+    extension = sys.modules.get("extra_networks_lora")
+    if extension is None:
         yield
         return
-    added = shared.opts.data[ADDED_NETWORK]
-    shared.opts.data[ADDED_NETWORK] = "None"
-    try:
+    with patch.object(extension, "shared", _Overlaid(shared, opts=_Overlaid(shared.opts, **{ADDED_NETWORK: "None"}))):
         yield
-    finally:
-        shared.opts.data[ADDED_NETWORK] = added
+
+
+class _Overlaid:
+    """An object with some attributes that differ from those of another."""
+
+    def __init__(self, below: Any, **own: Any) -> None:
+        self.__dict__.update(own)
+        self._below = below
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
 
 
 def check_loaded(wanted: NetworkData, model: str) -> None:

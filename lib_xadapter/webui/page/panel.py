@@ -12,10 +12,10 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from ..infotext import read_infotext, written_names
-from ..presets import PRESETS
-from ..settings import LEVELS, Argument, arguments, defaults
-from . import model_files
+from ...infotext import read_infotext, written_names
+from ...presets import PRESETS
+from ...settings import LEVELS, Argument, arguments, defaults
+from .. import model_files
 
 ElemId = Callable[[str], str]
 NO_ADAPTER = "None"
@@ -85,7 +85,7 @@ def read_controls(values: Sequence[Any]) -> dict[str, Any]:
     names = list(defaults())
     given = dict(zip(names, values[: len(names)], strict=False))
     levels = [value for value in values[len(names) : len(names) + LEVELS] if value is not None]
-    if isinstance(given["weight"], (int, float)) and len(levels) == LEVELS and any(level != 1 for level in levels):
+    if isinstance(given.get("weight"), (int, float)) and len(levels) == LEVELS and any(level != 1 for level in levels):
         given["weight"] = [given["weight"] * level for level in levels]
     given = {name: value for name, value in given.items() if value is not None}
     first = given.pop("enabled", None)

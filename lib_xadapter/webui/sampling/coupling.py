@@ -6,28 +6,29 @@ evaluation; it builds a batch of conds and unconds and passes it to the inner mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from modules import shared
-from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_common import Sampler
 from torch import Tensor
 
-from ..errors import XAdapterError
-from ..joint_stage import JointStage, Moment
-from ..rows import batch_rows
-from .moments import first_that_differs, moment, noise_levels
+from ...errors import XAdapterError
+from ...evaluations import Evaluation
+from ...joint_stage import JointStage
+from ...rows import batch_rows
+from ...two_stage import check_plan
+from ...wrapping import wrapped
+from .sampling_plan import evaluation_at, noise_levels
 
 
 @contextmanager
-def coupled(stage: JointStage, sampler: Sampler, planned: Sequence[Moment] | None) -> Iterator[None]:
+def coupled(joint: JointStage, sampler: Sampler, planned: Sequence[Evaluation] | None) -> Iterator[None]:
     """While open, every model evaluation of the sampler is one of the joint stage.
 
     Args:
-        stage: the joint stage.
+        joint: the joint stage.
         sampler: of SDXL, about to run.
         planned: its evaluations, where they are known; their noise levels are not read back from the GPU.
 
@@ -35,48 +36,35 @@ def coupled(stage: JointStage, sampler: Sampler, planned: Sequence[Moment] | Non
         XAdapterError: at the end, where the sampler took other noise levels than planned.
     """
     upgraded, denoiser = shared.sd_model, sampler.model_wrap_cfg
+    unet = upgraded.model.diffusion_model
     asked: list[Tensor] = []
-    rows = 0
 
-    def now(level: Tensor) -> Moment:
+    def evaluation(level: Tensor) -> Evaluation:
         if planned is None:
-            return moment(denoiser, noise_levels(denoiser, [level[:1]])[0])
+            return evaluation_at(denoiser, noise_levels(denoiser, [level[:1]])[0])
         if denoiser.step >= len(planned):
-            raise XAdapterError(
-                f"The sampler takes more than the {len(planned)} model evaluations that it was to take."
-            )
+            raise XAdapterError(f"The sampler makes more than the {len(planned)} model evaluations that were planned.")
         asked.append(level[:1])
         return planned[denoiser.step]
 
-    def before_evaluation(module: CFGDenoiser, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal rows
+    def denoise(host: Callable[..., Tensor], x: Tensor, level: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the refiner may have become the current model; it is no upgraded model of ours
         if shared.state.interrupted or shared.state.skipped or shared.sd_model is not upgraded:
-            return
-        layout = batch_rows([len(conds) for conds in kwargs["cond"].batch])
-        rows = len(layout)
-        stage.advance(now(args[1]), layout)
+            return host(x, level, *args, **kwargs)
+        rows = batch_rows([len(conds) for conds in kwargs["cond"].batch])
+        at_this_level = joint.evaluate(evaluation(level), rows)
 
-    def before_call(module: torch.nn.Module, args: tuple) -> None:
-        stage.select(rows_in_batch(args[0], rows))
+        def call(model: Callable[..., Tensor], part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with at_this_level.fused_into(unet, rows_in_batch(part, len(rows))):
+                return model(part, *args, **kwargs)
 
-    with ExitStack() as hooks:
-        hooks.enter_context(stage.coupled_to(upgraded.model.diffusion_model))
-        hooks.callback(denoiser.register_forward_pre_hook(before_evaluation, with_kwargs=True).remove)
-        hooks.callback(denoiser.inner_model.register_forward_pre_hook(before_call).remove)
-        hooks.callback(denoiser.inner_model.register_forward_hook(lambda *_: stage.select(None)).remove)
+        with wrapped(denoiser.inner_model, "forward", call):
+            return host(x, level, *args, **kwargs)
+
+    with wrapped(denoiser, "forward", denoise):
         yield
     if asked:
-        _check_plan(planned, noise_levels(denoiser, asked))
-
-
-def _check_plan(planned: Sequence[Moment], asked: Sequence[float]) -> None:
-    place = first_that_differs(planned, asked)
-    if place is not None:
-        raise XAdapterError(
-            f"Another extension has changed the sampler's noise levels: evaluation {place} was to be at "
-            f"{planned[place].sigma:g} and was at {asked[place]:g}."
-        )
+        check_plan(planned, noise_levels(denoiser, asked))
 
 
 def rows_in_batch(part: Tensor, rows: int) -> slice:

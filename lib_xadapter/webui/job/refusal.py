@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import DoesNotFit, WrongArgument, WrongFile, XAdapterError
+from ...errors import DoesNotFit, WrongArgument, WrongFile, XAdapterError
 
 BAD_REQUEST = 422
 SERVER_ERROR = 500

@@ -9,42 +9,29 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from modules import script_callbacks, shared
-from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img
+from modules import script_callbacks
+from modules.processing import StableDiffusionProcessingTxt2Img
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DoesNotFit, WrongArgument, XAdapterError
-from ..feature_sources import BaseDenoiser, BaseStep
-from ..joint_stage import Moment
-from ..taps import FeatureReader
+from ...errors import DoesNotFit, WrongArgument, XAdapterError
+from ...evaluations import Evaluation
+from ...feature_sources import BaseDenoiser, BaseStep
+from ...taps import FeatureReader
+from ..sampling.sampling_plan import nearest_level, noise_levels
+from ..sampling.seeded import seeded
 from .base_model import BaseModel
 from .controlnet_units import MODEL_NAMES, Unit, extension, one_line, read_unit
-from .moments import noise_levels
-from .seeded import seeded
-
-REPLACED_SAMPLE = "sample_before_CN_hack"
-"""Where the extension keeps a processing object's own `sample`."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """An attribute of a module or a class, and what it is."""
-
-    owner: Any
-    name: str
-    value: Any
+from .host_state import Attribute, HostState
 
 
 class BaseUnits:
@@ -68,7 +55,7 @@ class BaseUnits:
         self._p: StableDiffusionProcessingTxt2Img | None = None
         self._original: Any = None
         self._script: Any = None
-        self._own: list[Value] = []
+        self._own = HostState(())
         self._schedule: list[tuple[float, float]] = []
         self._asked: list[tuple[CFGDenoiser, Tensor, float]] = []
         self._reader: FeatureReader | None = None
@@ -225,26 +212,23 @@ class BaseUnits:
             self._script.postprocess_batch(self._p, images=pixels)
         return pixels
 
-    def beside_sdxl(self, evaluate: BaseDenoiser, reader: FeatureReader, planned: Iterable[Moment]) -> BaseDenoiser:
-        """The evaluation of the base with the units as they stood at the same noise level in stage 1.
+    def beside_sdxl(self, evaluate: BaseDenoiser, reader: FeatureReader) -> BaseDenoiser:
+        """The evaluation of the base with the units as they were at the same noise level in stage 1.
 
         Args:
             evaluate: evaluates the base.
             reader: collects its features.
-            planned: SDXL's evaluations as far as they are known; without a stage 1, they say how far a unit has come.
         """
         if self._script is None:
             return evaluate
         self._reader = reader
-        self._schedule = self._schedule or [(moment.sigma, moment.progress) for moment in planned]
-
         # reference units draw noise at every evaluation, whatever else draws in between
         seeds = itertools.count(self._seed)
 
-        def controlled(latent: Tensor, sigma: float) -> BaseStep:
+        def controlled(latent: Tensor, evaluation: Evaluation) -> BaseStep:
             with self._state(), seeded(next(seeds)):
-                self._go_to(self._progress_at(sigma))
-                return evaluate(latent, sigma)
+                self._go_to(self._progress_at(evaluation))
+                return evaluate(latent, evaluation)
 
         return controlled
 
@@ -278,7 +262,7 @@ class BaseUnits:
         network = script.latest_network
         # it would follow SDXL's sampler
         script_callbacks.remove_callbacks_for_function(network.guidance_schedule_handler)
-        network.original_forward = self._unread(network.original_forward)
+        network.original_forward = self._without_reading(network.original_forward)
         hook.mark_prompt_context(job.c, positive=True)
         hook.mark_prompt_context(job.uc, positive=False)
 
@@ -291,27 +275,27 @@ class BaseUnits:
                     return str(self._units[place])
         return ", ".join(map(str, self._units))
 
-    def _unread(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _without_reading(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A pass of the UNet over the reference picture, from which no features are read."""
 
-        def unread(*args: Any, **kwargs: Any) -> Tensor:
+        def without_reading(*args: Any, **kwargs: Any) -> Tensor:
             if self._reader is None:
                 return forward(*args, **kwargs)
             with self._reader.paused():
                 return forward(*args, **kwargs)
 
-        return unread
+        return without_reading
 
     @contextmanager
     def _state(self) -> Iterator[None]:
         """While open, what the extension keeps in its modules is the base's and not SDXL's."""
-        outside = now(self._own)
-        install(self._own)
+        outside = self._own.again()
+        self._own.restore()
         try:
             yield
         finally:
-            self._own = now(self._own)
-            install(outside)
+            self._own = outside.again()
+            outside.restore()
 
     # ---- start and end of a unit
 
@@ -321,52 +305,27 @@ class BaseUnits:
         self._asked.append((params.denoiser, params.sigma[:1], progress))
         self._go_to(progress)
 
-    def _progress_at(self, sigma: float) -> float:
+    def _progress_at(self, evaluation: Evaluation) -> float:
         """How much of stage 1 had gone at a noise level; without a stage 1, how much of SDXL's sampling."""
         if not self._schedule:
-            return shared.state.sampling_step / max(shared.state.sampling_steps, 1)
-        return min(self._schedule, key=lambda seen: abs(math.log(max(seen[0], 1e-8) / max(sigma, 1e-8))))[1]
+            return evaluation.progress
+        return self._schedule[nearest_level([sigma for sigma, _ in self._schedule], evaluation.sigma)][1]
 
     def _go_to(self, progress: float) -> None:
         handler = self._script.latest_network.guidance_schedule_handler
         handler(SimpleNamespace(sampling_step=progress, total_sampling_steps=1))
 
 
-def without_leftovers(p: StableDiffusionProcessing) -> None:
-    """Give a processing object the `sample` back that the extension replaced in an earlier job, and kept for itself.
-
-    It never does so itself: SDXL's units would end every later job in the earlier job's `sample`.
-    """
-    own = vars(p)
-    if getattr(own.get("sample"), "__module__", None) != "scripts.hook":
-        return
-    replaced = own.pop(REPLACED_SAMPLE)
-    # the class's own is there without it, and a copied processing object must not get the original's
-    if isinstance(getattr(replaced, "__self__", None), StableDiffusionProcessing):
-        del own["sample"]
-    else:
-        own["sample"] = replaced
-
-
-def own_state(script_class: type, base: BaseModel) -> list[Value]:
+def own_state(script_class: type, base: BaseModel) -> HostState:
     """What belongs to the current model in the extension's modules, as the base has it at first."""
     ip_adapter, lllite = sys.modules["scripts.ipadapter.plugable_ipadapter"], sys.modules["scripts.controlnet_lllite"]
-    return [
-        Value(ip_adapter, "all_hacks", {}),
-        Value(ip_adapter, "current_model", None),
-        Value(lllite, "all_hack", {}),
-        Value(script_class, "model_cache", base.control_models),
-        # it judges by a file's name; the file itself has been asked already
-        Value(script_class, "check_sd_version_compatible", staticmethod(lambda unit: None)),
-    ]
-
-
-def now(places: Iterable[Value]) -> list[Value]:
-    """What stands there."""
-    return [replace(place, value=vars(place.owner)[place.name]) for place in places]
-
-
-def install(values: Iterable[Value]) -> None:
-    """Set each."""
-    for place in values:
-        setattr(place.owner, place.name, place.value)
+    return HostState(
+        (
+            (Attribute(ip_adapter, "all_hacks"), {}),
+            (Attribute(ip_adapter, "current_model"), None),
+            (Attribute(lllite, "all_hack"), {}),
+            (Attribute(script_class, "model_cache"), base.control_models),
+            # it judges by a file's name; the file itself has been asked already
+            (Attribute(script_class, "check_sd_version_compatible"), staticmethod(lambda unit: None)),
+        )
+    )

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from modules import devices, lowvram, sd_models, shared
 
-from ..mapping import load_adapter
-from ..mapping_choice import MappingChoice, choose_mapping_path
-from ..mapping_paths import MappingPath
-from ..memory import WORKING_MEMORY, free_memory, missing_from
-from ..overlap import SideStream
-from ..recording import Shelf
-from ..settings import AUTO, RECORDED
-from . import options
-from .base_model import BaseModel, load_base_model
-from .base_side import BaseSide
+from ...mapping import load_adapter
+from ...mapping_choice import MappingChoice, choose_mapping_path
+from ...mapping_paths import MappingPath
+from ...memory import WORKING_MEMORY, free_memory, missing_from
+from ...overlap import SideStream
+from ...recording import RecordingCache
+from ...settings import AUTO, RECORDED
+from ...two_stage import RecordedBase
+from .. import options
+from .base_model import BaseModel, file_state, load_base_model
 
 LARGEST_BASE = 1_300_000_000
 """Parameters of SD2.1 with its text encoder and VAE; SD1.5 has 1.07 billion."""
@@ -38,24 +38,24 @@ class MappingOnDisk:
 
 
 class Models:
-    """What is loaded now, and whose turn on the GPU it is. One object lives as long as the script does."""
+    """The base and the mapping layers that are loaded. One object lives as long as the script does."""
 
     def __init__(self) -> None:
-        self.recordings: Shelf[BaseSide] = Shelf(options.recordings_capacity)
-        """What the base made in earlier jobs."""
+        self.recordings: RecordingCache[RecordedBase] = RecordingCache(options.recordings_capacity)
+        """Of the base in earlier jobs."""
         self._base: BaseModel | None = None
         self._mapping: tuple[MappingOnDisk, MappingPath] | None = None
 
-    def base(self, info: sd_models.CheckpointInfo, in_turns: bool) -> BaseModel:
-        """The base model of a checkpoint, on the GPU; in RAM if it takes turns with SDXL."""
+    def base(self, info: sd_models.CheckpointInfo, sequential: bool) -> BaseModel:
+        """The base model of a checkpoint, on the GPU; in RAM if it runs before SDXL and not beside it."""
         if not self._is_loaded(info):
             self._base = None
             devices.torch_gc()
-            with upgraded_in_ram() if in_turns else nullcontext():
+            with upgraded_in_ram() if sequential else nullcontext():
                 self._base = load_base_model(info)
-                if in_turns:
+                if sequential:
                     self._base.to_ram()
-        if in_turns:
+        if sequential:
             self._base.to_ram()
         else:
             self._base.to_gpu()
@@ -75,8 +75,8 @@ class Models:
         self._mapping[1].adapter.to(devices.device, devices.dtype_unet)
         return self._mapping[1]
 
-    def take_turns(self, memory: str, info: sd_models.CheckpointInfo, adapter: Path | None) -> bool:
-        """Whether base and SDXL are to be on the GPU one after the other.
+    def is_sequential(self, memory: str, info: sd_models.CheckpointInfo, adapter: Path | None) -> bool:
+        """Whether base and SDXL are on the GPU one after the other.
 
         Args:
             memory: as in `Settings`; "auto" looks at what is free.
@@ -95,12 +95,12 @@ class Models:
             missing += os.path.getsize(adapter)
         return missing + WORKING_MEMORY > free_memory(devices.device)
 
-    def base_turn(self) -> None:
+    def base_to_device(self) -> None:
         """SDXL leaves the GPU to the base."""
         sd_models.send_model_to_cpu(shared.sd_model)
         self._base.to_gpu()
 
-    def upgraded_turn(self) -> None:
+    def upgraded_to_device(self) -> None:
         """The base leaves the GPU to SDXL."""
         if self._base is not None:
             self._base.to_ram()
@@ -130,7 +130,7 @@ class Models:
         self._mapping = None
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
-        return self._base is not None and self._base.info.filename == info.filename
+        return self._base is not None and self._base.file == file_state(info.filename)
 
 
 @contextmanager

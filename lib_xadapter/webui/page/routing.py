@@ -9,11 +9,11 @@ from typing import Any
 
 from modules import extra_networks, sd_hijack
 
-from ..errors import XAdapterError
-from . import plugins
-from .base_model import lora_extension
-from .controlnet_units import MODEL_NAMES, Unit, read_unit
-from .plugins import BASE, UPGRADED
+from ...errors import XAdapterError
+from ..base import plugins
+from ..base.controlnet_units import MODEL_NAMES, Unit, read_unit
+from ..base.host_state import lora_extension
+from ..base.plugins import BASE, UPGRADED
 
 LORA = "LoRA"
 EMBEDDING = "textual inversion"

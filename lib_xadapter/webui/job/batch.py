@@ -1,0 +1,129 @@
+"""The prompts and LoRAs of one batch, shared out between SDXL and the base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from modules import devices, extra_networks, sd_hijack, sd_models, sd_vae
+from modules.processing import StableDiffusionProcessingTxt2Img
+
+from ...infotext import PLUGINS_KEY
+from ..base import plugins
+from ..base.base_model import BaseModel
+from ..base.base_units import BaseUnits
+from ..base.controlnet_units import MODEL_NAMES
+from ..base.stage_one import base_processing
+from ..page import routing
+from .request import Request
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The base's part of a batch.
+
+    Attributes:
+        base_p: its processing object.
+        networks: its LoRAs.
+    """
+
+    base_p: StableDiffusionProcessingTxt2Img
+    networks: plugins.NetworkData
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is known once the base's prompts are encoded.
+
+    Attributes:
+        embeddings: names of the textual inversions that the base has vectors for.
+        unusable: names of those that it has not.
+        lora_hashes: for the infotext.
+    """
+
+    embeddings: Collection[str]
+    unusable: Collection[str]
+    lora_hashes: Mapping[str, str]
+
+
+def share_out(p: StableDiffusionProcessingTxt2Img, request: Request) -> Batch:
+    """The base's part of the batch whose prompts were just parsed; SDXL's extra networks are left without its LoRAs.
+
+    Raises:
+        WrongArgument: a prompt names a LoRA that is in no folder, or for the wrong model.
+        WrongFile: a LoRA's file cannot be read.
+    """
+    settings = request.settings
+    added = None if p.disable_extra_networks else plugins.network_of_the_settings()
+    if added is not None:
+        _write_into_prompts(p, added)
+    split = plugins.split_networks(p.extra_network_data)
+    p.extra_network_data = split.upgraded
+    own_prompts, own_networks = extra_networks.parse_prompts([settings.base_prompt] * len(p.prompts))
+    networks = plugins.base_networks(split.base, own_networks)
+    prompts = own_prompts if settings.base_prompt else list(p.prompts)
+    negative = [settings.base_negative_prompt] * len(p.prompts) if settings.base_negative_prompt else p.negative_prompts
+    return Batch(base_processing(p, settings, prompts, list(negative)), networks)
+
+
+def _write_into_prompts(p: StableDiffusionProcessingTxt2Img, added: extra_networks.ExtraNetworkParams) -> None:
+    """Treat the LoRA that the WebUI's settings add to every prompt as if each prompt named it."""
+    if not any(tag.items[0] == added.items[0] for tag in plugins.lora_tags(p.extra_network_data)):
+        p.extra_network_data.setdefault(plugins.LORA_TAGS[0], []).append(added)
+        # as the Lora extension writes it into the prompts that the infotext shows
+        p.all_prompts = [f"{prompt}<lora:{':'.join(map(str, added.items))}>" for prompt in p.all_prompts]
+
+
+def encode(
+    p: StableDiffusionProcessingTxt2Img, base: BaseModel, batch: Batch, upgraded_embeddings: Collection[str]
+) -> Encoding:
+    """Encode the base's prompts, with its LoRAs and embeddings, as the WebUI does with it as its current model.
+
+    Raises:
+        WrongFile: a LoRA cannot be loaded, or holds nothing for the base.
+    """
+    base_p, hijack = batch.base_p, sd_hijack.model_hijack
+    with base.current() as model:
+        sd_vae.reload_vae_weights(model)
+        hijack.apply_circular(base_p.tiling)
+        hijack.clear_comments()
+        if not base_p.do_not_reload_embeddings:
+            hijack.embedding_db.load_textual_inversion_embeddings()
+        base_p.extra_network_data = batch.networks
+        if not base_p.disable_extra_networks:
+            with plugins.no_added_network(), devices.autocast():
+                extra_networks.activate(base_p, batch.networks)
+            plugins.check_loaded(batch.networks, MODEL_NAMES[base.family])
+        upgraded_only = set(upgraded_embeddings) & set(hijack.embedding_db.skipped_embeddings)
+        base_p.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.prompts]
+        base_p.negative_prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts]
+        sd_models.apply_alpha_schedule_override(model, base_p)
+        for comment in hijack.comments:
+            p.comment(f"{MODEL_NAMES[base.family]}: {comment}")
+        base_p.setup_conds()
+        known, unusable = tuple(hijack.embedding_db.word_embeddings), tuple(hijack.embedding_db.skipped_embeddings)
+    return Encoding(known, unusable, dict(getattr(base_p, "lora_hashes", {})))
+
+
+def report_plugins(
+    p: StableDiffusionProcessingTxt2Img,
+    base: BaseModel,
+    batch: Batch,
+    units: BaseUnits,
+    encoding: Encoding,
+    upgraded_embeddings: Collection[str],
+) -> None:
+    """Say in the infotext and under the picture which plugin went to which model."""
+    in_force = not batch.base_p.disable_extra_networks
+    loras = routing.taken_loras(batch.networks, p.extra_network_data) if in_force else []
+    base_texts = [*batch.base_p.all_prompts, *batch.base_p.all_negative_prompts]
+    texts = {routing.BASE: base_texts, routing.UPGRADED: [*p.prompts, *p.negative_prompts]}
+    known = {routing.BASE: encoding.embeddings, routing.UPGRADED: upgraded_embeddings, "": encoding.unusable}
+    routes = [*loras, *routing.taken_embeddings(texts, known), *map(routing.unit_route, units.enabled)]
+    if told := routing.sentence(routes, base.family):
+        p.extra_generation_params[PLUGINS_KEY] = told
+        p.comment(f"X-Adapter: {told}.")
+    p.lora_hashes = {**getattr(p, "lora_hashes", {}), **encoding.lora_hashes}
+    if p.lora_hashes:
+        hashes = ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items())
+        p.extra_generation_params["Lora hashes"] = hashes
