@@ -30,7 +30,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(DIFFERENT, 2), ids=str)
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(DIFFERENT, 2)), ids=str)
 def test_what_differs_has_another_fingerprint(one, other):
     assert fingerprint(one) != fingerprint(other)
 

@@ -183,6 +183,23 @@ def test_a_hidden_feature_of_the_path_that_failed_is_used_all_the_same(call, cap
     assert lines(caplog) == [("WARNING", "The mapping layers go on without CudaMapping: Failure: ")]
 
 
+def test_an_addition_that_failed_half_way_is_not_repeated(monkeypatch):
+    """The bias would be counted twice."""
+    adapter = released(torch.float64)
+    first = on_the_cpu(adapter)
+    path = FallbackMapping(first, EagerMapping(adapter))
+    hidden = path.hidden(1, base_feature(1, SHAPE), NO_TIME)
+    feature = upgraded_feature(hidden)
+
+    def fail_half_way(level, feature, *arguments):
+        feature.add_(1)
+        raise Failure
+
+    monkeypatch.setattr(first, "add", fail_half_way)
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        path.add(1, feature, hidden, 0.5)
+
+
 def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, monkeypatch):
     adapter = released()
     eager = EagerMapping(adapter)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -247,8 +247,6 @@ class TwoStages:
             recordings: those of the same base side, by switch point.
         """
         with ExitStack() as scope:
-            # the mapping layers' path looks at where they are
-            scope.enter_context(self.placement.holding(self.models.adapter))
             plan = self._plan(request, steps)
             if plan.coupling is not None and self.placement.low_memory:
                 scope.callback(self._mapping.release)
@@ -272,8 +270,9 @@ class TwoStages:
 
     @functools.cached_property
     def _mapping(self) -> MappingPath:
-        """How the mapping layers run; asked for once they are on their device."""
-        return choose_mapping_path(self.models.adapter, self.placement.mapping, self.placement.fp8)
+        """How the mapping layers run, which depends on where they are then."""
+        with self.placement.holding(self.models.adapter):
+            return choose_mapping_path(self.models.adapter, self.placement.mapping, self.placement.fp8)
 
     @functools.cached_property
     def side_stream(self) -> SideStream | None:
@@ -368,8 +367,8 @@ class DiffusersHost:
         return self._stages.side_stream
 
     def base_plugins(self) -> AbstractContextManager[None]:
-        models = self._stages.models
-        return self._stages.placement.holding(models.base.unet, *models.controlnets)
+        """They are part of its request."""
+        return nullcontext()
 
     def sample_base(self) -> StageOne:
         """It has sampled already: its picture is shared by all switch points and weights of a job."""
@@ -380,9 +379,9 @@ class DiffusersHost:
 
     @contextmanager
     def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
-        base = self._stages.models.base
-        guided = self._stages.guided_base(self._request)
-        with read_features(base.unet) as reader:
+        stages, base = self._stages, self._stages.models.base
+        guided = stages.guided_base(self._request)
+        with stages.placement.holding(base.unet, *stages.models.controlnets), read_features(base.unet) as reader:
             yield LockstepBase(guided, noise_schedule_of(base), _prediction_type(base), reader)
 
     def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
@@ -397,7 +396,8 @@ class DiffusersHost:
             with evaluation.fused_into(unet, slice(0, len(upgraded.rows))):
                 return upgraded.predict(latent, timestep)
 
-        with stages.placement.holding(unet):
+        adapter = stages.models.adapter if joint is not None else None
+        with stages.placement.holding(adapter, unet):
             return stages.walk("SDXL", self._steps, self._start, predict, self._each_step)
 
     def samples_of_base(self, stage_one: StageOne) -> Tensor:

@@ -162,7 +162,7 @@ class TestFaults:
             ("base_unet", 9, "OutOfMemoryError"),
             ("upgraded_unet", 1, "RuntimeError"),
             ("upgraded_unet", 1, "OutOfMemoryError"),
-            # SDXL's is rehearsed twice before either model samples
+            # SDXL's is run dry twice before either model samples
             ("sampler", 2, "RuntimeError"),
             ("sampler", 3, "RuntimeError"),
             ("vae_decode", 0, "RuntimeError"),

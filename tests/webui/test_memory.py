@@ -71,13 +71,13 @@ class TestThePicture:
         assert same_bytes(with_xadapter(webui, RECORDED, **request).image, beside)
         assert "noise levels of DPM adaptive are not known" in webui.log
 
-    def test_a_sampler_that_cannot_be_rehearsed_runs_in_lockstep_and_says_so(self, webui):
+    def test_a_sampler_that_cannot_be_run_dry_runs_in_lockstep_and_says_so(self, webui):
         beside = with_xadapter(webui, LOCKSTEP).image
-        assert "Euler cannot be rehearsed" not in webui.log
+        assert "Euler cannot be run dry" not in webui.log
         with webui.fault("sampler", after=0):
             recorded = with_xadapter(webui, RECORDED).image
         assert same_bytes(recorded, beside)
-        assert "Euler cannot be rehearsed: RuntimeError" in webui.log
+        assert "Euler cannot be run dry: RuntimeError" in webui.log
 
 
 class TestTurns:

@@ -28,17 +28,15 @@ def test_models_that_are_moved_in_and_out_give_the_same_picture(start_webui, web
 
 def test_nothing_is_imported_before_it_is_used(start_webui):
     """Whoever leaves X-Adapter unticked has what the page shows, and no more."""
-    core = {"mapping", "joint_stage", "trajectory", "recording", "feature_sources", "overlap", "cuda_mapping"}
-    host = {
-        f"webui.{name}" for name in ("generation", "models", "base_units", "base_evaluation", "coupling", "moments")
-    }
+    core = {"mapping", "joint_stage", "two_stage", "trajectory", "recording", "feature_sources", "overlap"}
+    host = {"webui.job.job", "webui.base.models", "webui.base.base_units", "webui.sampling.coupling"}
     with start_webui("untouched") as server:
         made(server.txt2img(**PLAIN, **arguments(enabled=False)))
         server.post("/xadapter/v1/route", {"prompt": "a cat <lora:style15:1>"})
-        assert "webui.panel" in server.imported()
+        assert "webui.page.panel" in server.imported()
         assert not server.imported() & (core | host)
         with_xadapter(server)
-        assert {"joint_stage", "webui.generation"} <= server.imported()
+        assert {"two_stage", "webui.job.job"} <= server.imported()
 
 
 class TestKeeping:

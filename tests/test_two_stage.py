@@ -1,0 +1,221 @@
+"""The two-stage algorithm, with a host whose models are a few tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_xadapter.errors import XAdapterError
+from lib_xadapter.evaluations import Evaluation, GuidanceWindow
+from lib_xadapter.feature_sources import BaseDenoiser, BaseStep
+from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.recording import RecordingCache
+from lib_xadapter.rows import batch_rows
+from lib_xadapter.taps import BaseFeatures
+from lib_xadapter.two_stage import Coupling, Pass, RecordedBase, StageOne, check_plan, run
+
+ROWS = batch_rows([1])
+EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumerate((8.0, 4.0, 2.0, 1.0)))
+
+
+class Passing:
+    """Mapping layers that give their feature back."""
+
+    adapter = SimpleNamespace(fusion="addition", positions="decoder")
+
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
+        return feature
+
+    def residual(self, level: int, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
+        return feature + weight * hidden
+
+    def release(self) -> None:
+        pass
+
+
+@dataclass
+class SmallHost:
+    """A base that gives its latent as feature, and an upgraded model that adds up its residuals.
+
+    Attributes:
+        calls: what was done, in order.
+        interrupted_by: the call at which the user wants no more.
+        failures: calls that run out of video memory, each once.
+    """
+
+    calls: list[str] = field(default_factory=list)
+    interrupted_by: str = ""
+    failures: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    device: str = "cpu"
+    overlap: None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.interrupted_by in self.calls
+
+    def _did(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.failures:
+            self.failures.remove(call)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def base_plugins(self) -> Any:
+        return nullcontext()
+
+    def sample_base(self) -> StageOne:
+        self._did("stage 1")
+        return StageOne(torch.full((1, 4, 2, 2), 0.5), (Image.new("RGB", (4, 2)),))
+
+    def base_noise(self) -> Tensor:
+        return torch.ones(1, 4, 2, 2)
+
+    @contextmanager
+    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+        def denoise(latent: Tensor, evaluation: Evaluation) -> BaseStep:
+            self._did(f"base at {evaluation.sigma:g}")
+            feature = latent.repeat(2, 1, 1, 1)
+            return BaseStep(BaseFeatures((feature,) * 3, torch.zeros(2, 1)), ROWS, latent / 2)
+
+        yield denoise
+
+    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
+        x = torch.zeros(2, 4, 2, 2)
+        for evaluation in EVALUATIONS:
+            at_this_level = joint.evaluate(evaluation, ROWS) if joint is not None else None
+            self._did(f"upgraded at {evaluation.sigma:g}")
+            if at_this_level is not None:
+                x = at_this_level.fuse(0, x, slice(0, 2))
+        return x
+
+    def samples_of_base(self, stage_one: StageOne) -> str:
+        return "the base's picture"
+
+    def base_to_device(self) -> None:
+        self._did("base to device")
+
+    def upgraded_to_device(self) -> None:
+        self._did("upgraded to device")
+
+    @contextmanager
+    def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
+        self._did(f"recording {evaluations}")
+        yield lambda: None
+
+    def remarks(self) -> str:
+        return "remarks"
+
+    def recording_found(self, base: RecordedBase) -> None:
+        self._did(f"found with {base.remarks}")
+
+    def notify(self, sentence: str) -> None:
+        self.told.append(sentence)
+
+
+@pytest.fixture
+def recordings() -> RecordingCache[RecordedBase]:
+    return RecordingCache(lambda: 2**20)
+
+
+@pytest.fixture
+def coupling() -> Coupling:
+    return Coupling(Passing(), (1.0, 0.0, 0.0), GuidanceWindow())
+
+
+def test_in_lockstep_the_base_runs_before_each_evaluation_of_the_upgraded_model(recordings, coupling):
+    host = SmallHost()
+    run(host, Pass(coupling, EVALUATIONS), recordings)
+    beside = [f"{model} at {sigma}" for sigma in (8, 4, 2, 1) for model in ("base", "upgraded")]
+    assert host.calls == ["stage 1", *beside]
+
+
+def test_recorded_the_base_is_through_before_the_upgraded_model_begins_and_the_samples_are_the_same(
+    recordings, coupling
+):
+    host = SmallHost()
+    recorded = run(host, Pass(coupling, EVALUATIONS, recorded=True, key="a"), recordings)
+    base = [f"base at {sigma}" for sigma in (8, 4, 2, 1)]
+    upgraded = [f"upgraded at {sigma}" for sigma in (8, 4, 2, 1)]
+    assert host.calls == ["base to device", "stage 1", "recording 4", *base, "upgraded to device", *upgraded]
+    assert torch.equal(recorded, run(SmallHost(), Pass(coupling, EVALUATIONS), recordings))
+    assert recorded.abs().sum() > 0
+
+
+def test_a_base_side_that_was_recorded_before_does_not_run_again(recordings, coupling):
+    plan = Pass(coupling, EVALUATIONS, recorded=True, key="a")
+    first, host = run(SmallHost(), plan, recordings), SmallHost()
+    again = run(host, plan, recordings)
+    assert host.calls[:2] == ["found with remarks", "upgraded to device"]
+    assert not any(call.startswith("base at") for call in host.calls)
+    assert torch.equal(again, first)
+
+
+def test_what_has_no_key_is_never_found(recordings, coupling):
+    plan = Pass(coupling, EVALUATIONS, recorded=True)
+    for _ in range(2):
+        host = SmallHost()
+        run(host, plan, recordings)
+        assert "stage 1" in host.calls
+
+
+@pytest.mark.parametrize("where", ["stage 1", "base at 2", "upgraded at 4"])
+def test_without_video_memory_for_both_the_picture_is_made_one_model_after_the_other(recordings, coupling, where):
+    expected = run(SmallHost(), Pass(coupling, EVALUATIONS), recordings)
+    host = SmallHost(failures=[where])
+    samples = run(host, Pass(coupling, EVALUATIONS, may_record=True, key="a"), recordings)
+    assert torch.equal(samples, expected)
+    assert len(host.told) == 1
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{}, {"may_record": True, "evaluations": None}, {"recorded": True, "may_record": True}],
+    ids=["lockstep was asked for", "levels are not known", "recorded already"],
+)
+def test_otherwise_a_lack_of_video_memory_is_the_callers(recordings, coupling, plan):
+    decided = Pass(**{"coupling": coupling, "evaluations": EVALUATIONS, **plan})
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(SmallHost(failures=["stage 1"]), decided, recordings)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_without_coupling_the_upgraded_model_only_goes_on_from_the_picture(recordings, recorded):
+    host = SmallHost()
+    run(host, Pass(None, None, recorded=recorded, key="a"), recordings)
+    assert "stage 1" in host.calls
+    assert not any(call.startswith("base at") for call in host.calls)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_interrupted_in_stage_1_the_bases_picture_is_what_there_is(recordings, coupling, recorded):
+    host = SmallHost(interrupted_by="stage 1")
+    assert run(host, Pass(coupling, EVALUATIONS, recorded, key="a"), recordings) == "the base's picture"
+    assert not any(call.startswith("upgraded at") for call in host.calls)
+
+
+def test_interrupted_while_recording_nothing_is_kept(recordings, coupling):
+    plan = Pass(coupling, EVALUATIONS, recorded=True, key="a")
+    host = SmallHost(interrupted_by="base at 4")
+    assert run(host, plan, recordings) == "the base's picture"
+    assert "base at 2" not in host.calls
+    assert recordings.find("a") is None
+
+
+def test_a_sampler_that_keeps_to_the_plan_passes():
+    check_plan(EVALUATIONS, [8.0, 4.0, 2.0])
+
+
+def test_the_first_noise_level_that_was_not_planned_is_told():
+    with pytest.raises(XAdapterError, match="evaluation 1 was to be at 4 and was at 5"):
+        check_plan(EVALUATIONS, [8.0, 5.0, 2.0])
