@@ -54,7 +54,7 @@ class Job:
         self._models = models
         self._units = BaseUnits()
         self._scope = ExitStack()
-        self._wrap_sampler: Callable[[Sampler], None] = lambda sampler: None
+        self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._forbidden = False
         self._caches: tuple[list, list] = ([None, None], [None, None])
@@ -79,6 +79,8 @@ class Job:
         if not self._is_open:
             return
         self._is_open = False
+        # it holds the base
+        self._wrap_sampler = _leave
         if not keep_base:
             self._models.forget_base()
         try:
@@ -204,3 +206,7 @@ class Job:
             yield
         finally:
             sd_models.apply_token_merging(model, 0)
+
+
+def _leave(sampler: Sampler) -> None:
+    """Outside a batch the sampler is the WebUI's alone."""
