@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from .checkpoint_files import SD_UNET, SDXL_UNET, UnetLayout
+from .families import FAMILY_OF_CONTEXT_WIDTH
 from .tensor_files import TensorInfo, read_tensor_infos
 
 ControlFamily = Literal["sd1", "sd2", "sdxl", "unknown"]
@@ -19,7 +20,6 @@ Tensors = Mapping[str, TensorInfo]
 Kind = Callable[[Tensors], "ControlFamily | None"]
 """Gives the family of a file of its kind, None for a file of another kind."""
 
-FAMILY_OF_CONTEXT_WIDTH: Mapping[int, ControlFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 UNETS: Mapping[ControlFamily, UnetLayout] = {"sd1": SD_UNET, "sdxl": SDXL_UNET}
 # what stands before every name in some files: the original releases, diffusers' T2I-Adapters
 PREFIXES = ("control_model.", "adapter.")

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from .checkpoint_files import SD_UNET, SDXL_UNET, UnetLayout
+from .families import FAMILY_OF_CONTEXT_WIDTH, FAMILY_OF_EMBEDDING_WIDTH
 from .lora_layers import (
     FIRST_TEXT_ENCODER,
     OPEN_CLIP,
@@ -105,16 +106,14 @@ STRUCTURE: tuple[Rule, ...] = (
 
 # --- widths of the released models ------------------------------------------------------------------------------------
 
-MODEL_OF_CONTEXT_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}
 # CLIP-L, OpenCLIP-H and OpenCLIP-bigG, each with the inside of its MLP, which is four times as wide
 MODELS_OF_TEXT_WIDTH = {768: SD1 | SDXL, 3072: SD1 | SDXL, 1024: SD2, 4096: SD2, 1280: SDXL, 5120: SDXL}
-MODEL_OF_EMBEDDING_WIDTH = {768: SD1, 1024: SD2}
 
 
 def context_width(lora: LoraContents) -> Models:
     """Cross-attention takes its keys and values from the text encoder's output, 768, 1024 or 2048 wide."""
     keys_and_values = (layer for layer in lora.of_part(UNET) if layer.name.endswith(("attn2_to_k", "attn2_to_v")))
-    return _all_of(MODEL_OF_CONTEXT_WIDTH.get(layer.in_width, ANY) for layer in keys_and_values)
+    return _all_of(_family(FAMILY_OF_CONTEXT_WIDTH, layer.in_width) for layer in keys_and_values)
 
 
 def decoder_width(lora: LoraContents) -> Models:
@@ -137,7 +136,7 @@ def text_width(lora: LoraContents) -> Models:
 
 def embedding_width(lora: LoraContents) -> Models:
     """Bundled textual inversions are as wide as the text encoder that they are for."""
-    return _all_of(MODEL_OF_EMBEDDING_WIDTH.get(shape[-1], ANY) for _, shape in lora.embeddings if shape)
+    return _all_of(_family(FAMILY_OF_EMBEDDING_WIDTH, shape[-1]) for _, shape in lora.embeddings if shape)
 
 
 WIDTHS: tuple[Rule, ...] = (context_width, decoder_width, text_width, embedding_width)
@@ -208,6 +207,11 @@ def detect_lora_base(path: str | os.PathLike[str]) -> LoraBase:
         # (IA)³, OFT and norms of the UNet alone look the same in both, and LoRAs of SD1 are by far the more common
         return "sd1"
     return next(iter(models)) if len(models) == 1 else "unknown"
+
+
+def _family(families: Mapping[int, str], width: int) -> Models:
+    """The family of a width; another width says nothing."""
+    return frozenset({families[width]}) if width in families else ANY
 
 
 def _models_of(fits_sd: bool, fits_sdxl: bool) -> Models:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongFile
+from ..families import FAMILY_NAMES, FAMILY_OF_CONTEXT_WIDTH, FAMILY_OF_EMBEDDING_WIDTH
 from ..lora_files import detect_lora_base
 from ..mapping import BlockLayout, read_layout
 from ..tensor_files import TensorInfo, read_tensor_infos
 from .options import say
 
-MODEL_NAMES = {"sd1": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL refiner"}
-CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
-EMBEDDING_WIDTHS = {768: "SD1.5", 1024: "SD2", 1280: "SDXL (second text encoder)"}
+SECOND_TEXT_ENCODER_WIDTH = 1280
+"""Of SDXL's."""
 
 
 def inspect_file(options: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def _controlnet(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     width = min(widths, default=0)
     layout = "diffusers" if ends[1] in tensors else "CompVis"
     return [
-        f"a ControlNet for {CONTEXT_WIDTHS.get(width, f'a model with prompts of {width} channels')}",
+        f"a ControlNet for {_name(FAMILY_OF_CONTEXT_WIDTH, width) or f'a model with prompts of {width} channels'}",
         f"  {layout} layout",
     ]
 
@@ -88,7 +88,7 @@ def _checkpoint(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     held = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in tensors)]
     kind = " inpainting" if channels == 9 else ""
     return [
-        f"a checkpoint of {MODEL_NAMES[family]}{kind}",
+        f"a checkpoint of {FAMILY_NAMES[family]}{kind}",
         f"  UNet of {channels} channels, {', '.join(held) or 'no VAE'}",
     ]
 
@@ -101,7 +101,7 @@ def _lora(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
         min(info.shape[:2]) for key, info in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight"))
     }
     return [
-        f"a LoRA for {MODEL_NAMES.get(base, 'a model that its keys and shapes do not tell')}",
+        f"a LoRA for {FAMILY_NAMES.get(base, 'a model that its keys and shapes do not tell')}",
         *([f"  rank {', '.join(map(str, sorted(ranks)))}"] if ranks else []),
     ]
 
@@ -113,5 +113,12 @@ def _embedding(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     if not 0 < len(shapes) <= 2 or not all(len(shape) in (1, 2) for shape in shapes.values()):
         return []
     shape = next(iter(shapes.values()))
-    model = EMBEDDING_WIDTHS.get(shape[-1], f"a text encoder of {shape[-1]} channels")
+    model = _name(FAMILY_OF_EMBEDDING_WIDTH, shape[-1]) or f"a text encoder of {shape[-1]} channels"
+    if shape[-1] == SECOND_TEXT_ENCODER_WIDTH:
+        model = "SDXL (second text encoder)"
     return [f"an embedding for {model}", f"  {shape[0] if len(shape) == 2 else 1} tokens"]
+
+
+def _name(families: Mapping[int, str], width: int) -> str | None:
+    """The name of a width's family, None where there is none."""
+    return FAMILY_NAMES[families[width]] if width in families else None

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import DoesNotFit, WrongFile
+from ..families import FAMILY_NAMES
 from ..mapping import read_weights
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
@@ -51,7 +52,6 @@ from .model_configs import (
 )
 from .tokenizers import SDXL_SECOND_PADDING, load_tokenizer
 
-FAMILY_NAMES = {"sd1": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "the SDXL refiner"}
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 

@@ -12,10 +12,10 @@ from modules import cache, paths, sd_models, shared
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
+from ..families import BASE_FAMILIES
 from . import options
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
-BASE_FAMILIES = ("sd1", "sd2")
 BASE_CHANNELS = (4, 9)
 """What a base's UNet takes: a latent; beside it, an inpainting model's mask and masked picture."""
 EXTENSION_FOLDER = Path(__file__).parents[2]

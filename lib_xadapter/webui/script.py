@@ -13,6 +13,7 @@ from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
 from .page.rest import add_routes
+from .versions import warn_of_others
 
 if TYPE_CHECKING:
     from .base.models import Models
@@ -97,3 +98,4 @@ def register() -> None:
     """Tell the WebUI about the settings page and the routes."""
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_app_started(add_routes)
+    script_callbacks.on_app_started(lambda *_: warn_of_others())

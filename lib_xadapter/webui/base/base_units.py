@@ -25,12 +25,13 @@ from torch import Tensor
 
 from ...errors import DoesNotFit, WrongArgument, XAdapterError
 from ...evaluations import Evaluation
+from ...families import FAMILY_NAMES
 from ...feature_sources import BaseDenoiser, BaseStep
 from ...taps import FeatureReader
 from ..sampling.sampling_plan import nearest_level, noise_levels
 from ..sampling.seeded import seeded
 from .base_model import BaseModel
-from .controlnet_units import MODEL_NAMES, Unit, extension, one_line, read_unit
+from .controlnet_units import Unit, extension, one_line, read_unit
 from .host_state import Attribute, HostState
 
 
@@ -119,12 +120,11 @@ class BaseUnits:
         """
         if self._problem is not None:
             raise self._problem
-        base_family = "sd2" if base.model.is_sd2 else "sd1"
         for unit in self._units:
-            if unit.family not in (base_family, None):
+            if unit.family not in (base.family, None):
                 raise DoesNotFit(
-                    f"{unit} is for {MODEL_NAMES[unit.family]}, the checkpoint {base.info.name} is "
-                    f"{MODEL_NAMES[base_family]}."
+                    f"{unit} is for {FAMILY_NAMES[unit.family]}, the checkpoint {base.info.name} is "
+                    f"{FAMILY_NAMES[base.family]}."
                 )
         # the extension has written SDXL's own units alone in the meantime
         self._p.extra_generation_params.update(self._infotext)

@@ -23,7 +23,6 @@ from ...errors import WrongArgument
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""
 
-MODEL_NAMES = {"sd1": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 SDXL_PREPROCESSOR = "revision"
 """The extension's preprocessors without a model that act on SDXL alone have this in their names."""
 

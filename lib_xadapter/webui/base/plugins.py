@@ -13,11 +13,11 @@ from unittest.mock import patch
 from modules import cache, extra_networks, shared
 
 from ...errors import WrongArgument, WrongFile
+from ...families import BASE_FAMILIES
 from ...lora_files import detect_lora_base
 from .host_state import lora_extension
 
 LORA_TAGS = ("lora", "lyco")
-BASE_LORAS = ("sd1", "sd2")
 MODEL_ARGUMENT = "model"
 BASE, UPGRADED = "base", "sdxl"
 MODELS_OF_CHOICE = {"base": (BASE,), "sdxl": (UPGRADED,), "both": (BASE, UPGRADED)}
@@ -68,7 +68,7 @@ def models_of(tag: extra_networks.ExtraNetworkParams) -> tuple[str, ...]:
     on_disk = find_lora(name_of(tag))
     choice = tag.named.get(MODEL_ARGUMENT)
     if choice is None:
-        return (BASE,) if on_disk is not None and lora_base(on_disk.filename) in BASE_LORAS else (UPGRADED,)
+        return (BASE,) if on_disk is not None and lora_base(on_disk.filename) in BASE_FAMILIES else (UPGRADED,)
     if choice not in MODELS_OF_CHOICE:
         raise WrongArgument(
             f"'{MODEL_ARGUMENT}={choice}' of the LoRA '{name_of(tag)}' is not among {', '.join(MODELS_OF_CHOICE)}."

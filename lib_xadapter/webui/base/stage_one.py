@@ -10,6 +10,7 @@ from modules.processing import StableDiffusionProcessingTxt2Img
 from torch import Tensor
 
 from ...errors import WrongArgument
+from ...families import FAMILY_NAMES
 from ...settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
 from ...two_stage import StageOne
 from ..sampling import switch
@@ -18,7 +19,6 @@ from ..sampling.seeded import blank_conditioning, each_from_its_seed
 from . import plugins
 from .base_model import BaseModel
 from .base_units import BaseUnits
-from .controlnet_units import MODEL_NAMES
 
 SHARED_FIELDS = (
     "sampler_name",
@@ -125,7 +125,7 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
             latents = _from_picture(job, noise, units) if start == CONTROL_IMAGE else _from_noise(job, noise)
         finally:
             hook.remove()
-        plugins.check_applied(MODEL_NAMES[base.family])
+        plugins.check_applied(FAMILY_NAMES[base.family])
         levels = noise_levels(denoiser, asked)
         pictures = switch.decode(model, latents, units.finish)
     devices.torch_gc()

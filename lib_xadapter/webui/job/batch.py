@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from modules import devices, extra_networks, sd_hijack, sd_models, sd_vae
 from modules.processing import StableDiffusionProcessingTxt2Img
 
+from ...families import FAMILY_NAMES
 from ...infotext import PLUGINS_KEY
 from ..base import plugins
 from ..base.base_model import BaseModel
 from ..base.base_units import BaseUnits
-from ..base.controlnet_units import MODEL_NAMES
 from ..base.stage_one import base_processing
 from ..page import routing
 from .request import Request
@@ -93,13 +93,13 @@ def encode(
         if not base_p.disable_extra_networks:
             with plugins.no_added_network(), devices.autocast():
                 extra_networks.activate(base_p, batch.networks)
-            plugins.check_loaded(batch.networks, MODEL_NAMES[base.family])
+            plugins.check_loaded(batch.networks, FAMILY_NAMES[base.family])
         upgraded_only = set(upgraded_embeddings) & set(hijack.embedding_db.skipped_embeddings)
         base_p.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.prompts]
         base_p.negative_prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts]
         sd_models.apply_alpha_schedule_override(model, base_p)
         for comment in hijack.comments:
-            p.comment(f"{MODEL_NAMES[base.family]}: {comment}")
+            p.comment(f"{FAMILY_NAMES[base.family]}: {comment}")
         base_p.setup_conds()
         known, unusable = tuple(hijack.embedding_db.word_embeddings), tuple(hijack.embedding_db.skipped_embeddings)
     return Encoding(known, unusable, dict(getattr(base_p, "lora_hashes", {})))

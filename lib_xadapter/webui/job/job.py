@@ -24,16 +24,21 @@ from ... import __version__
 from ...errors import XAdapterError
 from ...infotext import write_infotext
 from ...settings import Settings
+from ...tried_versions import difference
 from ...two_stage import Pass, run
 from ...wrapping import wrapped
 from ..base import plugins
 from ..base.base_units import BaseUnits
 from ..base.models import Models
+from ..versions import running
 from .batch import Batch, share_out
 from .recording_key import key_of
 from .refusal import Refusal
 from .request import Request, count_jobs, decide
 from .webui_host import SamplerCall, WebUIHost
+
+MISSING_NAME = (AttributeError, ImportError, KeyError, TypeError)
+"""What a name that is no longer there, or is called otherwise, ends in."""
 
 
 class Job:
@@ -196,6 +201,9 @@ class Job:
             # what its frames hold would fill the GPU while the models find their way back
             traceback.clear_frames(error.__traceback__)
             self.end(keep_base=False)
+            if isinstance(error, MISSING_NAME) and (others := difference(running())):
+                problem = XAdapterError(f"{error!r}; X-Adapter was not tried with {others}.")
+                raise Refusal(problem) from error
             raise
 
     @contextmanager

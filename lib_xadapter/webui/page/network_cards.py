@@ -13,7 +13,8 @@ from typing import Any
 from modules import sd_models, ui_extra_networks
 
 from ...errors import WrongFile
-from ..base.plugins import BASE_LORAS, known_lora, lora_base
+from ...families import BASE_FAMILIES
+from ..base.plugins import known_lora, lora_base
 
 MODEL_MARK = "xadapter-model"
 """Sort key whose value is the model of the card's LoRA: sd1, sd2, sdxl or unknown."""
@@ -40,7 +41,7 @@ def _page_of_both_models(hosts_page: type) -> type:
     class LorasOfBothModels(hosts_page):
         def create_item(self, name: str, index: int | None = None, enable_filter: bool = True) -> dict[str, Any] | None:
             item, model = super().create_item(name, index), _model_of(name)
-            added = item is None and model in BASE_LORAS and _sdxl_is_selected()
+            added = item is None and model in BASE_FAMILIES and _sdxl_is_selected()
             # the WebUI asks without its filter for a card whose description was edited
             if added or (item is None and not enable_filter):
                 item = super().create_item(name, index, enable_filter=False)

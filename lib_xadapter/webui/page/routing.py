@@ -10,15 +10,14 @@ from typing import Any
 from modules import extra_networks, sd_hijack
 
 from ...errors import XAdapterError
+from ...families import FAMILY_NAMES, FAMILY_OF_EMBEDDING_WIDTH
 from ..base import plugins
-from ..base.controlnet_units import MODEL_NAMES, Unit, read_unit
+from ..base.controlnet_units import Unit, read_unit
 from ..base.host_state import lora_extension
 from ..base.plugins import BASE, UPGRADED
 
 LORA = "LoRA"
 EMBEDDING = "textual inversion"
-EMBEDDING_WIDTHS = {768: "sd1", 1024: "sd2"}
-"""Of one vector of a textual inversion, as wide as the model's text encoder."""
 UNIT = "ControlNet unit"
 UNIT_FIELDS = ("enabled", "module", "model")
 """What tells where a unit goes."""
@@ -45,7 +44,7 @@ class Route:
 
     def told(self, base_family: str) -> str:
         """In words, with a base of that family."""
-        names = {BASE: MODEL_NAMES[base_family], UPGRADED: MODEL_NAMES["sdxl"]}
+        names = {BASE: FAMILY_NAMES[base_family], UPGRADED: FAMILY_NAMES["sdxl"]}
         models = " and ".join(names[model] for model in self.models) or NO_MODEL
         return f"{self.kind} {self.name} to {models}" + (f" ({self.problem})" if self.problem else "")
 
@@ -161,7 +160,9 @@ def _expected_embeddings(texts: Mapping[str, Sequence[str]]) -> Iterator[Route]:
     database = sd_hijack.model_hijack.embedding_db
     for name, embedding in {**database.skipped_embeddings, **database.word_embeddings}.items():
         # SDXL's have vectors for each of its text encoders
-        made_for = "sdxl" if isinstance(embedding.vec, dict) else EMBEDDING_WIDTHS.get(embedding.shape, "unknown")
+        made_for = (
+            "sdxl" if isinstance(embedding.vec, dict) else FAMILY_OF_EMBEDDING_WIDTH.get(embedding.shape, "unknown")
+        )
         model = UPGRADED if made_for == "sdxl" else BASE
         if mentions(texts[model], name):
             yield Route(EMBEDDING, name, (model,), made_for)
@@ -192,7 +193,7 @@ def with_base(route: Route, base_family: str) -> Route:
     """The route with a base of that family, which takes nothing that was made for the other."""
     if BASE not in route.models or route.made_for in (base_family, "unknown", "sdxl"):
         return route
-    return replace(_without_base(route), problem=f"it was made for {MODEL_NAMES[route.made_for]}")
+    return replace(_without_base(route), problem=f"it was made for {FAMILY_NAMES[route.made_for]}")
 
 
 def _joined(routes: Iterable[Route]) -> list[Route]:
