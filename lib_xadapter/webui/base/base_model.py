@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from modules import devices, lowvram, sd_hijack, sd_models, shared
@@ -102,7 +103,7 @@ def load_base_model(info: sd_models.CheckpointInfo) -> BaseModel:
     try:
         file = file_state(info.filename)
         _make_room()
-        with sd_models.SkipWritingToConfig(), devices.without_autocast():
+        with sd_models.SkipWritingToConfig(), devices.without_autocast(), same_optimization():
             model = sd_models.load_model(info)
         sd_models.model_data.loaded_sd_models[:] = [model]
         return BaseModel(info, model, file, outside.again())
@@ -115,6 +116,22 @@ def load_base_model(info: sd_models.CheckpointInfo) -> BaseModel:
         # the loader writes it; another checkpoint that was chosen in the meantime has a hash of its own
         if shared.opts.data.get(HASH_OPTION) == info.sha256:
             shared.opts.data[HASH_OPTION] = checkpoint_hash
+
+
+@contextmanager
+def same_optimization() -> Iterator[None]:
+    """While open, the WebUI loads models and VAEs and leaves the attention optimization as it is.
+
+    It applies one to the classes of SD1.5 and of SDXL at once, with everything that it loads, so SDXL's loading has
+    done that for both. Applied again it would be another one: the WebUI's first time leaves SDXL's VAE with the
+    attention of SD1.5's, the second with its own, whose sums are rounded otherwise: plain pictures would change.
+    """
+    name = sd_hijack.model_hijack.optimization_method
+    with (
+        patch.object(sd_hijack, "apply_optimizations", lambda option=None: name),
+        patch.object(sd_hijack, "undo_optimizations", lambda: None),
+    ):
+        yield
 
 
 def _make_room() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from modules import devices, sd_hijack, sd_models, sd_vae, shared
+from modules import devices, sd_hijack, sd_models, sd_unet, sd_vae, shared
 
 HIJACK_FIELDS = (
     "clip",
@@ -97,6 +97,7 @@ def current_model_places() -> Iterator[Place]:
     yield Contents(sd_models.model_data.loaded_sd_models)
     for owner, names in ((sd_hijack.model_hijack, HIJACK_FIELDS), (sd_vae, VAE_FIELDS), (devices, DEVICE_FIELDS)):
         yield from (Attribute(owner, name) for name in names)
+    yield Attribute(sd_unet, "original_forward")
     yield Attribute(shared, "parallel_processing_allowed")
     yield Contents(shared.loaded_hypernetworks)
     if loras := lora_extension():

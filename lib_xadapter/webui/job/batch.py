@@ -11,7 +11,7 @@ from modules.processing import StableDiffusionProcessingTxt2Img
 from ...families import FAMILY_NAMES
 from ...infotext import PLUGINS_KEY
 from ..base import plugins
-from ..base.base_model import BaseModel
+from ..base.base_model import BaseModel, same_optimization
 from ..base.base_units import BaseUnits
 from ..base.stage_one import base_processing
 from ..page import routing
@@ -84,7 +84,8 @@ def encode(
     """
     base_p, hijack = batch.base_p, sd_hijack.model_hijack
     with base.current() as model:
-        sd_vae.reload_vae_weights(model)
+        with same_optimization():
+            sd_vae.reload_vae_weights(model)
         hijack.apply_circular(base_p.tiling)
         hijack.clear_comments()
         if not base_p.do_not_reload_embeddings:
