@@ -154,6 +154,8 @@ def test_loras_of_the_base_have_cards_while_it_is_ticked(page):
     open_tab(page, "Lora")
     lora_card(page, "style15").wait_for(state="visible")
     assert [mark(page, name) for name in ("style15", "stylexl")] == ['"SD1.5"', '"SDXL"']
+    # what a click writes depends on settings that the page asks the server for
+    page.wait_for_function("() => opts.extra_networks_default_multiplier !== undefined")
     lora_card(page, "style15").click()
     assert "<lora:style15:1>" in page.locator("#txt2img_prompt textarea").input_value()
     assert page.locator("#img2img_lora_cards .card[data-name='style15']").count() == 0
