@@ -84,6 +84,14 @@ class TestTooLittleVideoMemory:
         assert webui.log.count("did not fit into video memory") == said + 1
         assert webui.state()["hooks"] == []
 
+    def test_the_bases_picture_is_shown_once(self, webui, nothing_is_kept):
+        given = {"return_base_image": True}
+        expected = with_xadapter(webui, {**given, **RECORDED}, seed=33).images
+        with webui.fault("upgraded_unet", after=2, error="OutOfMemoryError"):
+            shown = with_xadapter(webui, given, seed=33).images
+        assert [image.size for image in shown] == [image.size for image in expected]
+        assert all(same_bytes(one, other) for one, other in zip(shown, expected, strict=True))
+
     def test_with_lockstep_it_is_an_error(self, webui):
         with webui.fault("upgraded_unet", after=2, error="OutOfMemoryError"):
             answer = webui.txt2img(**PLAIN, **arguments(**LOCKSTEP))

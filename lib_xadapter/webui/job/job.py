@@ -168,8 +168,10 @@ class Job:
         with self._ends_the_job(request, batch), self._token_merging(request):
             self._units.check_those_of_sdxl()
             call = SamplerCall(sampler, x, conditioning, unconditional_conditioning, image_conditioning)
-            host_of_batch = WebUIHost(p, self._models, request, batch, self._units, call, self.base_pictures)
-            return run(host_of_batch, self._plan(request, batch), self._models.recordings)
+            host_of_batch = WebUIHost(p, self._models, request, batch, self._units, call)
+            samples = run(host_of_batch, self._plan(request, batch), self._models.recordings)
+            self.base_pictures += host_of_batch.base_pictures
+            return samples
 
     def _plan(self, request: Request, batch: Batch) -> Pass:
         may_be_found = request.coupling is not None and request.evaluations is not None

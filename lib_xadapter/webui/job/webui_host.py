@@ -67,7 +67,6 @@ class WebUIHost:
         batch: the base's part of the batch.
         units: the base's ControlNet units.
         call: the WebUI's call of its sampler, which `sample_upgraded` makes.
-        base_pictures: where the pictures of stage 1 are added.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class WebUIHost:
         batch: Batch,
         units: BaseUnits,
         call: SamplerCall,
-        base_pictures: list[Image.Image],
     ) -> None:
         self._p = p
         self._models = models
@@ -86,7 +84,7 @@ class WebUIHost:
         self._batch = batch
         self._units = units
         self._call = call
-        self._base_pictures = base_pictures
+        self.base_pictures: list[Image.Image] = []
         self._encodings: list[Encoding] = []
         self._random_state = RandomState.capture(p)
         # the embeddings of SDXL as long as it is the current model
@@ -120,7 +118,8 @@ class WebUIHost:
             return StageOne(None)
         start = self._request.settings.base_start
         made = sample_base(self._request.base, self._batch.base_p, self._units, start)
-        self._base_pictures += made.pictures
+        # a second attempt, where memory did not suffice for the first, takes the place of its pictures
+        self.base_pictures[:] = made.pictures
         if not self.interrupted:
             shared.state.nextjob()
         return made
@@ -198,7 +197,7 @@ class WebUIHost:
         remarks: Remarks = base.remarks
         self._report(remarks.encoding)
         # their texts are written into them
-        self._base_pictures += [picture.copy() for picture in base.stage_one.pictures]
+        self.base_pictures[:] = [picture.copy() for picture in base.stage_one.pictures]
         self._units.detected_maps = self._units.detected_maps or list(remarks.detected_maps)
         for _ in self._request.base_steps(self._p):
             shared.state.nextjob()
