@@ -60,6 +60,8 @@ SIZE: dict[str, Any] = {"minimum": 64, "maximum": 2048, "multiple_of": 8, "or_ze
 
 NOISE, CONTROL_IMAGE = "noise", "control image"
 """What stage 1 starts from."""
+PICTURE, BASE = "picture", "base"
+"""What SDXL paints over in img2img."""
 START_STRENGTH = 1.0
 """Denoising strength of the base over a control image. The released tile pipeline takes every step, from the first
 timestep's noise, which leaves a little of the image (`pipeline_sd_xl_adapter_controlnet_img2img.py`,
@@ -165,6 +167,20 @@ class Settings:
         "What the SD1.5 picture is painted over: noise, or the image of its first ControlNet unit, as the paper's "
         "tile pipeline does it.",
         choices=(NOISE, CONTROL_IMAGE),
+    )
+    img2img_start: str = argument(
+        PICTURE,
+        "In img2img SDXL paints over",
+        "img2img start",
+        "picture: the given picture, both models from the denoising strength on. base: what the SD1.5 model alone makes "
+        "of it with that strength; SDXL goes on from there at the switch point.",
+        choices=(PICTURE, BASE),
+    )
+    hires: bool = argument(
+        True,
+        "Also in Hires. fix",
+        "hires",
+        "Run the SD1.5 model beside SDXL in the second pass of Hires. fix, too.",
     )
     guidance_start: float = argument(
         0.0,

@@ -15,8 +15,8 @@ from ..settings import Settings, arguments, checked, defaults
 
 EXIT_WRONG = 2
 
-SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight")
-"""Fields of `Settings` that are options of another kind."""
+SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight", "img2img_start", "hires")
+"""Fields of `Settings` that are options of another kind, or concern tabs of the WebUI that this host has not."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 

@@ -70,6 +70,8 @@ def build(elem_id: ElemId) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
+                add("img2img_start", "hires")
+            with gr.Row():
                 add("cond_only", "single_stage", "return_base_image")
     ordered = [made[name] for name in table]
     pasting = [PasteField(made[name], _pasted(name)) for name in ("enabled", *written_names())]
