@@ -172,8 +172,8 @@ class Settings:
         PICTURE,
         "In img2img SDXL paints over",
         "img2img start",
-        "picture: the given picture, both models from the denoising strength on. base: what the SD1.5 model alone makes "
-        "of it with that strength; SDXL goes on from there at the switch point.",
+        "picture: the given picture, both models from the denoising strength on. base: what the SD1.5 model alone "
+        "makes of it with that strength; SDXL goes on from there at the switch point.",
         choices=(PICTURE, BASE),
     )
     hires: bool = argument(
