@@ -16,7 +16,6 @@ from .page.rest import add_routes
 from .versions import warn_of_others
 
 if TYPE_CHECKING:
-    from .base.models import Models
     from .job.job import Job
 
 ATTRIBUTE = "xadapter_job"
@@ -24,13 +23,12 @@ ATTRIBUTE = "xadapter_job"
 
 
 class XAdapter(scripts.Script):
-    """X-Adapter in the txt2img tab."""
+    """X-Adapter in the txt2img or the img2img tab."""
 
     section = "accordions"
     create_group = False
 
     def __init__(self) -> None:
-        self._models: Models | None = None
         self._job: Job | None = None
         # by then every extension has registered its pages, in whichever order the WebUI asks them
         self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
@@ -39,7 +37,7 @@ class XAdapter(scripts.Script):
         return "X-Adapter"
 
     def show(self, is_img2img: bool) -> Any:
-        return False if is_img2img else scripts.AlwaysVisible
+        return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[gr.components.Component]:
         built = panel.build(self.elem_id)
@@ -51,26 +49,20 @@ class XAdapter(scripts.Script):
         # exceptions are swallowed here, so that arguments are read in the job itself
         first = values[0] if values else None
         enabled = first.get("enabled", True) if isinstance(first, Mapping) else first
-        upscaling = getattr(p, "txt2img_upscale", False)
-        if enabled is None or enabled is False or upscaling:
+        if enabled is None or enabled is False:
             return
         # whoever leaves X-Adapter unticked does not wait for what it is made of
-        from .base.models import Models
+        from .base.models import loaded_models
         from .job.job import Job
 
-        self._models = self._models or Models()
         # a job of a script that never closed its processing object
         self._end_earlier_job()
-        self._job = Job(p, self._models, lambda: panel.read_controls(values))
+        self._job = Job(p, loaded_models(), lambda: panel.read_controls(values))
         setattr(p, ATTRIBUTE, self._job)
 
     def _end_earlier_job(self) -> None:
         if self._job is not None:
             self._job.end()
-
-    def process_batch(self, p: StableDiffusionProcessing, *values: Any, **batch: Any) -> None:
-        if job := _job_of(p):
-            job.after_activation()
 
     def process_before_every_sampling(self, p: StableDiffusionProcessing, *values: Any, **tensors: Any) -> None:
         if job := _job_of(p):

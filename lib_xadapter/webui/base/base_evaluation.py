@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from modules import prompt_parser, sd_samplers, sd_samplers_kdiffusion, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules import prompt_parser, sd_samplers_kdiffusion, shared
+from modules.processing import StableDiffusionProcessing
 from modules.sd_samplers_cfg_denoiser import catenate_conds
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ...evaluations import Evaluation
 from ...feature_sources import BaseStep
 from ...rows import batch_rows, take_rows
 from ...taps import FeatureReader
+from ..sampling.mask_blending import MaskBlending
 from ..sampling.sampling_plan import nearest_level
 from ..sampling.seeded import blank_conditioning
 from .base_model import BaseModel
@@ -28,23 +29,35 @@ class BaseEvaluation:
         job: its processing object, prompts encoded.
         reader: collects its features.
         stage_one: the noise level of each sampling step of stage 1, which prompt schedules are counted in.
+        total_steps: evaluations of SDXL's sampler, which they are counted in where there is no stage 1.
+        blending: what scripts do where a mask is blended in.
     """
 
     def __init__(
-        self, base: BaseModel, job: StableDiffusionProcessingTxt2Img, reader: FeatureReader, stage_one: Sequence[float]
+        self,
+        base: BaseModel,
+        job: StableDiffusionProcessing,
+        reader: FeatureReader,
+        stage_one: Sequence[float],
+        total_steps: int,
+        blending: MaskBlending,
     ) -> None:
         self._base, self._job, self._reader, self._stage_one = base, job, reader, stage_one
-        self._total_steps = sd_samplers.find_sampler_config(job.sampler_name).total_steps(job.steps)
+        self._total_steps, self._blending = total_steps, blending
+        self._cond, self._uncond = job.get_conds()
+        # as the WebUI's own samplers ask for it: txt2img has none
+        self._is_masked = getattr(job, "mask", None) is not None
         with base.current():
             self._guidance = sd_samplers_kdiffusion.CFGDenoiserKDiffusion(sampler=None)
             self._denoise = self._guidance.inner_model
-            self._conditioning = blank_conditioning(job)
+            given = getattr(job, "image_conditioning", None)
+            self._conditioning = blank_conditioning(job) if given is None else given
 
     def __call__(self, latent: Tensor, evaluation: Evaluation) -> BaseStep:
         sigma, step = evaluation.sigma, self.prompt_step(evaluation)
         with self._base.current():
-            conds_list, cond = prompt_parser.reconstruct_multicond_batch(self._job.c, step)
-            uncond = prompt_parser.reconstruct_cond_batch(self._job.uc, step)
+            conds_list, cond = prompt_parser.reconstruct_multicond_batch(self._cond, step)
+            uncond = prompt_parser.reconstruct_cond_batch(self._uncond, step)
             layout = batch_rows([len(conds) for conds in conds_list])
             images = [row.image for row in layout]
             batch, conditioning = take_rows(latent, images), take_rows(self._conditioning, images)
@@ -56,12 +69,16 @@ class BaseEvaluation:
                 ]
             )
         guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
+        if self._is_masked:
+            levels = latent.new_full((len(latent),), sigma)
+            guided = self._blending.at_step(self._job, self._guidance, guided, levels)
         return BaseStep(self._reader.take(), layout, guided)
 
     def prompt_step(self, evaluation: Evaluation) -> int:
-        """Where `[a:b:0.5]` is: at the nearest noise level of stage 1; in a single stage, as far as SDXL has come."""
+        """Where `[a:b:0.5]` is: at the nearest noise level of stage 1; without one, as far as SDXL has come."""
         if not self._stage_one:
-            return int(evaluation.progress * self._total_steps)
+            # a quotient times its divisor may fall short of the whole number that it was
+            return int(evaluation.progress * self._total_steps + 1e-6)
         return nearest_level(self._stage_one, evaluation.sigma)
 
     def _calls(self, rows: int, cond: Any, uncond: Any) -> list[tuple[slice, Any]]:

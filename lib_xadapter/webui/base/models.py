@@ -23,6 +23,9 @@ from ...two_stage import RecordedBase
 from .. import options
 from .base_model import BaseModel, file_state, load_base_model
 
+ATTRIBUTE = "xadapter_models"
+"""Where the WebUI's own record of loaded models keeps ours."""
+
 LARGEST_BASE = 1_300_000_000
 """Parameters of SD2.1 with its text encoder and VAE; SD1.5 has 1.07 billion."""
 
@@ -38,7 +41,7 @@ class MappingOnDisk:
 
 
 class Models:
-    """The base and the mapping layers that are loaded. One object lives as long as the script does."""
+    """The base and the mapping layers that are loaded, for both tabs: see `loaded_models`."""
 
     def __init__(self) -> None:
         self.recordings: RecordingCache[RecordedBase] = RecordingCache(options.recordings_capacity)
@@ -131,6 +134,13 @@ class Models:
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
         return self._base is not None and self._base.file == file_state(info.filename)
+
+
+def loaded_models() -> Models:
+    """The one object of its kind, kept where the WebUI keeps its own models: "Reload UI" makes the scripts anew."""
+    if not hasattr(sd_models.model_data, ATTRIBUTE):
+        setattr(sd_models.model_data, ATTRIBUTE, Models())
+    return getattr(sd_models.model_data, ATTRIBUTE)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ...errors import WrongArgument, WrongFile
 from ...families import BASE_FAMILIES
 from ...lora_files import detect_lora_base
 from .host_state import lora_extension
+from .overlaid import overlaid
 
 LORA_TAGS = ("lora", "lyco")
 MODEL_ARGUMENT = "model"
@@ -176,19 +177,9 @@ def no_added_network() -> Iterator[None]:
     if extension is None:
         yield
         return
-    with patch.object(extension, "shared", _Overlaid(shared, opts=_Overlaid(shared.opts, **{ADDED_NETWORK: "None"}))):
+    options = overlaid(shared.opts, **{ADDED_NETWORK: "None"})
+    with patch.object(extension, "shared", overlaid(shared, opts=options)):
         yield
-
-
-class _Overlaid:
-    """An object with some attributes that differ from those of another."""
-
-    def __init__(self, below: Any, **own: Any) -> None:
-        self.__dict__.update(own)
-        self._below = below
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._below, name)
 
 
 def check_loaded(wanted: NetworkData, model: str) -> None:

@@ -3,80 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 from modules import devices, processing, rng, sd_samplers, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import (
+    StableDiffusionProcessing,
+    StableDiffusionProcessingImg2Img,
+    StableDiffusionProcessingTxt2Img,
+)
+from PIL import Image
 from torch import Tensor
 
 from ...errors import WrongArgument
 from ...families import FAMILY_NAMES
-from ...settings import CONTROL_IMAGE, SAME_SEED, START_STRENGTH, Settings, half
+from ...settings import CONTROL_IMAGE, START_STRENGTH, Settings
 from ...two_stage import StageOne
 from ..sampling import switch
+from ..sampling.mask_blending import MaskBlending
 from ..sampling.sampling_plan import noise_levels
-from ..sampling.seeded import blank_conditioning, each_from_its_seed
+from ..sampling.seeded import blank_conditioning, each_from_its_seed, seeded
 from . import plugins
 from .base_model import BaseModel
+from .base_processing import JUST_RESIZE, size_of
 from .base_units import BaseUnits
-
-SHARED_FIELDS = (
-    "sampler_name",
-    "scheduler",
-    "subseed_strength",
-    "seed_resize_from_h",
-    "seed_resize_from_w",
-    "tiling",
-    "eta",
-    "s_min_uncond",
-    "s_churn",
-    "s_tmin",
-    "s_tmax",
-    "s_noise",
-    "disable_extra_networks",
-    "do_not_reload_embeddings",
-)
-"""What the base's processing object takes from SDXL's as it is."""
+from .overlaid import overlaid
 
 
-def base_processing(
-    p: StableDiffusionProcessingTxt2Img, settings: Settings, prompts: list[str], negative_prompts: list[str]
-) -> StableDiffusionProcessingTxt2Img:
-    """What the WebUI would process with the SD1.5 checkpoint selected, for the batch under way."""
-    job = StableDiffusionProcessingTxt2Img(
-        prompt=prompts,
-        negative_prompt=negative_prompts,
-        width=settings.base_width or half(p.width),
-        height=settings.base_height or half(p.height),
-        steps=settings.base_steps or p.steps,
-        cfg_scale=settings.base_cfg_scale or p.cfg_scale,
-        batch_size=len(prompts),
-        do_not_save_samples=True,
-        do_not_save_grid=True,
-        **{name: getattr(p, name) for name in SHARED_FIELDS},
-    )
-    job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
-    job.seed = p.seed if settings.base_seed == SAME_SEED else settings.base_seed
-    job.seeds = job.all_seeds = base_seeds(p, settings)
-    job.subseeds = job.all_subseeds = list(p.subseeds)
-    job.prompts = job.all_prompts = prompts
-    job.negative_prompts = job.all_negative_prompts = negative_prompts
-    job.fill_fields_from_opts()
-    return job
-
-
-def base_seeds(p: StableDiffusionProcessingTxt2Img, settings: Settings) -> list[int]:
-    """The base's seed for each image of the batch under way; its own count on from image to image, as SDXL's do."""
-    if settings.base_seed == SAME_SEED:
-        return list(p.seeds)
-    first = settings.base_seed + p.iteration * p.batch_size
-    return list(range(first, first + len(p.seeds)))
-
-
-def base_noise(job: StableDiffusionProcessingTxt2Img, seeds: Sequence[int]) -> rng.ImageRNG:
+def base_noise(job: StableDiffusionProcessing, seeds: Sequence[int]) -> rng.ImageRNG:
     """The WebUI's generators of noise in the base's size, one for each seed."""
+    width, height = size_of(job)
     return rng.ImageRNG(
-        (4, job.height // processing.opt_f, job.width // processing.opt_f),
+        (4, height // processing.opt_f, width // processing.opt_f),
         seeds,
         subseeds=job.subseeds,
         subseed_strength=job.subseed_strength,
@@ -97,14 +55,17 @@ def check_start(settings: Settings, units: BaseUnits) -> None:
         )
 
 
-def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits, start: str) -> StageOne:
+def sample_base(
+    base: BaseModel, job: StableDiffusionProcessing, units: BaseUnits, start: str, blending: MaskBlending
+) -> StageOne:
     """The base's own picture, by the WebUI's own sampler.
 
     Args:
         base: the base model.
         job: its processing object, prompts encoded.
         units: the base's ControlNet units, hooked.
-        start: what it starts from, as `base_start` in `Settings`.
+        start: what it starts from in txt2img, as `base_start` in `Settings`.
+        blending: what scripts do where a mask is blended in.
 
     Raises:
         WrongFile: a LoRA does not fit the base's layers.
@@ -122,7 +83,12 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
         noise = job.rng.next()
         hook = denoiser.register_forward_pre_hook(note)
         try:
-            latents = _from_picture(job, noise, units) if start == CONTROL_IMAGE else _from_noise(job, noise)
+            if isinstance(job, StableDiffusionProcessingImg2Img):
+                latents = _over_given_picture(job, noise, blending)
+            elif start == CONTROL_IMAGE:
+                latents = _over_control_image(job, noise, units)
+            else:
+                latents = _from_noise(job, noise)
         finally:
             hook.remove()
         plugins.check_applied(FAMILY_NAMES[base.family])
@@ -137,17 +103,59 @@ def _from_noise(job: StableDiffusionProcessingTxt2Img, noise: Tensor) -> Tensor:
     return job.sampler.sample(job, noise, job.c, job.uc, image_conditioning=blank_conditioning(job))
 
 
-def _from_picture(job: StableDiffusionProcessingTxt2Img, noise: Tensor, units: BaseUnits) -> Tensor:
+def _over_given_picture(job: StableDiffusionProcessingImg2Img, noise: Tensor, blending: MaskBlending) -> Tensor:
+    """As the img2img tab does it, once the processing object has been set up."""
+    noise = noise * job.initial_noise_multiplier
+    with blending.of(job):
+        latents = job.sampler.sample_img2img(
+            job, job.init_latent, noise, job.c, job.uc, image_conditioning=job.image_conditioning
+        )
+    return latents if job.mask is None else blending.finally_blended(job, latents)
+
+
+def _over_control_image(job: StableDiffusionProcessingTxt2Img, noise: Tensor, units: BaseUnits) -> Tensor:
     """From the image of the first unit that has one, as the img2img tab does it."""
     unit = units.first_with_picture()
-    pictures = [unit.picture()] * len(job.seeds)
-    start = switch.carry_over(pictures, job.seeds, job.width, job.height, unit.resize_mode)
+    start_from(job, [unit.picture()] * len(job.seeds), unit.resize_mode)
+    noise = noise * shared.opts.initial_noise_multiplier
+    with switch.denoising_strength(job, START_STRENGTH):
+        return job.sampler.sample_img2img(
+            job, job.init_latent, noise, job.c, job.uc, image_conditioning=job.image_conditioning
+        )
+
+
+def start_from(job: StableDiffusionProcessing, pictures: Sequence[Image.Image], resize_mode: int = JUST_RESIZE) -> None:
+    """Let a processing object of the base, the WebUI's current model, start from pictures: one for each image."""
+    width, height = size_of(job)
+    start = switch.carry_over(pictures, job.seeds, width, height, resize_mode)
 
     def condition(place: int) -> Tensor:
         image = slice(place, place + 1)
         return job.img2img_image_conditioning(start.pixels[image] * 2 - 1, start.latents[image])
 
-    conditioning = each_from_its_seed(job.seeds, condition)
-    noise = noise * shared.opts.initial_noise_multiplier
-    with switch.denoising_strength(job, START_STRENGTH):
-        return job.sampler.sample_img2img(job, start.latents, noise, job.c, job.uc, image_conditioning=conditioning)
+    job.init_latent, job.image_conditioning = start.latents, each_from_its_seed(job.seeds, condition)
+
+
+def set_up_img2img(job: StableDiffusionProcessingImg2Img) -> None:
+    """The WebUI's own preparation of a picture to paint over, with the base as its current model.
+
+    It encodes by torch's own generator, and would save the given picture a second time.
+    """
+    not_saved = overlaid(shared.opts, save_init_img=False)
+    with patch.object(processing, "opts", not_saved), seeded(job.seeds[0]):
+        job.init(job.all_prompts, job.all_seeds, job.all_subseeds)
+
+
+def finished(job: StableDiffusionProcessing, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The base's pictures as the img2img tab would show them: corrected in colour, in the picture around the mask."""
+    if not isinstance(job, StableDiffusionProcessingImg2Img):
+        return list(pictures)
+    return [_finished(job, place, picture) for place, picture in enumerate(pictures)]
+
+
+def _finished(job: StableDiffusionProcessingImg2Img, place: int, picture: Image.Image) -> Image.Image:
+    if job.color_corrections is not None and place < len(job.color_corrections):
+        picture = processing.apply_color_correction(job.color_corrections[place], picture)
+    if not shared.opts.overlay_inpaint or job.overlay_images is None or place >= len(job.overlay_images):
+        return picture
+    return processing.apply_overlay(picture, job.paste_to, job.overlay_images[place])[0]

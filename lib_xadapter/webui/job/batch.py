@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from modules import devices, extra_networks, sd_hijack, sd_models, sd_vae
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
 from ...families import FAMILY_NAMES
 from ...infotext import PLUGINS_KEY
+from ...settings import Settings
 from ..base import plugins
 from ..base.base_model import BaseModel, same_optimization
+from ..base.base_processing import (
+    GivenPicture,
+    Prompts,
+    beside_hires,
+    beside_img2img,
+    of_img2img,
+    of_txt2img,
+    set_prompts,
+)
 from ..base.base_units import BaseUnits
-from ..base.stage_one import base_processing
+from ..base.stage_one import set_up_img2img
 from ..page import routing
+from ..sampling.samplings import Sampling, Start
 from .request import Request
 
 
@@ -27,7 +38,7 @@ class Batch:
         networks: its LoRAs.
     """
 
-    base_p: StableDiffusionProcessingTxt2Img
+    base_p: StableDiffusionProcessing
     networks: plugins.NetworkData
 
 
@@ -46,38 +57,75 @@ class Encoding:
     lora_hashes: Mapping[str, str]
 
 
-def share_out(p: StableDiffusionProcessingTxt2Img, request: Request) -> Batch:
-    """The base's part of the batch whose prompts were just parsed; SDXL's extra networks are left without its LoRAs.
+def share_out(p: StableDiffusionProcessing, request: Request, given: GivenPicture | None) -> Mapping[Sampling, Batch]:
+    """The base's part in each sampling of the batch whose prompts were just parsed.
+
+    SDXL's extra networks are left without the base's LoRAs.
+
+    Args:
+        p: SDXL's processing object.
+        request: the job.
+        given: what SDXL paints over in img2img.
 
     Raises:
         WrongArgument: a prompt names a LoRA that is in no folder, or for the wrong model.
         WrongFile: a LoRA's file cannot be read.
     """
-    settings = request.settings
     added = None if p.disable_extra_networks else plugins.network_of_the_settings()
     if added is not None:
         _write_into_prompts(p, added)
     split = plugins.split_networks(p.extra_network_data)
     p.extra_network_data = split.upgraded
-    own_prompts, own_networks = extra_networks.parse_prompts([settings.base_prompt] * len(p.prompts))
-    networks = plugins.base_networks(split.base, own_networks)
-    prompts = own_prompts if settings.base_prompt else list(p.prompts)
-    negative = [settings.base_negative_prompt] * len(p.prompts) if settings.base_negative_prompt else p.negative_prompts
-    return Batch(base_processing(p, settings, prompts, list(negative)), networks)
+    parts = {False: (p.prompts, p.negative_prompts, split.base)}
+    if getattr(p, "enable_hr", False):
+        hires = plugins.split_networks(p.hr_extra_network_data)
+        p.hr_extra_network_data = hires.upgraded
+        parts[True] = p.hr_prompts, p.hr_negative_prompts, hires.base
+    return {
+        planned.sampling: _batch(p, request.settings, planned.sampling, given, *parts[planned.sampling.is_hires])
+        for planned in request.samplings
+    }
 
 
-def _write_into_prompts(p: StableDiffusionProcessingTxt2Img, added: extra_networks.ExtraNetworkParams) -> None:
+def _batch(
+    p: StableDiffusionProcessing,
+    settings: Settings,
+    sampling: Sampling,
+    given: GivenPicture | None,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    base_networks: plugins.NetworkData,
+) -> Batch:
+    count = len(p.prompts)
+    own_prompts, own_networks = extra_networks.parse_prompts([settings.base_prompt] * count)
+    networks = plugins.base_networks(base_networks, own_networks)
+    positive = own_prompts if settings.base_prompt else list(prompts)
+    negative = [settings.base_negative_prompt] * count if settings.base_negative_prompt else list(negative_prompts)
+    told = Prompts(positive, negative)
+    if sampling.is_hires:
+        return Batch(beside_hires(p, settings, told), networks)
+    if not isinstance(p, StableDiffusionProcessingImg2Img):
+        return Batch(of_txt2img(p, settings, told), networks)
+    if sampling.start is Start.PICTURE:
+        return Batch(beside_img2img(p, settings, told, given), networks)
+    return Batch(of_img2img(p, settings, told), networks)
+
+
+def _write_into_prompts(p: StableDiffusionProcessing, added: extra_networks.ExtraNetworkParams) -> None:
     """Treat the LoRA that the WebUI's settings add to every prompt as if each prompt named it."""
     if not any(tag.items[0] == added.items[0] for tag in plugins.lora_tags(p.extra_network_data)):
         p.extra_network_data.setdefault(plugins.LORA_TAGS[0], []).append(added)
         # as the Lora extension writes it into the prompts that the infotext shows
         p.all_prompts = [f"{prompt}<lora:{':'.join(map(str, added.items))}>" for prompt in p.all_prompts]
+    hires = getattr(p, "hr_extra_network_data", None)
+    if hires is not None and not any(tag.items[0] == added.items[0] for tag in plugins.lora_tags(hires)):
+        hires.setdefault(plugins.LORA_TAGS[0], []).append(added)
 
 
 def encode(
-    p: StableDiffusionProcessingTxt2Img, base: BaseModel, batch: Batch, upgraded_embeddings: Collection[str]
+    p: StableDiffusionProcessing, base: BaseModel, batch: Batch, upgraded_embeddings: Collection[str]
 ) -> Encoding:
-    """Encode the base's prompts, with its LoRAs and embeddings, as the WebUI does with it as its current model.
+    """Prepare the base's processing object, with its LoRAs and embeddings, as the WebUI does with its current model.
 
     Raises:
         WrongFile: a LoRA cannot be loaded, or holds nothing for the base.
@@ -96,18 +144,27 @@ def encode(
                 extra_networks.activate(base_p, batch.networks)
             plugins.check_loaded(batch.networks, FAMILY_NAMES[base.family])
         upgraded_only = set(upgraded_embeddings) & set(hijack.embedding_db.skipped_embeddings)
-        base_p.prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.prompts]
-        base_p.negative_prompts = [plugins.without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts]
+        set_prompts(
+            base_p,
+            Prompts(
+                [plugins.without_names(prompt, upgraded_only) for prompt in base_p.prompts],
+                [plugins.without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts],
+            ),
+        )
         sd_models.apply_alpha_schedule_override(model, base_p)
         for comment in hijack.comments:
             p.comment(f"{FAMILY_NAMES[base.family]}: {comment}")
         base_p.setup_conds()
+        # where they stand for a second pass, too
+        base_p.c, base_p.uc = base_p.get_conds()
+        if isinstance(base_p, StableDiffusionProcessingImg2Img):
+            set_up_img2img(base_p)
         known, unusable = tuple(hijack.embedding_db.word_embeddings), tuple(hijack.embedding_db.skipped_embeddings)
     return Encoding(known, unusable, dict(getattr(base_p, "lora_hashes", {})))
 
 
 def report_plugins(
-    p: StableDiffusionProcessingTxt2Img,
+    p: StableDiffusionProcessing,
     base: BaseModel,
     batch: Batch,
     units: BaseUnits,

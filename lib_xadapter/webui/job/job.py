@@ -1,21 +1,24 @@
 """X-Adapter's part in one job of the WebUI, between the WebUI's own methods.
 
 The WebUI calls `init` of its processing object before anything is made, `parse_extra_network_prompts` for each batch,
-and its sampler from `sample`. Each of them is called through ours while a job is under way, and none is replaced: what
-goes wrong in there ends the job with its message, whereas the WebUI swallows what a script's hook raises.
+and its sampler once for each batch, twice with Hires. fix. Each of them is called through ours while a job is under
+way, and none is replaced: what goes wrong in there ends the job with its message, whereas the WebUI swallows what a
+script's hook raises.
 """
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from modules import devices, extra_networks, sd_models
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules import sd_models, shared
+from modules.processing import StableDiffusionProcessing
 from modules.sd_samplers_common import Sampler
 from PIL import Image
 from torch import Tensor
@@ -28,13 +31,17 @@ from ...tried_versions import difference
 from ...two_stage import Pass, run
 from ...wrapping import wrapped
 from ..base import plugins
+from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import BaseUnits
 from ..base.models import Models
+from ..sampling import switch
+from ..sampling.samplings import Sampling, Start
+from ..sampling.seeded import nothing_drawn
 from ..versions import running
 from .batch import Batch, share_out
 from .recording_key import key_of
 from .refusal import Refusal
-from .request import Request, count_jobs, decide
+from .request import PlannedSampling, Request, counted, decide, plan, takes_residuals
 from .webui_host import SamplerCall, WebUIHost
 
 MISSING_NAME = (AttributeError, ImportError, KeyError, TypeError)
@@ -51,7 +58,7 @@ class Job:
     """
 
     def __init__(
-        self, p: StableDiffusionProcessingTxt2Img, models: Models, arguments: Callable[[], Mapping[str, Any]]
+        self, p: StableDiffusionProcessing, models: Models, arguments: Callable[[], Mapping[str, Any]]
     ) -> None:
         self.base_pictures: list[Image.Image] = []
         self.settings = Settings()
@@ -61,8 +68,7 @@ class Job:
         self._scope = ExitStack()
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
-        self._forbidden = False
-        self._caches: tuple[list, list] = ([None, None], [None, None])
+        self._caches: dict[Sampling, PromptCaches] = {}
         self._units.take_over(p)
         self._scope.callback(self._units.give_back)
         self._wrap(p, "init", partial(self._begin, arguments))
@@ -94,93 +100,99 @@ class Job:
             self._models.rest()
 
     def before_sampling(self) -> None:
-        """The WebUI has made its sampler and is about to call it. Raises nothing."""
+        """The WebUI has a sampler and is about to call it. Raises nothing."""
         if self._is_open:
             self._wrap_sampler(self._p.sampler)
-
-    def after_activation(self) -> None:
-        """The WebUI has activated SDXL's extra networks, or passed over it. Raises nothing."""
-        self._allow_activation()
 
     # ---- between the WebUI's own methods
 
     def _begin(self, arguments: Callable[[], Mapping[str, Any]], host: Callable[..., None], *args: Any) -> None:
         """Before anything is made."""
+        p = self._p
         with self._ends_the_job():
-            request = decide(self._p, self._models, self._units, arguments())
+            with nothing_drawn():
+                request = decide(p, self._models, self._units, arguments())
             self.settings = request.settings
-            self._p.extra_generation_params.update(write_infotext(request.settings, __version__))
+            p.extra_generation_params.update(write_infotext(request.settings, __version__))
             if request.sequential:
                 self._scope.callback(self._models.upgraded_to_device)
-            host(*args)
-            count_jobs(self._p, request)
-            self._wrap(self._p, "parse_extra_network_prompts", partial(self._share_out, request))
+            with counted(p, request), given_picture(p) as given:
+                host(*args)
+            self._wrap(p, "parse_extra_network_prompts", partial(self._share_out, request, given))
+            # it is among the LoRAs of each batch, where it may be the base's
+            self._scope.enter_context(plugins.no_added_network())
 
-    def _share_out(self, request: Request, host: Callable[[], None]) -> None:
+    def _share_out(self, request: Request, given: Sequence[GivenPicture], host: Callable[[], None]) -> None:
         """At the beginning of a batch."""
         p = self._p
         with self._ends_the_job():
             host()
-            batch = share_out(p, request)
-            batch.base_p.cached_c, batch.base_p.cached_uc = self._caches
-            self._wrap_sampler = partial(self._wrap_sample, request, batch)
-            if not p.disable_extra_networks and plugins.network_of_the_settings() is not None:
-                self._activate_what_is_written()
+            batches = share_out(p, request, given[0] if given else None)
+            for sampling, batch in batches.items():
+                use_caches(batch.base_p, self._caches.setdefault(sampling, PromptCaches()))
+            self._wrap_sampler = partial(self._wrap_call, request, batches, given[0] if given else None)
 
-    def _activate_what_is_written(self) -> None:
-        """Activate SDXL's LoRAs without the one that the WebUI's settings add, which may be the base's.
-
-        The WebUI would activate them right after this, with the addition; whether this job has any is the processing
-        object's own flag, which says that it has none until `after_activation`.
-        """
-        p = self._p
-        with plugins.no_added_network(), devices.autocast():
-            extra_networks.activate(p, p.extra_network_data)
-        p.disable_extra_networks = True
-        self._scope.callback(self._allow_activation)
-        self._forbidden = True
-
-    def _allow_activation(self) -> None:
-        if self._forbidden:
-            self._forbidden = self._p.disable_extra_networks = False
-
-    def _wrap_sample(self, request: Request, batch: Batch, sampler: Sampler) -> None:
+    def _wrap_call(
+        self, request: Request, batches: Mapping[Sampling, Batch], given: GivenPicture | None, sampler: Sampler
+    ) -> None:
+        """Let the sampler's next call go through ours, where the base has a part in it."""
+        planned = request.planned(is_hires=getattr(self._p, "is_hr_pass", False))
+        if planned is None:
+            return
         scope = self._scope.enter_context(ExitStack())
-        scope.enter_context(wrapped(sampler, "sample", partial(self._sample, request, batch, sampler, scope)))
+        method = "sample_img2img" if planned.sampling.is_over_picture(self._p) else "sample"
+        call = partial(self._sample, request, planned, batches[planned.sampling], given, sampler, scope)
+        scope.enter_context(wrapped(sampler, method, call))
 
     def _sample(
         self,
         request: Request,
+        planned: PlannedSampling,
         batch: Batch,
+        given: GivenPicture | None,
         sampler: Sampler,
         scope: ExitStack,
         host: Callable[..., Tensor],
-        p: StableDiffusionProcessingTxt2Img,
-        x: Tensor,
-        conditioning: Any,
-        unconditional_conditioning: Any,
-        steps: int | None = None,
-        image_conditioning: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Latents of one batch: (images, 4, height / 8, width / 8), or pictures where stage 1 was interrupted."""
-        # from here on, sampling from noise is the WebUI's own again
+        # from here on, the sampler is the WebUI's own again
         scope.close()
+        p = self._p
+        call = SamplerCall(
+            sampler, inspect.signature(host).bind(*args, **kwargs).arguments, partial(host, *args, **kwargs)
+        )
         with self._ends_the_job(request, batch), self._token_merging(request):
             self._units.check_those_of_sdxl()
-            call = SamplerCall(sampler, x, conditioning, unconditional_conditioning, image_conditioning)
-            host_of_batch = WebUIHost(p, self._models, request, batch, self._units, call)
-            samples = run(host_of_batch, self._plan(request, batch), self._models.recordings)
+            if planned.sampling.is_hires:
+                planned = self._at_hires(request, planned)
+                if planned.coupling is not None:
+                    given = GivenPicture(tuple(switch.decode(shared.sd_model, call.arguments["x"])), None)
+            if planned.sampling.start is Start.PICTURE and planned.coupling is None:
+                return call.as_called()
+            host_of_batch = WebUIHost(p, self._models, request, planned, batch, self._units, given, call)
+            samples = run(host_of_batch, self._plan(request, planned, batch), self._models.recordings)
             self.base_pictures += host_of_batch.base_pictures
             return samples
 
-    def _plan(self, request: Request, batch: Batch) -> Pass:
-        may_be_found = request.coupling is not None and request.evaluations is not None
-        plan = Pass(request.coupling, request.evaluations, request.sequential, request.may_record)
-        if not may_be_found or not (request.sequential or request.may_record):
-            return plan
-        levels = [evaluation.sigma for evaluation in plan.base_evaluations]
+    def _at_hires(self, request: Request, planned: PlannedSampling) -> PlannedSampling:
+        """The second pass of Hires. fix, which the WebUI may have loaded another checkpoint for."""
+        unet = shared.sd_model.model.diffusion_model
+        if planned.coupling is not None and not takes_residuals(self._p, request, unet):
+            return replace(planned, coupling=None)
+        return plan(self._p, request, planned.sampling)
+
+    def _plan(self, request: Request, planned: PlannedSampling, batch: Batch) -> Pass:
+        may_record = request.may_record(planned)
+        made = Pass(planned.coupling, planned.evaluations, planned.recorded, may_record)
+        # what SDXL made in a first pass is never made again in another job
+        is_known = planned.coupling is not None and planned.evaluations is not None and not planned.sampling.is_hires
+        if not is_known or not (planned.recorded or may_record):
+            return made
+        levels = [evaluation.sigma for evaluation in made.base_evaluations]
         key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, levels, self._p)
-        return Pass(request.coupling, request.evaluations, request.sequential, request.may_record, key)
+        return replace(made, key=key)
 
     # ---- manners
 

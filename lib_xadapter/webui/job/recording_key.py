@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modules import sd_vae, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import StableDiffusionProcessing
 
 from ...fingerprint import fingerprint
 from ...settings import Settings
 from ..base import plugins
 from ..base.base_model import BaseModel, FileState, file_state
+from ..base.base_processing import IMG2IMG_FIELDS, SHARED_FIELDS
 from ..base.base_units import BaseUnits
-from ..base.stage_one import SHARED_FIELDS
 
 UPGRADED_OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")
 """Settings of the WebUI that say nothing about the base."""
@@ -27,17 +27,17 @@ BUILT_IN = "processing_scripts"
 OWN_TITLES = ("X-Adapter", "ControlNet")
 """Scripts whose part in the base's side is known otherwise."""
 JOB_FIELDS = ("prompts", "negative_prompts", "width", "height", "steps", "cfg_scale", "seeds")
-SIDE_SETTINGS = ("base_start", "single_stage")
+SIDE_SETTINGS = ("base_start", "single_stage", "img2img_start")
 
 
 def key_of(
     base: BaseModel,
-    job: StableDiffusionProcessingTxt2Img,
+    job: StableDiffusionProcessing,
     settings: Settings,
     networks: plugins.NetworkData,
     units: BaseUnits,
     levels: Sequence[float],
-    p: StableDiffusionProcessingTxt2Img,
+    p: StableDiffusionProcessing,
 ) -> str | None:
     """A key for all that the base's side depends on; None where something of it cannot be compared.
 
@@ -55,6 +55,7 @@ def key_of(
         {
             "checkpoint": base.file,
             "job": {name: getattr(job, name) for name in (*JOB_FIELDS, *SHARED_FIELDS)},
+            "given picture": {name: getattr(job, name, None) for name in (*IMG2IMG_FIELDS, "image_mask")},
             # drawn anew for each job, whether they are used or not
             "subseeds": job.subseeds if job.subseed_strength else [],
             "settings": {name: getattr(settings, name) for name in SIDE_SETTINGS},
@@ -83,7 +84,7 @@ def vae_state(base: BaseModel) -> FileState | None:
     return None if path is None else file_state(path)
 
 
-def told_to_others(p: StableDiffusionProcessingTxt2Img) -> list[Any]:
+def told_to_others(p: StableDiffusionProcessing) -> list[Any]:
     """The arguments of other extensions' scripts: some of them have a hand in the base's sampling, too."""
     scripts = p.scripts.alwayson_scripts if p.scripts is not None else []
     others = [script for script in scripts if BUILT_IN not in script.filename and script.title() not in OWN_TITLES]

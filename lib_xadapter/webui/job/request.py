@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modules import processing, sd_models, sd_samplers_common, sd_unet, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules import processing, sd_models, sd_unet, shared
+from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
+from torch import nn
 
 from ...errors import DoesNotFit, WrongArgument
 from ...evaluations import Evaluation, GuidanceWindow
 from ...memory import free_ram
 from ...recording import expected_size
-from ...settings import AUTO, Settings, half, read_settings
+from ...settings import AUTO, BASE, NOISE, Settings, read_settings
 from ...taps import check_fit
 from ...two_stage import Coupling
 from .. import model_files
 from ..base.base_model import BaseModel
+from ..base.base_processing import base_hires_size, base_size
 from ..base.base_units import BaseUnits
 from ..base.models import Models
 from ..base.stage_one import check_start
 from ..sampling.sampling_plan import planned_evaluations
-from ..sampling.switch import denoising_strength
+from ..sampling.samplings import Sampling, Start, hires_sampling, samplings_of, steps_over_picture
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedSampling:
+    """One sampling of SDXL in which the base takes part.
+
+    Attributes:
+        sampling: where it starts, its sampler and its steps.
+        coupling: how the base's features enter it; None where nothing but the base's picture is carried over.
+        evaluations: those that its sampler will make; None where they are not known before.
+        recorded: run the base first and SDXL afterwards.
+    """
+
+    sampling: Sampling
+    coupling: Coupling | None
+    evaluations: tuple[Evaluation, ...] | None
+    recorded: bool
 
 
 @dataclass(frozen=True)
@@ -37,52 +57,50 @@ class Request:
         settings: with the full names of checkpoint and adapter.
         base: the base model, loaded.
         coupling: how its features enter SDXL; None where nothing but its picture is carried over.
-        evaluations: those that SDXL's sampler will make; None where they are not known before.
-        sequential: run the base first and SDXL afterwards.
+        sequential: base and SDXL are on the GPU one after the other.
+        samplings: those of SDXL, in their order.
     """
 
     settings: Settings
     base: BaseModel
     coupling: Coupling | None
-    evaluations: tuple[Evaluation, ...] | None
     sequential: bool
+    samplings: tuple[PlannedSampling, ...]
 
-    @property
-    def may_record(self) -> bool:
-        """Whether the job may go on in recorded mode if both models do not fit."""
-        return self.settings.memory == AUTO and self.evaluations is not None
+    def planned(self, is_hires: bool) -> PlannedSampling | None:
+        """The first sampling, or the second pass of Hires. fix; None where the base has no part in it."""
+        return next((planned for planned in self.samplings if planned.sampling.is_hires is is_hires), None)
 
-    def base_steps(self, p: StableDiffusionProcessingTxt2Img) -> list[int]:
+    def may_record(self, planned: PlannedSampling) -> bool:
+        """Whether a sampling may go on in recorded mode if both models do not fit."""
+        return self.settings.memory == AUTO and planned.evaluations is not None
+
+    def base_steps(self, p: StableDiffusionProcessing, planned: PlannedSampling) -> list[int]:
         """Steps of each of the base's jobs in the progress bar: stage 1 and the recording, as far as there are any."""
-        stage_one = [] if self.settings.single_stage else [self.settings.base_steps or p.steps]
-        if not self.sequential or self.coupling is None:
+        stage_one = [self._stage_one_steps(p)] if planned.sampling.start is Start.BASE else []
+        if not planned.recorded or planned.coupling is None:
             return stage_one
-        return [*stage_one, len(self.coupling.window.base_evaluations(self.evaluations or ()))]
+        return [*stage_one, len(planned.coupling.window.base_evaluations(planned.evaluations or ()))]
+
+    def _stage_one_steps(self, p: StableDiffusionProcessing) -> int:
+        if not isinstance(p, StableDiffusionProcessingImg2Img):
+            return self.settings.base_steps or p.steps
+        return steps_over_picture(p, p.denoising_strength, self.settings.base_steps or p.steps)
 
 
-def decide(
-    p: StableDiffusionProcessingTxt2Img, models: Models, units: BaseUnits, arguments: Mapping[str, Any]
-) -> Request:
+def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, arguments: Mapping[str, Any]) -> Request:
     """Read the arguments, refuse what cannot work, load what is needed.
 
     Raises:
         XAdapterError: one sentence on what is wrong.
     """
     settings = read_settings(arguments)
-    refuse_what_cannot_work(p)
+    refuse_what_cannot_work(p, settings)
     info = model_files.find_base_checkpoint(settings.base_checkpoint)
     path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
     couples = path is not None and any(settings.weights)
-    evaluations = _planned(p, settings) if couples else None
     sequential = models.is_sequential(settings.memory, info, path)
-    if couples and sequential and evaluations is None:
-        sequential = False
-        notify(p, f"the noise levels of {p.sampler_name} are not known before it runs, so memory is 'lockstep'")
     base = models.base(info, sequential)
-    if couples and sequential and (missing := _missing_for_recording(p, settings, base, evaluations)) > 0:
-        sequential = False
-        notify(p, f"the recording would need {missing / 2**30:.1f} GB more RAM than is free, so memory is 'lockstep'")
-        base.to_gpu()
     units.check(base)
     check_start(settings, units)
     coupling = None
@@ -94,30 +112,57 @@ def decide(
             coupling = Coupling(mapping, settings.weights, window, settings.cond_only)
     adapter = _adapter_name(path) if path is not None else "None"
     named = replace(settings, base_checkpoint=info.short_title, adapter=adapter)
-    return Request(named, base, coupling, evaluations, sequential)
+    request = Request(named, base, coupling, sequential, ())
+    return replace(request, samplings=tuple(plan(p, request, sampling) for sampling in samplings_of(p, settings)))
 
 
-def _planned(p: StableDiffusionProcessingTxt2Img, settings: Settings) -> tuple[Evaluation, ...] | None:
+def plan(p: StableDiffusionProcessing, request: Request, sampling: Sampling) -> PlannedSampling:
+    """One sampling, with the WebUI's current model as the upgraded one.
+
+    The base is left where the plan wants it to be.
+    """
+    if request.coupling is None:
+        return PlannedSampling(sampling, None, None, request.sequential)
     # the WebUI does so once the prompts are encoded; until then the model has the last job's schedule
     sd_models.apply_alpha_schedule_override(p.sd_model, p)
-    return planned_evaluations(p, None if settings.single_stage else settings.switch_point)
+    evaluations = planned_evaluations(p, sampling)
+    if not request.sequential:
+        return PlannedSampling(sampling, request.coupling, evaluations, False)
+    obstacle = _obstacle_to_recording(p, request, sampling, evaluations)
+    if obstacle:
+        notify(p, f"{obstacle}, so memory is 'lockstep'")
+        request.base.to_gpu()
+    return PlannedSampling(sampling, request.coupling, evaluations, not obstacle)
 
 
-def _missing_for_recording(
-    p: StableDiffusionProcessingTxt2Img,
-    settings: Settings,
-    base: BaseModel,
-    evaluations: Sequence[Evaluation],
-) -> int:
-    """Bytes of RAM that recording a batch takes beyond what is free."""
-    height, width = settings.base_height or half(p.height), settings.base_width or half(p.width)
-    recorded = GuidanceWindow.from_settings(settings).base_evaluations(evaluations)
+def _obstacle_to_recording(
+    p: StableDiffusionProcessing, request: Request, sampling: Sampling, evaluations: Sequence[Evaluation] | None
+) -> str:
+    """Why the base cannot be recorded first, "" where it can."""
+    if evaluations is None:
+        return f"the noise levels of {sampling.sampler_name} are not known before it runs"
+    size = base_hires_size if sampling.is_hires and p.hr_upscale_to_x else None
+    width, height = size(request.settings, p) if size else base_size(request.settings, p.width, p.height)
+    recorded = request.coupling.window.base_evaluations(evaluations)
     latent_size = height // processing.opt_f, width // processing.opt_f
-    return expected_size(base.unet, 2 * p.batch_size, latent_size, len(recorded)) - free_ram()
+    expected = expected_size(request.base.unet, 2 * p.batch_size, latent_size, len(recorded))
+    missing = expected - free_ram()
+    return f"the recording would need {missing / 2**30:.1f} GB more RAM than is free" if missing > 0 else ""
 
 
-def refuse_what_cannot_work(p: StableDiffusionProcessingTxt2Img) -> None:
-    """The states of the WebUI that X-Adapter cannot work in.
+def takes_residuals(p: StableDiffusionProcessing, request: Request, upgraded_unet: nn.Module) -> bool:
+    """Whether the mapping layers fit the UNet of a model that was chosen for a part of the job; the user is told."""
+    try:
+        check_fit(request.coupling.mapping.adapter, request.base.unet, upgraded_unet)
+    except DoesNotFit:
+        name = shared.sd_model.sd_checkpoint_info.name_for_extra
+        notify(p, f"the adapter does not fit {name}, which goes on alone")
+        return False
+    return True
+
+
+def refuse_what_cannot_work(p: StableDiffusionProcessing, settings: Settings) -> None:
+    """The states of the WebUI that X-Adapter cannot work in, and arguments that contradict the tab.
 
     Raises:
         DoesNotFit, WrongArgument: one sentence on what to change.
@@ -130,35 +175,46 @@ def refuse_what_cannot_work(p: StableDiffusionProcessingTxt2Img) -> None:
             "X-Adapter needs the models' own UNets: set 'SD Unet' to None in Settings (a replacement, such as "
             "TensorRT, is active)."
         )
-    if p.enable_hr:
-        raise WrongArgument("X-Adapter and Hires. fix do not work together yet: switch one of them off.")
+    if isinstance(p, StableDiffusionProcessingImg2Img):
+        if settings.base_start != NOISE:
+            raise WrongArgument(
+                f"'base_start' is '{settings.base_start}', but in img2img the base starts from the given picture."
+            )
+        if settings.single_stage and settings.img2img_start == BASE:
+            raise WrongArgument("'img2img_start' is 'base', but a single stage has no picture of the base.")
 
 
-def notify(p: StableDiffusionProcessingTxt2Img, sentence: str) -> None:
+def notify(p: StableDiffusionProcessing, sentence: str) -> None:
     """In the log and under the picture."""
     logger.warning("%s", sentence)
     p.comment(f"X-Adapter: {sentence}.")
 
 
-def count_jobs(p: StableDiffusionProcessingTxt2Img, request: Request) -> None:
-    """Each stage is a job in the progress bar, as hires fix does it."""
-    state, settings = shared.state, request.settings
-    steps = request.base_steps(p)
-    if not steps or state.processing_has_refined_job_count:
+@contextmanager
+def counted(p: StableDiffusionProcessing, request: Request) -> Iterator[None]:
+    """Around the WebUI's own counting of jobs: afterwards each stage is one in the progress bar.
+
+    A script that makes several pictures may have counted before; then nothing is changed.
+    """
+    state = shared.state
+    before, is_counted = state.job_count, state.processing_has_refined_job_count
+    yield
+    if is_counted:
         return
-    steps.append(p.steps if settings.single_stage else joint_steps(p, settings.switch_point))
-    if state.job_count == -1:
-        state.job_count = p.n_iter
-    shared.total_tqdm.updateTotal(sum(steps) * state.job_count)
-    state.job_count *= len(steps)
+    jobs = jobs_of(p, request)
+    batches = p.n_iter if before == -1 else before
+    shared.total_tqdm.updateTotal(sum(jobs) * batches)
+    state.job_count = len(jobs) * batches
     state.processing_has_refined_job_count = True
 
 
-def joint_steps(p: StableDiffusionProcessingTxt2Img, switch_point: float) -> int:
-    """How many steps SDXL takes from the switch point on, by the img2img tab's rule."""
-    with denoising_strength(p, switch_point):
-        _, last = sd_samplers_common.setup_img2img_steps(p)
-    return last + 1
+def jobs_of(p: StableDiffusionProcessing, request: Request) -> list[int]:
+    """Steps of each job of a batch, the base's and SDXL's."""
+    first, second = request.planned(is_hires=False), request.planned(is_hires=True)
+    jobs = [] if first is None else [*request.base_steps(p, first), first.sampling.joint_steps(p)]
+    if second is not None:
+        return [*jobs, *request.base_steps(p, second), second.sampling.joint_steps(p)]
+    return [*jobs, hires_sampling(p).joint_steps(p)] if getattr(p, "enable_hr", False) else jobs
 
 
 def _adapter_name(path: Path) -> str:

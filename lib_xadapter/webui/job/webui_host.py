@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from modules import devices, lowvram, processing, sd_hijack, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules import devices, lowvram, processing, sd_hijack, sd_samplers, shared
+from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 from modules.sd_samplers_common import Sampler
 from PIL import Image
 from torch import Tensor
@@ -21,14 +22,17 @@ from ...settings import BASE_NOISE_SEED
 from ...taps import read_features
 from ...two_stage import RecordedBase, StageOne
 from ..base.base_evaluation import BaseEvaluation
+from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
 from ..base.models import Models
-from ..base.stage_one import base_noise, sample_base
+from ..base.stage_one import base_noise, finished, sample_base, start_from
 from ..sampling import switch
 from ..sampling.coupling import coupled
+from ..sampling.mask_blending import MaskBlending
+from ..sampling.samplings import Start, total_steps
 from ..sampling.seeded import RandomState
 from .batch import Batch, Encoding, encode, report_plugins
-from .request import Request, notify
+from .request import PlannedSampling, Request, notify, takes_residuals
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,28 @@ class Remarks:
 
 @dataclass(frozen=True)
 class SamplerCall:
-    """What the WebUI calls its sampler with.
+    """The WebUI's call of its sampler.
 
     Attributes:
         sampler: the WebUI's, new for this sampling.
-        noise: (images, 4, height / 8, width / 8), standard normal.
-        cond, uncond: SDXL's encoded prompts.
-        image_conditioning: as the txt2img tab makes it.
+        arguments: by the names that its method gives them.
+        as_called: makes the call as it is.
     """
 
     sampler: Sampler
-    noise: Tensor
-    cond: Any
-    uncond: Any
-    image_conditioning: Tensor
+    arguments: Mapping[str, Any]
+    as_called: Callable[[], Tensor]
+
+    @property
+    def prompts(self) -> tuple[Any, Any]:
+        """SDXL's encoded prompts, cond and uncond."""
+        return self.arguments["conditioning"], self.arguments["unconditional_conditioning"]
+
+    def noise(self) -> Tensor:
+        """What is added to a picture, (images, 4, height / 8, width / 8)."""
+        if "noise" in self.arguments:
+            return self.arguments["noise"]
+        return self.arguments["x"] * shared.opts.initial_noise_multiplier
 
 
 class WebUIHost:
@@ -64,26 +76,33 @@ class WebUIHost:
         p: SDXL's processing object.
         models: what is loaded.
         request: the job.
-        batch: the base's part of the batch.
+        planned: the sampling of SDXL.
+        batch: the base's part in it.
         units: the base's ControlNet units.
+        given: what SDXL paints over in img2img and in the second pass of Hires. fix.
         call: the WebUI's call of its sampler, which `sample_upgraded` makes.
     """
 
     def __init__(
         self,
-        p: StableDiffusionProcessingTxt2Img,
+        p: StableDiffusionProcessing,
         models: Models,
         request: Request,
+        planned: PlannedSampling,
         batch: Batch,
         units: BaseUnits,
+        given: GivenPicture | None,
         call: SamplerCall,
     ) -> None:
         self._p = p
         self._models = models
         self._request = request
+        self._planned = planned
         self._batch = batch
         self._units = units
+        self._given = given
         self._call = call
+        self._blending = MaskBlending(p)
         self.base_pictures: list[Image.Image] = []
         self._encodings: list[Encoding] = []
         self._random_state = RandomState.capture(p)
@@ -110,19 +129,31 @@ class WebUIHost:
         encoding = encode(self._p, self._request.base, self._batch, self._upgraded_embeddings)
         self._report(encoding)
         self._encodings.append(encoding)
-        with self._units.hooked(self._batch.base_p, self._request.base):
+        seen = seen_by_controlnet(self._batch.base_p, self._p)
+        with self._units.hooked(seen, self._request.base):
             yield
 
     def sample_base(self) -> StageOne:
-        if self._request.settings.single_stage:
+        if self._planned.sampling.start is Start.NOISE:
             return StageOne(None)
+        if self._planned.sampling.start is Start.PICTURE:
+            return StageOne(self._latents_of_given_picture())
         start = self._request.settings.base_start
-        made = sample_base(self._request.base, self._batch.base_p, self._units, start)
+        made = sample_base(self._request.base, self._batch.base_p, self._units, start, self._blending)
         # a second attempt, where memory did not suffice for the first, takes the place of its pictures
-        self.base_pictures[:] = made.pictures
+        self.base_pictures[:] = finished(self._batch.base_p, made.pictures)
         if not self.interrupted:
             shared.state.nextjob()
         return made
+
+    def _latents_of_given_picture(self) -> Tensor:
+        """The picture that SDXL paints over, as the base has it."""
+        base_p = self._batch.base_p
+        if self._planned.sampling.is_hires:
+            with self._request.base.current() as model:
+                base_p.sampler = sd_samplers.create_sampler(base_p.sampler_name, model)
+                start_from(base_p, self._given.pictures)
+        return base_p.init_latent
 
     def base_noise(self) -> Tensor:
         base_p = self._batch.base_p
@@ -130,44 +161,65 @@ class WebUIHost:
 
     @contextmanager
     def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+        base_p = self._batch.base_p
         with read_features(self._request.base.unet) as reader:
-            evaluation = BaseEvaluation(self._request.base, self._batch.base_p, reader, stage_one.levels)
+            evaluation = BaseEvaluation(
+                self._request.base, base_p, reader, stage_one.levels, self._prompt_steps(), self._blending
+            )
             yield self._units.beside_sdxl(evaluation, reader)
+
+    def _prompt_steps(self) -> int:
+        """What prompt schedules are counted in where there is no stage 1."""
+        sampling, base_p = self._planned.sampling, self._batch.base_p
+        if sampling.start is Start.NOISE:
+            return total_steps(base_p.sampler_name, base_p.steps)
+        return sampling.evaluations(self._p)
 
     # ---- SDXL
 
     def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
-        evaluations = self._request.evaluations
-        coupling = coupled(joint, self._call.sampler, evaluations) if joint is not None else nullcontext()
-        if self._request.settings.single_stage:
-            return self._from_noise(coupling)
-        return self._from_picture(stage_one, coupling)
+        if joint is None:
+            return self._sample(stage_one)
+        fits = partial(takes_residuals, self._p, self._request)
+        with coupled(joint, self._call.sampler, self._planned.evaluations, fits):
+            return self._sample(stage_one)
 
-    def _from_noise(self, coupling: Any) -> Tensor:
-        """Both from noise, as the txt2img tab does it."""
-        call = self._call
+    def _sample(self, stage_one: StageOne) -> Tensor:
+        """As the WebUI has called its sampler, or from the base's picture, noised to the switch point."""
+        if self._planned.sampling.start is Start.BASE:
+            return self._over_picture_of_base(stage_one)
         self._random_state.restore()
-        with coupling:
-            return call.sampler.sample(
-                self._p, call.noise, call.cond, call.uncond, image_conditioning=call.image_conditioning
-            )
+        return self._call.as_called()
 
-    def _from_picture(self, stage_one: StageOne, coupling: Any) -> Tensor:
-        """From the base's picture, noised to the switch point, as the img2img tab does it."""
+    def _over_picture_of_base(self, stage_one: StageOne) -> Tensor:
+        """As the img2img tab does it."""
         p, call = self._p, self._call
-        carried = switch.carry_over(stage_one.pictures, p.seeds, p.width, p.height)
-        conditioning = p.img2img_image_conditioning(carried.pixels * 2 - 1, carried.latents)
-        noise = call.noise * shared.opts.initial_noise_multiplier
+        pixels, latents = self._carried_over(stage_one)
+        conditioning = p.img2img_image_conditioning(pixels * 2 - 1, latents, *self._mask())
         self._random_state.restore()
-        with coupling, switch.denoising_strength(p, self._request.settings.switch_point):
-            return call.sampler.sample_img2img(
-                p, carried.latents, noise, call.cond, call.uncond, image_conditioning=conditioning
-            )
+        with switch.denoising_strength(p, self._request.settings.switch_point):
+            return call.sampler.sample_img2img(p, latents, call.noise(), *call.prompts, image_conditioning=conditioning)
 
-    def samples_of_base(self, stage_one: StageOne) -> processing.DecodedSamples:
+    def _carried_over(self, stage_one: StageOne) -> tuple[Tensor, Tensor]:
+        """The base's pictures as SDXL's: pixels, (images, 3, height, width) in 0..1, and latents.
+
+        Outside of a mask the latents are those of the given picture.
+        """
+        p = self._p
+        carried = switch.carry_over(stage_one.pictures, p.seeds, p.width, p.height)
+        if getattr(p, "mask", None) is None:
+            return carried.pixels, carried.latents
+        return carried.pixels, carried.latents * p.nmask + p.init_latent * p.mask
+
+    def _mask(self) -> tuple[Any, ...]:
+        return (self._given.mask, self._p.mask_round) if self._given is not None else ()
+
+    def samples_of_base(self, stage_one: StageOne) -> Tensor | processing.DecodedSamples:
+        p = self._p
+        if isinstance(p, StableDiffusionProcessingImg2Img) or p.enable_hr:
+            return self._carried_over(stage_one)[1]
         # in the form in which the WebUI takes samples that need no decoding
-        pixels = switch.resized(stage_one.pictures, self._p.width, self._p.height)
-        return processing.DecodedSamples(pixels * 2 - 1)
+        return processing.DecodedSamples(switch.resized(stage_one.pictures, p.width, p.height) * 2 - 1)
 
     # ---- moving models, recordings, what the user sees
 
@@ -199,7 +251,7 @@ class WebUIHost:
         # their texts are written into them
         self.base_pictures[:] = [picture.copy() for picture in base.stage_one.pictures]
         self._units.detected_maps = self._units.detected_maps or list(remarks.detected_maps)
-        for _ in self._request.base_steps(self._p):
+        for _ in self._request.base_steps(self._p, self._planned):
             shared.state.nextjob()
 
     def notify(self, sentence: str) -> None:

@@ -6,13 +6,14 @@ evaluation; it builds a batch of conds and unconds and passes it to the inner mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from modules import shared
-from modules.sd_samplers_common import Sampler
-from torch import Tensor
+from modules.sd_samplers_common import Sampler, apply_refiner
+from torch import Tensor, nn
 
 from ...errors import XAdapterError
 from ...evaluations import Evaluation
@@ -24,19 +25,25 @@ from .sampling_plan import evaluation_at, noise_levels
 
 
 @contextmanager
-def coupled(joint: JointStage, sampler: Sampler, planned: Sequence[Evaluation] | None) -> Iterator[None]:
+def coupled(
+    joint: JointStage,
+    sampler: Sampler,
+    planned: Sequence[Evaluation] | None,
+    takes_residuals: Callable[[nn.Module], bool],
+) -> Iterator[None]:
     """While open, every model evaluation of the sampler is one of the joint stage.
 
     Args:
         joint: the joint stage.
         sampler: of SDXL, about to run.
         planned: its evaluations, where they are known; their noise levels are not read back from the GPU.
+        takes_residuals: whether the mapping layers fit the UNet of a refiner that takes over.
 
     Raises:
         XAdapterError: at the end, where the sampler took other noise levels than planned.
     """
     upgraded, denoiser = shared.sd_model, sampler.model_wrap_cfg
-    unet = upgraded.model.diffusion_model
+    goes_on = functools.cache(takes_residuals)
     asked: list[Tensor] = []
 
     def evaluation(level: Tensor) -> Evaluation:
@@ -48,8 +55,13 @@ def coupled(joint: JointStage, sampler: Sampler, planned: Sequence[Evaluation] |
         return planned[denoiser.step]
 
     def denoise(host: Callable[..., Tensor], x: Tensor, level: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # the refiner may have become the current model; it is no upgraded model of ours
-        if shared.state.interrupted or shared.state.skipped or shared.sd_model is not upgraded:
+        if shared.state.interrupted or shared.state.skipped:
+            return host(x, level, *args, **kwargs)
+        # the WebUI does so at the beginning of this call, which is too late to know the model and its prompts
+        if apply_refiner(denoiser, level):
+            kwargs |= {name: sampler.sampler_extra_args[name] for name in ("cond", "uncond")}
+        unet = shared.sd_model.model.diffusion_model
+        if shared.sd_model is not upgraded and not goes_on(unet):
             return host(x, level, *args, **kwargs)
         rows = batch_rows([len(conds) for conds in kwargs["cond"].batch])
         at_this_level = joint.evaluate(evaluation(level), rows)

@@ -18,13 +18,14 @@ from unittest.mock import patch
 import k_diffusion.sampling
 import torch
 from modules import rng, sd_samplers, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import StableDiffusionProcessing
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
 from ...evaluations import Evaluation
 from ...trajectory import same_level
+from .samplings import Sampling, Start
 
 logger = logging.getLogger(__name__)
 
@@ -33,42 +34,40 @@ ONE_PIXEL = (4, 1, 1)
 Prediction = Callable[[Tensor], Tensor]
 
 
-def planned_evaluations(
-    p: StableDiffusionProcessingTxt2Img, switch_point: float | None
-) -> tuple[Evaluation, ...] | None:
+def planned_evaluations(p: StableDiffusionProcessing, sampling: Sampling) -> tuple[Evaluation, ...] | None:
     """The model evaluations of the joint stage.
 
     None where they depend on what the model predicts (DPM adaptive), and for another extension's sampler that wants
     more of the model than there is in a dry run.
 
     Args:
-        p: the processing object, with its sampler's name, steps and options.
-        switch_point: where SDXL starts over a picture, None where it starts from noise.
+        p: the processing object, with its options.
+        sampling: where SDXL starts, its sampler and its steps.
     """
     # two models that have nothing in common but their size
     models = (torch.zeros_like, lambda x: torch.sin(7 * x))
     try:
-        one, other = (_dry_run(p, switch_point, predict) for predict in models)
+        one, other = (_dry_run(p, sampling, predict) for predict in models)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        logger.warning("%s cannot be run dry: %s: %s", p.sampler_name, type(error).__name__, error)
+        logger.warning("%s cannot be run dry: %s: %s", sampling.sampler_name, type(error).__name__, error)
         return None
     alike = len(one) == len(other) and all(same_level(a.sigma, b.sigma) for a, b in zip(one, other, strict=True))
     return one if alike else None
 
 
-def _dry_run(
-    p: StableDiffusionProcessingTxt2Img, switch_point: float | None, predict: Prediction
-) -> tuple[Evaluation, ...]:
+def _dry_run(p: StableDiffusionProcessing, sampling: Sampling, predict: Prediction) -> tuple[Evaluation, ...]:
     """What the sampler asks of a model that is not there, for a picture of one latent pixel."""
     dry = copy.copy(p)
     dry.rng = rng.ImageRNG(ONE_PIXEL, [0])
     # the first noise of an image seeds torch's own generator
     dry.rng.is_first = False
     dry.all_seeds, dry.iteration, dry.batch_size = [0], 0, 1
-    dry.denoising_strength, dry.extra_generation_params = switch_point, {}
-    sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+    dry.denoising_strength, dry.extra_generation_params = sampling.denoising_strength, {}
+    if sampling.is_hires:
+        dry.is_hr_pass, dry.hr_scheduler = True, p.hr_scheduler or p.scheduler
+    sampler = sd_samplers.create_sampler(sampling.sampler_name, p.sd_model)
     denoiser, found = sampler.model_wrap_cfg, []
 
     def forward(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -82,10 +81,10 @@ def _dry_run(
     sampler.func = _without_bar(sampler.func)
     latent = torch.zeros((1, *ONE_PIXEL), device=shared.device)
     with _nothing_left_behind():
-        if switch_point is None:
+        if sampling.start is Start.NOISE:
             sampler.sample(dry, latent, None, None)
         else:
-            sampler.sample_img2img(dry, latent, latent, None, None)
+            sampler.sample_img2img(dry, latent, latent, None, None, steps=sampling.fixed_steps)
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from modules import processing, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import StableDiffusionProcessing
 from torch import Tensor
 
 
@@ -23,14 +23,21 @@ def each_from_its_seed(seeds: Sequence[int], make: Callable[[int], Tensor]) -> T
 
 
 @contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Afterwards torch's own generators are where they were."""
+    with torch.random.fork_rng(devices=[shared.device] if shared.device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """While open, torch's own generators draw from a seed; afterwards they are where they were."""
-    with torch.random.fork_rng(devices=[shared.device] if shared.device.type == "cuda" else []):
+    with nothing_drawn():
         torch.manual_seed(seed)
         yield
 
 
-def blank_conditioning(job: StableDiffusionProcessingTxt2Img) -> Tensor:
+def blank_conditioning(job: StableDiffusionProcessing) -> Tensor:
     """What the txt2img tab gives an inpainting model beside the latent, everything masked: (images, 5, h, w).
 
     For other models it is as many rows that nothing reads. The job's model must be the WebUI's current one.
@@ -51,7 +58,7 @@ class RandomState:
     of_images: tuple[Any, ...]
 
     @classmethod
-    def capture(cls, p: StableDiffusionProcessingTxt2Img) -> RandomState:
+    def capture(cls, p: StableDiffusionProcessing) -> RandomState:
         """As they are now."""
         # the ControlNet extension wraps the generators of some pictures
         images = getattr(p.rng, "rng", p.rng)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 from modules import devices, images, processing, sd_samplers_common, shared
-from modules.processing import StableDiffusionProcessingTxt2Img
+from modules.processing import StableDiffusionProcessing
 from PIL import Image
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def carry_over(
 
 
 @contextmanager
-def denoising_strength(p: StableDiffusionProcessingTxt2Img, strength: float) -> Iterator[None]:
+def denoising_strength(p: StableDiffusionProcessing, strength: float) -> Iterator[None]:
     """While open, the processing object has an img2img tab's denoising strength."""
     own, p.denoising_strength = p.denoising_strength, strength
     try:
