@@ -1,7 +1,7 @@
 """The units of sd-webui-controlnet's panel: what is set in them, and which model each is for.
 
-This file and `base_units` are the only ones that know the extension (1.1.455); where it is not installed, no unit is
-ever found. `internal_controlnet.external_code` is what it offers to other extensions.
+This file, `base_units` and `hooked_units` are the only ones that know the extension (1.1.455); where it is not
+installed, no unit is ever found. `internal_controlnet.external_code` is what it offers to other extensions.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ..sampling.seeded import blank_conditioning, each_from_its_seed
 from . import plugins
 from .base_model import BaseModel
 from .base_units import BaseUnits
+from .hooked_units import HookedUnits
 
 SHARED_FIELDS = (
     "sampler_name",
@@ -97,20 +98,23 @@ def check_start(settings: Settings, units: BaseUnits) -> None:
         )
 
 
-def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits, start: str) -> StageOne:
+def sample_base(
+    base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: BaseUnits, hooked: HookedUnits, start: str
+) -> StageOne:
     """The base's own picture, by the WebUI's own sampler.
 
     Args:
         base: the base model.
         job: its processing object, prompts encoded.
-        units: the base's ControlNet units, hooked.
+        units: the base's ControlNet units.
+        hooked: the same, at work.
         start: what it starts from, as `base_start` in `Settings`.
 
     Raises:
         WrongFile: a LoRA does not fit the base's layers.
     """
     asked: list[Tensor] = []
-    with base.current() as model, units.stage_one():
+    with base.current() as model, hooked.stage_one():
         job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
         denoiser = job.sampler.model_wrap_cfg
 
@@ -118,7 +122,7 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
             asked[denoiser.step :] = [args[1][:1]]
 
         job.rng = base_noise(job, job.seeds)
-        units.change_noise(job)
+        hooked.change_noise()
         noise = job.rng.next()
         hook = denoiser.register_forward_pre_hook(note)
         try:
@@ -127,7 +131,7 @@ def sample_base(base: BaseModel, job: StableDiffusionProcessingTxt2Img, units: B
             hook.remove()
         plugins.check_applied(FAMILY_NAMES[base.family])
         levels = noise_levels(denoiser, asked)
-        pictures = switch.decode(model, latents, units.finish)
+        pictures = switch.decode(model, latents, hooked.finish)
     devices.torch_gc()
     return StageOne(latents, tuple(pictures), tuple(levels))
 

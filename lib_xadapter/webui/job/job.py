@@ -28,7 +28,7 @@ from ...tried_versions import difference
 from ...two_stage import Pass, run
 from ...wrapping import wrapped
 from ..base import plugins
-from ..base.base_units import BaseUnits
+from ..base.base_units import read_units
 from ..base.models import Models
 from ..versions import running
 from .batch import Batch, share_out
@@ -54,25 +54,21 @@ class Job:
         self, p: StableDiffusionProcessingTxt2Img, models: Models, arguments: Callable[[], Mapping[str, Any]]
     ) -> None:
         self.base_pictures: list[Image.Image] = []
+        self.detected_maps: list[Image.Image] = []
+        """What the base's ControlNet units show beside the pictures."""
         self.settings = Settings()
         self._p = p
         self._models = models
-        self._units = BaseUnits()
+        self._units = read_units(p)
         self._scope = ExitStack()
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._forbidden = False
         self._caches: tuple[list, list] = ([None, None], [None, None])
-        self._units.take_over(p)
-        self._scope.callback(self._units.give_back)
+        self._scope.enter_context(self._units.taken_out())
         self._wrap(p, "init", partial(self._begin, arguments))
         # the WebUI closes its processing object whatever happens
         self._wrap(p, "close", self._close)
-
-    @property
-    def detected_maps(self) -> list[Image.Image]:
-        """What the base's ControlNet units show beside the pictures."""
-        return self._units.detected_maps
 
     def end(self, keep_base: bool = True) -> None:
         """Put everything back and let the models rest; nothing where that is done.
@@ -168,7 +164,7 @@ class Job:
         with self._ends_the_job(request, batch), self._token_merging(request):
             self._units.check_those_of_sdxl()
             call = SamplerCall(sampler, x, conditioning, unconditional_conditioning, image_conditioning)
-            host_of_batch = WebUIHost(p, self._models, request, batch, self._units, call)
+            host_of_batch = WebUIHost(p, self._models, request, batch, self._units, call, self.detected_maps)
             samples = run(host_of_batch, self._plan(request, batch), self._models.recordings)
             self.base_pictures += host_of_batch.base_pictures
             return samples

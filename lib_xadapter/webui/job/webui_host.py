@@ -22,6 +22,7 @@ from ...taps import read_features
 from ...two_stage import RecordedBase, StageOne
 from ..base.base_evaluation import BaseEvaluation
 from ..base.base_units import BaseUnits
+from ..base.hooked_units import HookedUnits
 from ..base.models import Models
 from ..base.stage_one import base_noise, sample_base
 from ..sampling import switch
@@ -67,6 +68,7 @@ class WebUIHost:
         batch: the base's part of the batch.
         units: the base's ControlNet units.
         call: the WebUI's call of its sampler, which `sample_upgraded` makes.
+        detected_maps: what those units show beside the pictures of the job; added to where there is none yet.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class WebUIHost:
         batch: Batch,
         units: BaseUnits,
         call: SamplerCall,
+        detected_maps: list[Image.Image],
     ) -> None:
         self._p = p
         self._models = models
@@ -84,6 +87,8 @@ class WebUIHost:
         self._batch = batch
         self._units = units
         self._call = call
+        self._detected_maps = detected_maps
+        self._hooked = HookedUnits()
         self.base_pictures: list[Image.Image] = []
         self._encodings: list[Encoding] = []
         self._random_state = RandomState.capture(p)
@@ -110,14 +115,14 @@ class WebUIHost:
         encoding = encode(self._p, self._request.base, self._batch, self._upgraded_embeddings)
         self._report(encoding)
         self._encodings.append(encoding)
-        with self._units.hooked(self._batch.base_p, self._request.base):
+        with self._units.hooked(self._batch.base_p, self._request.base, self._detected_maps) as self._hooked:
             yield
 
     def sample_base(self) -> StageOne:
         if self._request.settings.single_stage:
             return StageOne(None)
         start = self._request.settings.base_start
-        made = sample_base(self._request.base, self._batch.base_p, self._units, start)
+        made = sample_base(self._request.base, self._batch.base_p, self._units, self._hooked, start)
         # a second attempt, where memory did not suffice for the first, takes the place of its pictures
         self.base_pictures[:] = made.pictures
         if not self.interrupted:
@@ -132,7 +137,7 @@ class WebUIHost:
     def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
         with read_features(self._request.base.unet) as reader:
             evaluation = BaseEvaluation(self._request.base, self._batch.base_p, reader, stage_one.levels)
-            yield self._units.beside_sdxl(evaluation, reader)
+            yield self._hooked.beside_sdxl(evaluation, reader)
 
     # ---- SDXL
 
@@ -191,14 +196,14 @@ class WebUIHost:
             state.nextjob()
 
     def remarks(self) -> Remarks:
-        return Remarks(self._encodings[-1], tuple(self._units.detected_maps))
+        return Remarks(self._encodings[-1], tuple(self._detected_maps))
 
     def recording_found(self, base: RecordedBase) -> None:
         remarks: Remarks = base.remarks
         self._report(remarks.encoding)
         # their texts are written into them
         self.base_pictures[:] = [picture.copy() for picture in base.stage_one.pictures]
-        self._units.detected_maps = self._units.detected_maps or list(remarks.detected_maps)
+        self._detected_maps[:] = self._detected_maps or remarks.detected_maps
         for _ in self._request.base_steps(self._p):
             shared.state.nextjob()
 
