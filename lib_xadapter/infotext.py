@@ -72,9 +72,9 @@ def write_infotext(settings: Settings, version: str) -> dict[str, str]:
 
 
 def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Every argument as the parsed infotext has it, with the defaults of the version that wrote it; None for a picture made without X-Adapter.
+    """Every argument as the parsed infotext has it; None for a picture made without X-Adapter.
 
-    Arguments that no infotext holds are not among them.
+    What is left out has the default of the version that wrote it. Arguments that no infotext holds are not among them.
     """
     if VERSION_KEY not in parameters:
         return None
