@@ -197,7 +197,7 @@ class TestRefreshing:
 
 
 class TestCondOnly:
-    """Only the rows of the prompt are mapped, and lead both halves."""
+    """Only the rows of the prompt are mapped, and both halves get their residuals."""
 
     @pytest.mark.parametrize(
         ("rows", "expected"),
