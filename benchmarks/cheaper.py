@@ -1,11 +1,11 @@
-"""What `refresh_every` and `cond_only` save, and how far from the full result they lead.
+"""What `refresh_every` and `cond_only` save, and how far from the full result they end.
 
     python -m benchmarks.cheaper                    whole pictures by the demo's small models
     python -m benchmarks.cheaper --full-size        UNets at full size with random weights, latents only
     python -m benchmarks.cheaper --upgraded FILE --base FILE --adapter FILE     your own models
 
-Time is that of the joint stage. Distances are to the same picture at `refresh_every: 1`, beside that of a picture that
-no adapter leads. Random weights tell what is saved; how much of a real picture is kept, trained ones alone can tell.
+Time is that of the joint stage. Distances are to the same picture at `refresh_every: 1`, beside that of a picture
+without an adapter. Random weights tell what is saved; how much of a real picture is kept, trained ones alone can tell.
 """
 
 from __future__ import annotations

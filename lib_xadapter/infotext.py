@@ -1,17 +1,49 @@
 """Settings as text under a picture, in the form that the WebUI writes and pastes: `key: value, key: value`.
 
-Default values are left out. The key of `enabled` holds the version, so that later versions know what a default was.
+Default values are left out. The key of `enabled` holds the version, which tells what they were (`CHANGES`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .settings import LEVELS, Settings, arguments, defaults
 
 PREFIX = "X-Adapter "
+
+
+@dataclass(frozen=True)
+class Change:
+    """A default that became another, so that older pictures must be read otherwise than newer ones.
+
+    A rule that no argument tells becomes one when it changes: its default is the new rule, `before` the old one.
+
+    Attributes:
+        version: the first with the new default.
+        argument: the argument's name.
+        before: its default until then.
+    """
+
+    version: str
+    argument: str
+    before: Any
+
+
+CHANGES: tuple[Change, ...] = ()
+"""All of them, oldest first."""
+
+
+def defaults_of(version: str) -> dict[str, Any]:
+    """Argument → what it meant in a version to leave it out."""
+    values = defaults()
+    for change in reversed(CHANGES):
+        if _numbers(version) < _numbers(change.version):
+            values[change.argument] = change.before
+    return values
 
 
 def written_names() -> list[str]:
@@ -40,17 +72,22 @@ def write_infotext(settings: Settings, version: str) -> dict[str, str]:
 
 
 def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Every argument as the parsed infotext has it, defaults included; None for a picture made without X-Adapter.
+    """Every argument as the parsed infotext has it; None for a picture made without X-Adapter.
 
-    Arguments that no infotext holds are not among them.
+    What is left out has the default of the version that wrote it. Arguments that no infotext holds are not among them.
     """
     if VERSION_KEY not in parameters:
         return None
-    values = {"enabled": True}
+    values, left_out = {"enabled": True}, defaults_of(parameters[VERSION_KEY])
     for name in written_names():
-        text, default = _find(parameters, key_of(name)), defaults()[name]
+        text, default = _find(parameters, key_of(name)), left_out[name]
         values[name] = default if text is None else _read(name, text, default)
     return values
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of `0.1.0`, to be compared."""
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _write(value: Any) -> str:

@@ -16,10 +16,12 @@ from typing import Literal
 from .checkpoint_files import SD_UNET, SDXL_UNET, UnetLayout
 from .families import FAMILY_OF_CONTEXT_WIDTH, FAMILY_OF_EMBEDDING_WIDTH
 from .lora_layers import (
+    COMPVIS_BLOCK,
     FIRST_TEXT_ENCODER,
     OPEN_CLIP,
     OTHER_MODEL,
     SECOND_TEXT_ENCODER,
+    SIZE_EMBEDDING,
     TEXT_ENCODER,
     THIRD_TEXT_ENCODER,
     UNET,
@@ -59,7 +61,7 @@ def second_text_encoder(lora: LoraContents) -> Models:
 
 def size_embedding(lora: LoraContents) -> Models:
     """Only SDXL's UNet is told the picture's size: `label_emb` in CompVis' names, `add_embedding` in diffusers'."""
-    return SDXL if any(re.search(r"label_emb_|add_embedding_", layer.name) for layer in lora.of_part(UNET)) else ANY
+    return SDXL if any(re.search(SIZE_EMBEDDING, layer.name) for layer in lora.of_part(UNET)) else ANY
 
 
 def unet_places(lora: LoraContents) -> Models:
@@ -153,7 +155,7 @@ def linear_projections(lora: LoraContents) -> Models:
 def compvis_names(lora: LoraContents) -> Models:
     """kohya's trainer and its like call SDXL's blocks as CompVis does and SD's as diffusers does."""
     names = (layer.name for layer in lora.of_part(UNET))
-    return SDXL if any(re.match(r"(lora|oft)_unet_(input|middle|output)_block", name) for name in names) else ANY
+    return SDXL if any(re.match(rf"(?:lora|oft)_unet_{COMPVIS_BLOCK}", name) for name in names) else ANY
 
 
 def single_transformer_blocks(lora: LoraContents) -> Models:

@@ -98,7 +98,10 @@ OPEN_CLIP = "OpenCLIP"
 UNET = "unet"
 
 PREFIX = r"^(?:base_model_model_|lycoris_)*(?:lora_|oft_)?"
-UNET_BLOCK = r"(?:(?:down|up|input|output)_blocks_\d|mid_block_|middle_block_)"
+DIFFUSERS_BLOCK = r"(?:(?:down|up)_blocks_\d|mid_block_)"
+COMPVIS_BLOCK = r"(?:(?:input|output)_blocks_\d|middle_block_)"
+SIZE_EMBEDDING = r"(?:label_emb_|add_embedding_)"
+UNET_LAYER = rf"(?:{DIFFUSERS_BLOCK}|{COMPVIS_BLOCK}|{SIZE_EMBEDDING})"
 CLIP_LAYER = r"(?:encoder_layers_\d|embeddings_|final_layer_norm|text_projection)"
 
 # keys with underscores for dots; the first row that is found in a key tells the part it belongs to
@@ -116,7 +119,7 @@ MODEL_PARTS = (
     (FIRST_TEXT_ENCODER, re.compile(rf"^0_transformer_text_model_{CLIP_LAYER}")),
     (TEXT_ENCODER, re.compile(rf"^transformer_text_model_{CLIP_LAYER}")),
     (OPEN_CLIP, re.compile(r"^model_transformer_resblocks_")),
-    (UNET, re.compile(rf"{PREFIX}(?:unet_|(?:model_)?diffusion_model_)?(?:{UNET_BLOCK}|label_emb_|add_embedding_)")),
+    (UNET, re.compile(rf"{PREFIX}(?:unet_|(?:model_)?diffusion_model_)?{UNET_LAYER}")),
 )
 
 
@@ -258,13 +261,13 @@ FORMATS = (
     LoraFormat(("oft_diag",), _untold, _oft_out("oft_diag")),  # OFT of older LyCORIS
 )
 
-# how a tensor is called at the end of its key, with underscores for dots: kohya and LyCORIS, diffusers, peft
+# kohya and LyCORIS, diffusers, peft
 PARAMETERS = re.compile(
     r"(?P<layer>.+?)_(?:"
     r"(?P<down>lora_(?:linear_layer_)?down_weight|lora_A_(?:\w+_)?weight)|"
     r"(?P<up>lora_(?:linear_layer_)?up_weight|lora_B_(?:\w+_)?weight)|"
     r"(?P<other>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|[ab][12]_weight|weight|on_input|diff|"
-    r"w_norm|b_norm|oft_blocks|oft_diag|dora_scale)"
+    r"w_norm|b_norm|oft_blocks|oft_diag|dora_scale|lora_mid_weight|alpha)"
     r")"
 )
 # tensors that have four dimensions where the changed layer is a convolution
@@ -284,6 +287,23 @@ def _convolutional(shapes: Shapes) -> bool | None:
 BUNDLED_EMBEDDING = re.compile(r"bundle_emb\.[^.]+\.(?P<vector>.+)")
 
 
+def split_key(key: str) -> tuple[str, str] | None:
+    """The layer and the parameter of a key, with underscores for dots; None for a key of no known form.
+
+    The parameters of LoRA itself are "down" and "up" in every naming.
+    """
+    found = PARAMETERS.fullmatch(key.replace(".", "_"))
+    if found is None:
+        return None
+    # where older diffusers kept its LoRA layers
+    return found["layer"].replace("_processor_", "_"), found["other"] or found.lastgroup
+
+
+def without_prefix(layer: str) -> str:
+    """The name of a layer without what trainers write in front of it."""
+    return re.sub(PREFIX, "", layer)
+
+
 def read_lora_contents(tensors: Mapping[str, TensorInfo]) -> LoraContents:
     """The layers and bundled embeddings that the tensors of a LoRA file are for; other tensors are passed over."""
     embeddings = []
@@ -291,9 +311,9 @@ def read_lora_contents(tensors: Mapping[str, TensorInfo]) -> LoraContents:
     for key, info in tensors.items():
         if bundled := BUNDLED_EMBEDDING.fullmatch(key):
             embeddings.append((bundled["vector"], info.shape))
-        elif found := PARAMETERS.fullmatch(key.replace(".", "_")):
-            parameter = found["other"] or found.lastgroup
-            shapes_of_layers.setdefault(found["layer"], {})[parameter] = info.shape
+        elif found := split_key(key):
+            layer, parameter = found
+            shapes_of_layers.setdefault(layer, {})[parameter] = info.shape
     layers = (_read_layer(name, shapes) for name, shapes in shapes_of_layers.items())
     return LoraContents(tuple(layer for layer in layers if layer), tuple(embeddings))
 
@@ -305,7 +325,7 @@ def _read_layer(name: str, shapes: Shapes) -> LoraLayer | None:
         return None
     return LoraLayer(
         part=part,
-        name=name.replace("_processor_", "_"),  # where older diffusers kept its LoRA layers
+        name=name,
         place=read_place(name) if part == UNET else None,
         in_width=lora_format.in_width(shapes),
         out_width=lora_format.out_width(shapes),

@@ -1,7 +1,7 @@
 """Which row of the base's batch a row of the upgraded model's batch belongs to.
 
 Classifier-free guidance puts several rows for each image into one batch: one for each cond (several under `AND`), one
-for the uncond. The adapter leads cond to cond, uncond to uncond, image to image.
+for the uncond. Residuals go from cond to cond, from uncond to uncond, from image to image.
 """
 
 from __future__ import annotations

@@ -87,14 +87,14 @@ class Settings:
         "",
         "SD1.5 checkpoint",
         "base checkpoint",
-        "The model that your SD1.5 LoRAs and embeddings were made for. It paints first and then leads SDXL.",
+        "The model that your SD1.5 LoRAs and embeddings were made for. It paints first and then guides SDXL.",
         main=True,
     )
     adapter: str = argument(
         "",
         "Adapter",
         "adapter",
-        "The trained mapping layers that lead from SD1.5 to SDXL. None: SDXL only repaints the SD1.5 picture.",
+        "The trained mapping layers from SD1.5 to SDXL. None: SDXL only repaints the SD1.5 picture.",
         main=True,
     )
     switch_point: float = argument(
@@ -209,7 +209,7 @@ class Settings:
         False,
         "Map the prompt's half only",
         "cond only",
-        "Map the SD1.5 features of the prompt alone and let them lead the negative prompt, too: faster, less exact.",
+        "Map the SD1.5 features of the prompt alone and use them for the negative prompt, too: faster, less exact.",
     )
     memory: str = argument(
         AUTO,

@@ -127,7 +127,7 @@ def _stride(blocks: int, block: int | None) -> int:
 
 
 def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Module) -> None:
-    """Whether the mapping layers lead from this base to this upgraded model.
+    """Whether the mapping layers fit this base and this upgraded model.
 
     Raises:
         DoesNotFit: naming the first level whose channels differ.

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from lib_xadapter.errors import WrongArgument
-from lib_xadapter.infotext import read_infotext, write_infotext
+from lib_xadapter.infotext import Change, read_infotext, write_infotext
 from lib_xadapter.settings import Settings, defaults, json_schema, read_settings
 
 
@@ -106,6 +106,37 @@ def test_what_is_written_under_a_picture_is_read_back(changed):
     written = write_infotext(Settings(**changed), "0.1.0")
     assert len(written) == 1 + len(changed)
     assert read_settings(read_infotext(pasted(written))) == Settings(**changed)
+
+
+CHANGES = (
+    Change("0.9", "switch_point", before=0.5),
+    Change("0.10", "switch_point", before=0.6),
+    Change("1.0", "base_start", before="control image"),
+)
+"""Invented: the default went from 0.5 over 0.6 to today's."""
+
+
+@pytest.mark.parametrize(
+    ("version", "switch_point", "base_start"),
+    [
+        ("0.8.7", 0.5, "control image"),
+        ("0.9", 0.6, "control image"),
+        ("0.10.1", Settings().switch_point, "control image"),
+        ("1.0", Settings().switch_point, "noise"),
+        ("2.0", Settings().switch_point, "noise"),
+    ],
+)
+def test_what_a_version_left_out_is_read_as_it_meant_then(monkeypatch, version, switch_point, base_start):
+    monkeypatch.setattr("lib_xadapter.infotext.CHANGES", CHANGES)
+    read = read_infotext(pasted({"X-Adapter version": version}))
+    assert (read["switch_point"], read["base_start"]) == (switch_point, base_start)
+
+
+def test_what_an_older_version_wrote_is_read_as_written(monkeypatch):
+    monkeypatch.setattr("lib_xadapter.infotext.CHANGES", CHANGES)
+    written = {"X-Adapter version": "0.1", "X-Adapter switch point": "0.8", "X-Adapter base start": "noise"}
+    read = read_infotext(pasted(written))
+    assert (read["switch_point"], read["base_start"]) == (0.8, "noise")
 
 
 def test_what_changes_no_picture_is_not_written():

@@ -33,7 +33,7 @@ from .pipeline import Progress, no_progress
 from .saving import write_whole
 from .small_models import SmallModels, make_small_models
 
-NOTICE = "These models have random weights: they make patterns, not pictures. What to see is what leads what."
+NOTICE = "These models have random weights: they make patterns, not pictures. What to see is which model follows which."
 WEIGHTS = (0.0, 0.5, 1.0, 1.5)
 STEPS = 8
 SIZE = 256

@@ -52,7 +52,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet at work: its map (1, 3, height, width) with values 0..1, and how strongly it leads."""
+    """A ControlNet at work: its map (1, 3, height, width) with values 0..1, and how strongly it acts."""
 
     net: nn.Module
     image: Tensor
@@ -66,7 +66,7 @@ class GuidedUnet:
         unet: of diffusers, base or upgraded.
         prompts: what it is told.
         cfg_scale: uncond + cfg_scale · (cond − uncond).
-        controls: ControlNets that lead it.
+        controls: ControlNets at work on it.
     """
 
     def __init__(self, unet: nn.Module, prompts: Prompts, cfg_scale: float, controls: Sequence[Control] = ()) -> None:

@@ -17,23 +17,15 @@ from torch import Tensor, nn
 
 from ..errors import DoesNotFit, WrongArgument, WrongFile
 from ..lora_files import detect_lora_base
+from ..lora_layers import BUNDLED_EMBEDDING, split_key, without_prefix
 from ..mapping import read_weights
 from .model_files import unet_table_of
 
 Factors = Mapping[str, Tensor]
 
-PARAMETERS = {
-    "lora_down": re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A)(\.default)?\.weight$"),
-    "lora_up": re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B)(\.default)?\.weight$"),
-    "lora_mid": re.compile(r"\.lora_mid\.weight$"),
-    "alpha": re.compile(r"\.alpha$"),
-    "hada_w1_a": re.compile(r"\.hada_w1_a$"),
-    "hada_w1_b": re.compile(r"\.hada_w1_b$"),
-    "hada_w2_a": re.compile(r"\.hada_w2_a$"),
-    "hada_w2_b": re.compile(r"\.hada_w2_b$"),
-    "diff": re.compile(r"\.diff$"),
-}
-"""How a tensor is called behind its layer: kohya, LyCORIS, diffusers, peft."""
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+PARAMETERS = ("down", "up", "lora_mid_weight", "alpha", *LOHA, "diff")
+"""Those that are read here, as `lora_layers.split_key` calls them."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +74,15 @@ def merge_lora(lora: Lora, base: StableDiffusionPipeline, upgraded: StableDiffus
 def _by_layer(file: Mapping[str, Tensor], lora: Lora) -> dict[str, dict[str, Tensor]]:
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.items():
-        if key.startswith("bundle_emb."):
+        if BUNDLED_EMBEDDING.fullmatch(key):
             continue
-        for parameter, pattern in PARAMETERS.items():
-            if found := pattern.search(key):
-                layers.setdefault(key[: found.start()], {})[parameter] = tensor.float()
-                break
-        else:
+        layer, parameter = split_key(key) or (key, "")
+        if parameter not in PARAMETERS:
             raise WrongFile(
                 f"{lora.path.name} holds '{key}', of a kind that is read only in the WebUI; "
                 "here LoRA, LoCon, LoHa and full differences are."
             )
+        layers.setdefault(layer, {})[parameter] = tensor.float()
     return layers
 
 
@@ -111,10 +101,10 @@ def _change(name: str, factors: Factors, layers: Mapping[str, nn.Module], file_n
 
 def _lora_delta(factors: Factors) -> Tensor:
     """up · down · alpha / rank, through the middle convolution where there is one."""
-    down, up = factors["lora_down"], factors["lora_up"]
+    down, up = factors["down"], factors["up"]
     scale = _scale(factors, rank=down.shape[0])
-    if "lora_mid" in factors:
-        return scale * torch.einsum("or,rshw,si->oihw", up.flatten(1), factors["lora_mid"], down.flatten(1))
+    if "lora_mid_weight" in factors:
+        return scale * torch.einsum("or,rshw,si->oihw", up.flatten(1), factors["lora_mid_weight"], down.flatten(1))
     return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
@@ -133,8 +123,8 @@ def _scale(factors: Factors, rank: int) -> float:
 
 
 KINDS: tuple[tuple[set[str], Callable[[Factors], Tensor]], ...] = (
-    ({"lora_down", "lora_up"}, _lora_delta),
-    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _loha_delta),
+    ({"down", "up"}, _lora_delta),
+    (set(LOHA), _loha_delta),
     ({"diff"}, _full_delta),
 )
 
@@ -163,9 +153,7 @@ def _weighted(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _spelled(name: str) -> str:
     """One spelling for `lora_unet_down_blocks_0_…`, `unet.down_blocks.0.…` and `base_model.model.…`."""
-    spelled = name.replace(".", "_").replace("_processor_", "_")
-    spelled = re.sub(r"^(base_model_model_|lycoris_|lora_)+", "", spelled)
-    return re.sub(r"_to_([qkv]|out)_lora$", r"_to_\1", re.sub(r"_to_out$", "_to_out_0", spelled))
+    return re.sub(r"_to_out$", "_to_out_0", without_prefix(name.replace(".", "_")))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import DoesNotFit, WrongFile
 from ..families import FAMILY_NAMES
+from ..file_names import MODEL_SUFFIXES, find_named
 from ..mapping import read_weights
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
@@ -245,7 +245,6 @@ FOLDERS = {
     "controlnet": ("ControlNet",),
     "adapter": ("X-Adapter",),
 }
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def find_file(name: str, kind: str, models_folder: Path | None, option: str) -> Path:
@@ -265,32 +264,13 @@ def find_file(name: str, kind: str, models_folder: Path | None, option: str) -> 
     if models_folder is None:
         raise WrongFile(f"{option}: there is no file {name}.")
     folders = [models_folder / folder for folder in FOLDERS[kind]]
-    candidates = {path: path.relative_to(folder).as_posix() for folder in folders for path in _model_files(folder)}
-    for spelled in (_with_suffix, _bare, _bare_file):
-        for path, listed in candidates.items():
-            if spelled(listed) == spelled(name):
-                return path
-    known = ", ".join(candidates.values()) or "nothing at all"
+    candidates = {path: [path.relative_to(folder).as_posix()] for folder in folders for path in _model_files(folder)}
+    found = find_named(name, candidates)
+    if found is not None:
+        return found
+    known = ", ".join(listed for names in candidates.values() for listed in names) or "nothing at all"
     raise WrongFile(f"{option}: there is no {kind} '{name}' in {folders[0]}; there is {known}.")
 
 
 def _model_files(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-
-
-def _with_suffix(name: str) -> str:
-    return name.replace(os.sep, "/")
-
-
-def _bare(name: str) -> str:
-    without_hash = name.strip()
-    if without_hash.endswith("]") and " [" in without_hash:
-        without_hash = without_hash[: without_hash.rindex(" [")]
-    for suffix in SUFFIXES:
-        if without_hash.lower().endswith(suffix):
-            without_hash = without_hash[: -len(suffix)]
-    return without_hash.replace("\\", "/").lower()
-
-
-def _bare_file(name: str) -> str:
-    return _bare(name).rsplit("/", 1)[-1]
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in MODEL_SUFFIXES)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from modules import cache, paths, sd_models, shared
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
 from ..families import BASE_FAMILIES
+from ..file_names import find_named
 from . import options
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
 BASE_CHANNELS = (4, 9)
 """What a base's UNet takes: a latent; beside it, an inpainting model's mask and masked picture."""
 EXTENSION_FOLDER = Path(__file__).parents[2]
-
-Found = TypeVar("Found")
 
 
 def adapter_folders() -> list[Path]:
@@ -91,7 +88,10 @@ def find_adapter(name: str) -> Path:
         raise WrongArgument(f"There is no adapter file; put one into one of these folders: {looked}.")
     if not name:
         return next(iter(files.values()))
-    return _closest(name, {key: (path, [key]) for key, path in files.items()}, "adapter")
+    found = find_named(name, {path: [key] for key, path in files.items()})
+    if found is None:
+        raise _unknown("adapter", name, files)
+    return found
 
 
 def expected_base_family(name: str) -> str:
@@ -114,8 +114,9 @@ def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
         if not usable:
             raise WrongArgument("There is no SD1.5 checkpoint among the WebUI's models (models/Stable-diffusion).")
         return next(iter(usable.values()))
-    everything = {info.title: (info, info.ids) for info in sd_models.checkpoints_list.values()}
-    info = _closest(name, everything, "base_checkpoint", choices=base_checkpoints)
+    info = find_named(name, {info: info.ids for info in sd_models.checkpoints_list.values()})
+    if info is None:
+        raise _unknown("base_checkpoint", name, base_checkpoints())
     try:
         check_base(name, info.filename)
     except WrongFile as error:
@@ -123,19 +124,5 @@ def find_base_checkpoint(name: str) -> sd_models.CheckpointInfo:
     return info
 
 
-def _closest(
-    name: str, candidates: Mapping[str, tuple[Found, Iterable[str]]], argument: str, choices: object = None
-) -> Found:
-    """The candidate whose names hold this one, letter for letter or without folder case, extension and hash."""
-    for spelled in (lambda text: text, _bare):
-        for found, names in candidates.values():
-            if spelled(name) in {spelled(other) for other in names}:
-                return found
-    known = list(choices()) if callable(choices) else list(candidates)
-    raise WrongArgument(f"'{argument}' is '{name}', which is not among {', '.join(known) or 'none at all'}.")
-
-
-def _bare(name: str) -> str:
-    without_hash = re.sub(r"\s*\[[^\]]+\]\s*$", "", name.strip())
-    suffixes = "|".join(re.escape(suffix) for suffix in (*ADAPTER_SUFFIXES, ".ckpt"))
-    return re.sub(rf"({suffixes})$", "", without_hash, flags=re.IGNORECASE).replace("\\", "/").lower()
+def _unknown(argument: str, name: str, known: Iterable[str]) -> WrongArgument:
+    return WrongArgument(f"'{argument}' is '{name}', which is not among {', '.join(known) or 'none at all'}.")

@@ -93,5 +93,5 @@ def test_the_adapter_acts_in_both(diffusers_models, compvis, request_made):
     stages = TwoStages(diffusers_models, RELEASED_RULES)
     finished = stages.base_latents(request_made)
     plain = request_of(diffusers_models, JOB, Settings(switch_point=0.8, weight=0.0))
-    led, alone = (stages.upgraded_latents(asked, finished, JOB.size) for asked in (request_made, plain))
-    assert relative_error(led, alone) > 1e-2
+    guided, alone = (stages.upgraded_latents(asked, finished, JOB.size) for asked in (request_made, plain))
+    assert relative_error(guided, alone) > 1e-2

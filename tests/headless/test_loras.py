@@ -93,6 +93,17 @@ def test_a_loha_is_the_product_of_two_products(tmp_path, base, upgraded):
     torch.testing.assert_close(layer.weight - before, delta, rtol=1e-4, atol=1e-5)
 
 
+def test_the_names_of_older_diffusers_find_their_layers(tmp_path, base, upgraded):
+    block = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    before = [layer.weight.clone() for layer in (block.to_q, block.to_out[0])]
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
+    factors = {"down": torch.ones(2, 32), "up": torch.ones(32, 2)}
+    tensors = {f"{name}.to_{end}_lora.{half}.weight": factors[half].clone() for end in ("q", "out") for half in factors}
+    merge_lora(written(tmp_path, tensors), base, upgraded)
+    for layer, weight in zip((block.to_q, block.to_out[0]), before, strict=True):
+        torch.testing.assert_close(layer.weight, weight + 2)
+
+
 def pair(name: str, inner: int = 32, outer: int = 32) -> dict[str, torch.Tensor]:
     return {f"{name}.lora_down.weight": torch.ones(2, inner), f"{name}.lora_up.weight": torch.ones(outer, 2)}
 

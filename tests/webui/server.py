@@ -390,6 +390,15 @@ class WebUIServer:
         if still_armed:
             raise AssertionError(f"the fault at {where} after {after} calls never fired")
 
+    @contextlib.contextmanager
+    def pretending(self, what: str) -> Iterator[None]:
+        """Inside, something is otherwise than it is: see `pretences` in probe/scripts/probe.py."""
+        self.probed(self.post("/probe/pretend", {"what": what}))
+        try:
+            yield
+        finally:
+            self.probed(self.post("/probe/pretend", {"what": None}))
+
     @staticmethod
     def probed(reply: Reply) -> Any:
         if reply.status != 200:

@@ -80,24 +80,24 @@ def test_its_picture_is_the_webuis_own(server, kind, sampler):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_leads_sdxl_in_the_joint_stage(server, kind):
+def test_it_guides_sdxl_in_the_joint_stage(server, kind):
     usual = {"switch_point": 0.8, "return_base_image": False}
     without = ours(server, kind, {**usual, "weight": 0}).image
-    led = ours(server, kind, {**usual, "weight": 1}).image
-    assert grey_levels_apart(led, without) > 1
-    assert is_a_picture(led)
+    guided = ours(server, kind, {**usual, "weight": 1}).image
+    assert grey_levels_apart(guided, without) > 1
+    assert is_a_picture(guided)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
-def test_an_sdxl_model_that_predicts_the_velocity_is_led_too(server, sampler):
+def test_an_sdxl_model_that_predicts_the_velocity_is_guided_too(server, sampler):
     """Without weight it makes what it makes in the img2img tab."""
     request = {"sampler_name": sampler, "override_settings": {"sd_model_checkpoint": "tinyxlv.safetensors"}}
     given = {"switch_point": 0.8}
     without, start = ours(server, "tiny15", given, **request).images
     assert grey_levels_apart(without, sdedit(server, start, 0.8, **request, **STEPS)) <= 1
-    led = ours(server, "tiny15", {**given, "weight": 1}, **request).images[0]
-    assert is_a_picture(led)
-    assert grey_levels_apart(led, without) > 1
+    guided = ours(server, "tiny15", {**given, "weight": 1}, **request).images[0]
+    assert is_a_picture(guided)
+    assert grey_levels_apart(guided, without) > 1
     assert grey_levels_apart(without, ours(server, "tiny15", given, sampler_name=sampler).images[0]) > 1
 
 
@@ -111,7 +111,7 @@ def test_a_zero_terminal_snr_schedule_is_followed(server, kind):
 
 
 def test_a_change_of_schedule_is_known_before_sdxl_samples(server):
-    """The base is led along the levels that SDXL's sampler will have, and not along the last job's."""
+    """The base is taken along the levels that SDXL's sampler will have, and not along the last job's."""
     given, schedule = {"weight": 1, "switch_point": 0.8}, {"sd_noise_schedule": "Zero Terminal SNR"}
     usual, rescaled, again = (
         ours(server, "tiny15v", given, override_settings=settings).images[0] for settings in ({}, schedule, {})

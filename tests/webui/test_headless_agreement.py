@@ -199,10 +199,10 @@ def test_a_lora_does_the_same_in_both_hosts(name, webui, files, plain_models):
 
 def test_the_adapter_acts_in_both(plain_models):
     """Lest two hosts agree on doing nothing."""
-    led, alone = (
+    guided, alone = (
         headless(plain_models, replace(JOB, settings=replace(JOB.settings, weight=weight))) for weight in (1.0, 0.0)
     )
-    assert relative_error(led.finished, alone.finished) > 10 * TOLERANCE
+    assert relative_error(guided.finished, alone.finished) > 10 * TOLERANCE
 
 
 def test_text_under_a_headless_picture_makes_it_again_in_the_webui(webui, files, tmp_path):

@@ -123,6 +123,15 @@ class TestInfotext:
         assert "X-Adapter switch point: 0.25" in again.infotexts[0]
         assert "X-Adapter base prompt: a dog" in again.infotexts[0]
 
+    def test_what_an_older_version_left_out_is_what_it_meant_then(self, webui):
+        older = with_xadapter(webui, {"switch_point": 0.35})
+        left_out = older.infotexts[0].replace("X-Adapter switch point: 0.35, ", "")
+        assert left_out != older.infotexts[0]
+        with webui.pretending("a later default"):
+            again = made(webui.txt2img(infotext=left_out))
+        assert again.infotexts[0] == older.infotexts[0]
+        assert same_bytes(again.image, older.image)
+
     def test_the_loras_of_both_models_keep_their_tags(self, webui):
         prompt = "a cat <lora:style15:0.8> <lora:stylexl:1>"
         assert with_xadapter(webui, prompt=prompt).infotexts[0].startswith(prompt)

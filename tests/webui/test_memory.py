@@ -64,6 +64,15 @@ class TestThePicture:
         beside, recorded = (with_xadapter(webui, memory, **request).images for memory in (LOCKSTEP, RECORDED))
         assert all(same_bytes(one, other) for one, other in zip(beside, recorded, strict=True))
 
+    def test_a_recording_that_ram_would_not_hold_runs_in_lockstep_and_says_so(self, webui, fresh):
+        beside = with_xadapter(webui, LOCKSTEP, **fresh).image
+        assert "more RAM than is free" not in webui.log
+        with webui.pretending("no free RAM"), webui.recorded() as calls:
+            recorded = with_xadapter(webui, RECORDED, **fresh).image
+        assert same_bytes(recorded, beside)
+        assert [call["model"] for call in calls[PLAIN["steps"] :]] == [BASE, SDXL] * JOINT_STEPS
+        assert "more RAM than is free, so memory is 'lockstep'" in webui.log
+
     def test_a_sampler_that_chooses_its_levels_runs_in_lockstep_and_says_so(self, webui):
         request = {"sampler_name": "DPM adaptive", "steps": 4}
         beside = with_xadapter(webui, LOCKSTEP, **request).image

@@ -18,7 +18,7 @@ from modules import devices, lowvram, sd_hijack, sd_models, shared
 from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 
 from ...errors import XAdapterError
-from .host_state import HostState, current_model_places, lora_extension
+from .host_state import Exchange, HostState, current_model_places, lora_extension
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class BaseModel:
         self.control_models: dict[str, Any] = OrderedDict()
         """What the ControlNet extension has loaded for it, as that keeps it."""
         self._model = model
-        self._state = state
+        self._exchange = Exchange(state)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -66,16 +66,12 @@ class BaseModel:
     @contextmanager
     def current(self) -> Iterator[torch.nn.Module]:
         """While open, the base is the WebUI's current model, with its own LoRAs and embeddings in force."""
-        outside, preview = self._state.again(), shared.state.current_latent
         # the live preview is decoded in another thread, with whichever model is current
-        shared.state.current_latent = None
-        self._state.restore()
+        preview, shared.state.current_latent = shared.state.current_latent, None
         try:
-            with self.model.ema_scope():
+            with self._exchange.in_force(), self.model.ema_scope():
                 yield self.model
         finally:
-            self._state = outside.again()
-            outside.restore()
             shared.state.current_latent = preview
 
     def to_gpu(self) -> None:

@@ -210,7 +210,7 @@ def beside_img2img(
 def beside_hires(
     p: StableDiffusionProcessingTxt2Img, settings: Settings, prompts: Prompts
 ) -> StableDiffusionProcessingTxt2Img:
-    """The base's part in the second pass of Hires. fix; the ControlNet extension finds the hires size in it."""
+    """The base's part in the second pass of Hires. fix."""
     width, height = base_hires_size(settings, p)
     steps = p.hr_second_pass_steps or p.steps
     job = _shared(
@@ -222,8 +222,6 @@ def beside_hires(
         p.steps,
         enable_hr=True,
         denoising_strength=p.denoising_strength,
-        hr_resize_x=width,
-        hr_resize_y=height,
         hr_second_pass_steps=steps,
         hr_sampler_name=p.hr_sampler_name,
     )
@@ -281,11 +279,19 @@ def base_seeds(p: StableDiffusionProcessing, settings: Settings) -> list[int]:
     return list(range(first, first + len(p.seeds)))
 
 
-def seen_by_controlnet(job: StableDiffusionProcessing, p: StableDiffusionProcessing) -> StableDiffusionProcessing:
-    """A processing object of the base with the user's own picture and mask, as the img2img tab has them."""
-    if not isinstance(job, StableDiffusionProcessingImg2Img):
-        return job
+def seen_by_controlnet(
+    job: StableDiffusionProcessing, p: StableDiffusionProcessing, settings: Settings
+) -> StableDiffusionProcessing:
+    """A processing object of the base as the ControlNet extension is to see it.
+
+    In img2img it finds the user's own picture and mask; with Hires. fix the size of the second pass, so that it knows
+    which units act in which pass.
+    """
     seen = copy.copy(job)
-    for name in CONTROL_FIELDS:
-        setattr(seen, name, getattr(p, name))
+    if isinstance(job, StableDiffusionProcessingImg2Img):
+        for name in CONTROL_FIELDS:
+            setattr(seen, name, getattr(p, name))
+    elif p.enable_hr:
+        seen.enable_hr = True
+        seen.hr_resize_x, seen.hr_resize_y = base_hires_size(settings, p)
     return seen

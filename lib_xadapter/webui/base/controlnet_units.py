@@ -1,7 +1,7 @@
 """The units of sd-webui-controlnet's panel: what is set in them, and which model each is for.
 
-This file and `base_units` are the only ones that know the extension (1.1.455); where it is not installed, no unit is
-ever found. `internal_controlnet.external_code` is what it offers to other extensions.
+This file, `base_units` and `hooked_units` are the only ones that know the extension (1.1.455); where it is not
+installed, no unit is ever found. `internal_controlnet.external_code` is what it offers to other extensions.
 """
 
 from __future__ import annotations
@@ -73,8 +73,11 @@ class Unit:
         family = family_of_file(path)
         return family if family != "unknown" else family_by_name(path.name)
 
-    def check_input(self) -> None:
+    def check_input(self, is_img2img: bool) -> None:
         """Whether it has something to work on; of much of this the extension only writes into its log.
+
+        Args:
+            is_img2img: there is a picture to paint over, which the extension gives to units without one.
 
         Raises:
             WrongArgument: it has not, or reads a folder of images.
@@ -85,7 +88,7 @@ class Unit:
             images = self.settings.ipadapter_input or self.settings.get_input_images_rgba()
         except Exception as error:
             raise WrongArgument(f"{self} has an image that cannot be read: {one_line(error)}") from error
-        if images is None:
+        if images is None and not is_img2img:
             raise WrongArgument(f"{self} is enabled and has no image.")
 
     @property

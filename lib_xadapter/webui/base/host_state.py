@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,28 @@ class HostState:
         """Let every place hold this again."""
         for place, value in self.held:
             place.write(value)
+
+
+class Exchange:
+    """Two states of the same places, of which one is in force.
+
+    Args:
+        state: the one that is not, at first.
+    """
+
+    def __init__(self, state: HostState) -> None:
+        self._state = state
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """While open, it is; what changes meanwhile is found there the next time."""
+        outside = self._state.again()
+        self._state.restore()
+        try:
+            yield
+        finally:
+            self._state = outside.again()
+            outside.restore()
 
 
 def lora_extension() -> ModuleType | None:

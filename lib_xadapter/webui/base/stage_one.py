@@ -27,6 +27,7 @@ from . import plugins
 from .base_model import BaseModel
 from .base_processing import JUST_RESIZE, size_of
 from .base_units import BaseUnits
+from .hooked_units import HookedUnits
 from .overlaid import overlaid
 
 
@@ -56,14 +57,20 @@ def check_start(settings: Settings, units: BaseUnits) -> None:
 
 
 def sample_base(
-    base: BaseModel, job: StableDiffusionProcessing, units: BaseUnits, start: str, blending: MaskBlending
+    base: BaseModel,
+    job: StableDiffusionProcessing,
+    units: BaseUnits,
+    hooked: HookedUnits,
+    start: str,
+    blending: MaskBlending,
 ) -> StageOne:
     """The base's own picture, by the WebUI's own sampler.
 
     Args:
         base: the base model.
         job: its processing object, prompts encoded.
-        units: the base's ControlNet units, hooked.
+        units: the base's ControlNet units.
+        hooked: the same, at work.
         start: what it starts from in txt2img, as `base_start` in `Settings`.
         blending: what scripts do where a mask is blended in.
 
@@ -71,7 +78,7 @@ def sample_base(
         WrongFile: a LoRA does not fit the base's layers.
     """
     asked: list[Tensor] = []
-    with base.current() as model, units.stage_one():
+    with base.current() as model, hooked.stage_one():
         job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
         denoiser = job.sampler.model_wrap_cfg
 
@@ -79,7 +86,7 @@ def sample_base(
             asked[denoiser.step :] = [args[1][:1]]
 
         job.rng = base_noise(job, job.seeds)
-        units.change_noise(job)
+        hooked.change_noise(job)
         noise = job.rng.next()
         hook = denoiser.register_forward_pre_hook(note)
         try:
@@ -93,7 +100,7 @@ def sample_base(
             hook.remove()
         plugins.check_applied(FAMILY_NAMES[base.family])
         levels = noise_levels(denoiser, asked)
-        pictures = switch.decode(model, latents, units.finish)
+        pictures = switch.decode(model, latents, hooked.finish)
     devices.torch_gc()
     return StageOne(latents, tuple(pictures), tuple(levels))
 

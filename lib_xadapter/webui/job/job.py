@@ -32,7 +32,7 @@ from ...two_stage import Pass, run
 from ...wrapping import wrapped
 from ..base import plugins
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
-from ..base.base_units import BaseUnits
+from ..base.base_units import read_units
 from ..base.models import Models
 from ..sampling import switch
 from ..sampling.samplings import Sampling, Start
@@ -61,24 +61,20 @@ class Job:
         self, p: StableDiffusionProcessing, models: Models, arguments: Callable[[], Mapping[str, Any]]
     ) -> None:
         self.base_pictures: list[Image.Image] = []
+        self.detected_maps: list[Image.Image] = []
+        """What the base's ControlNet units show beside the pictures."""
         self.settings = Settings()
         self._p = p
         self._models = models
-        self._units = BaseUnits()
+        self._units = read_units(p)
         self._scope = ExitStack()
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._caches: dict[Sampling, PromptCaches] = {}
-        self._units.take_over(p)
-        self._scope.callback(self._units.give_back)
+        self._scope.enter_context(self._units.taken_out())
         self._wrap(p, "init", partial(self._begin, arguments))
         # the WebUI closes its processing object whatever happens
         self._wrap(p, "close", self._close)
-
-    @property
-    def detected_maps(self) -> list[Image.Image]:
-        """What the base's ControlNet units show beside the pictures."""
-        return self._units.detected_maps
 
     def end(self, keep_base: bool = True) -> None:
         """Put everything back and let the models rest; nothing where that is done.
@@ -171,7 +167,9 @@ class Job:
                     given = GivenPicture(tuple(switch.decode(shared.sd_model, call.arguments["x"])), None)
             if planned.sampling.start is Start.PICTURE and planned.coupling is None:
                 return call.as_called()
-            host_of_batch = WebUIHost(p, self._models, request, planned, batch, self._units, given, call)
+            host_of_batch = WebUIHost(
+                p, self._models, request, planned, batch, self._units, given, call, self.detected_maps
+            )
             samples = run(host_of_batch, self._plan(request, planned, batch), self._models.recordings)
             self.base_pictures += host_of_batch.base_pictures
             return samples

@@ -169,7 +169,7 @@ def refuse_what_cannot_work(p: StableDiffusionProcessing, settings: Settings) ->
     """
     if not shared.sd_model.is_sdxl:
         name = shared.sd_model.sd_checkpoint_info.name_for_extra
-        raise DoesNotFit(f"X-Adapter leads from SD1.5 to SDXL: select an SDXL checkpoint; {name} is none.")
+        raise DoesNotFit(f"X-Adapter brings SD1.5 plugins to SDXL: select an SDXL checkpoint; {name} is none.")
     if sd_unet.get_unet_option() is not None or sd_unet.current_unet is not None:
         raise DoesNotFit(
             "X-Adapter needs the models' own UNets: set 'SD Unet' to None in Settings (a replacement, such as "

@@ -24,6 +24,7 @@ from ...two_stage import RecordedBase, StageOne
 from ..base.base_evaluation import BaseEvaluation
 from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
+from ..base.hooked_units import HookedUnits
 from ..base.models import Models
 from ..base.stage_one import base_noise, finished, sample_base, start_from
 from ..sampling import switch
@@ -37,9 +38,10 @@ from .request import PlannedSampling, Request, notify, takes_residuals
 
 @dataclass(frozen=True)
 class Remarks:
-    """What a recording keeps beside the picture of stage 1: what its prompts hold, and its ControlNets' maps."""
+    """What a recording keeps: what its prompts hold, the pictures of stage 1 as they are shown, ControlNets' maps."""
 
     encoding: Encoding
+    base_pictures: tuple[Image.Image, ...]
     detected_maps: tuple[Image.Image, ...] = ()
 
 
@@ -81,6 +83,7 @@ class WebUIHost:
         units: the base's ControlNet units.
         given: what SDXL paints over in img2img and in the second pass of Hires. fix.
         call: the WebUI's call of its sampler, which `sample_upgraded` makes.
+        detected_maps: what those units show beside the pictures of the job; added to where there is none yet.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class WebUIHost:
         units: BaseUnits,
         given: GivenPicture | None,
         call: SamplerCall,
+        detected_maps: list[Image.Image],
     ) -> None:
         self._p = p
         self._models = models
@@ -103,6 +107,8 @@ class WebUIHost:
         self._given = given
         self._call = call
         self._blending = MaskBlending(p)
+        self._detected_maps = detected_maps
+        self._hooked = HookedUnits()
         self.base_pictures: list[Image.Image] = []
         self._encodings: list[Encoding] = []
         self._random_state = RandomState.capture(p)
@@ -129,8 +135,8 @@ class WebUIHost:
         encoding = encode(self._p, self._request.base, self._batch, self._upgraded_embeddings)
         self._report(encoding)
         self._encodings.append(encoding)
-        seen = seen_by_controlnet(self._batch.base_p, self._p)
-        with self._units.hooked(seen, self._request.base):
+        seen = seen_by_controlnet(self._batch.base_p, self._p, self._request.settings)
+        with self._units.hooked(seen, self._request.base, self._detected_maps) as self._hooked:
             yield
 
     def sample_base(self) -> StageOne:
@@ -139,9 +145,10 @@ class WebUIHost:
         if self._planned.sampling.start is Start.PICTURE:
             return StageOne(self._latents_of_given_picture())
         start = self._request.settings.base_start
-        made = sample_base(self._request.base, self._batch.base_p, self._units, start, self._blending)
+        base, base_p = self._request.base, self._batch.base_p
+        made = sample_base(base, base_p, self._units, self._hooked, start, self._blending)
         # a second attempt, where memory did not suffice for the first, takes the place of its pictures
-        self.base_pictures[:] = finished(self._batch.base_p, made.pictures)
+        self.base_pictures[:] = finished(base_p, made.pictures)
         if not self.interrupted:
             shared.state.nextjob()
         return made
@@ -166,7 +173,7 @@ class WebUIHost:
             evaluation = BaseEvaluation(
                 self._request.base, base_p, reader, stage_one.levels, self._prompt_steps(), self._blending
             )
-            yield self._units.beside_sdxl(evaluation, reader)
+            yield self._hooked.beside_sdxl(evaluation, reader)
 
     def _prompt_steps(self) -> int:
         """What prompt schedules are counted in where there is no stage 1."""
@@ -243,14 +250,16 @@ class WebUIHost:
             state.nextjob()
 
     def remarks(self) -> Remarks:
-        return Remarks(self._encodings[-1], tuple(self._units.detected_maps))
+        return Remarks(
+            self._encodings[-1], tuple(picture.copy() for picture in self.base_pictures), tuple(self._detected_maps)
+        )
 
     def recording_found(self, base: RecordedBase) -> None:
         remarks: Remarks = base.remarks
         self._report(remarks.encoding)
         # their texts are written into them
-        self.base_pictures[:] = [picture.copy() for picture in base.stage_one.pictures]
-        self._units.detected_maps = self._units.detected_maps or list(remarks.detected_maps)
+        self.base_pictures[:] = [picture.copy() for picture in remarks.base_pictures]
+        self._detected_maps[:] = self._detected_maps or remarks.detected_maps
         for _ in self._request.base_steps(self._p, self._planned):
             shared.state.nextjob()
 

@@ -10,6 +10,7 @@ An extension for tests only. While it neither records nor holds an armed fault, 
     POST /probe/stop    record no more
     POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
+    POST /probe/pretend {"what": one of `pretences`, null for nothing any more}
     GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
@@ -20,12 +21,14 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import fastapi
 import ldm.models.diffusion.ddpm
 import ldm.modules.diffusionmodules.openaimodel
+import psutil
 import sgm.models.diffusion
 import sgm.modules.diffusionmodules.openaimodel
 import torch
@@ -93,6 +96,15 @@ ERRORS = {
 }
 
 
+def pretences() -> dict[str, tuple[Any, str, Any]]:
+    """What can be otherwise than it is: owner, name and value."""
+    infotext = sys.modules["lib_xadapter.infotext"]
+    return {
+        "no free RAM": (psutil, "virtual_memory", lambda: SimpleNamespace(available=0)),
+        "a later default": (infotext, "CHANGES", (infotext.Change("99.0", "switch_point", before=0.35),)),
+    }
+
+
 @dataclass
 class Fault:
     """What happens, once, at the call of a place that follows `after` others."""
@@ -134,6 +146,12 @@ class Probe:
         self.recording = False
         self.fault: Fault | None = None
         self.replaced = contextlib.ExitStack()
+        self.pretended = contextlib.ExitStack()
+
+    def pretend(self, what: str | None) -> None:
+        self.pretended.close()
+        if what is not None:
+            self.pretended.enter_context(patch.object(*pretences()[what]))
 
     def record(self, on: bool) -> None:
         self.recording = on
@@ -292,7 +310,7 @@ def tensors_unlike_the_file(model: torch.nn.Module) -> list[str]:
 
 def add_routes(_: object, app: fastapi.FastAPI) -> None:
     probe = Probe()
-    script_callbacks.on_script_unloaded(lambda: (probe.record(False), probe.arm(None)))
+    script_callbacks.on_script_unloaded(lambda: (probe.record(False), probe.arm(None), probe.pretend(None)))
 
     @app.get("/probe/calls")
     def calls() -> list[dict[str, Any]]:
@@ -324,6 +342,10 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         was_armed = probe.fault is not None
         probe.arm(None)
         return was_armed
+
+    @app.post("/probe/pretend")
+    def pretend(what: str | None = fastapi.Body(..., embed=True)) -> None:
+        probe.pretend(what)
 
     app.get("/probe/state")(state)
     app.get("/probe/changed")(changed_tensors)
