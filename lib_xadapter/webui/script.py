@@ -9,6 +9,7 @@ import gradio as gr
 from modules import script_callbacks, scripts
 from modules.processing import Processed, StableDiffusionProcessing
 
+from .finished_picture import told_by_finished_picture
 from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
@@ -47,8 +48,8 @@ class XAdapter(scripts.Script):
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
         # exceptions are swallowed here, so that arguments are read in the job itself
-        first = values[0] if values else None
-        enabled = first.get("enabled", True) if isinstance(first, Mapping) else first
+        first, told = values[0] if values else None, told_by_finished_picture(p)
+        enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
         if enabled is None or enabled is False:
             return
         # whoever leaves X-Adapter unticked does not wait for what it is made of
@@ -57,7 +58,7 @@ class XAdapter(scripts.Script):
 
         # a job of a script that never closed its processing object
         self._end_earlier_job()
-        self._job = Job(p, loaded_models(), lambda: panel.read_controls(values))
+        self._job = Job(p, loaded_models(), lambda: {**panel.read_controls(values), **told})
         setattr(p, ATTRIBUTE, self._job)
 
     def _end_earlier_job(self) -> None:
