@@ -1,4 +1,4 @@
-"""Write small random checkpoints of the other kinds that can stand for SDXL; see small_models.py, whose tools they share.
+"""Write small random checkpoints of other kinds that can stand for SDXL; see small_models.py, whose tools they share.
 
     python small_upgraded.py WEBUI OUTPUT CLIP
 
