@@ -32,6 +32,12 @@ def grey_levels_apart(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(difference).max())
 
 
+def mean_difference(one: Image.Image, other: Image.Image) -> float:
+    """Of all channels of all pixels, 0..255: tells which of two pictures a third one is nearer to."""
+    assert (one.size, one.mode) == (other.size, other.mode)
+    return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
+
+
 def same_bytes(one: Image.Image, other: Image.Image) -> bool:
     """Whether the two have the same pixels, to the bit."""
     return (one.size, one.mode, one.tobytes()) == (other.size, other.mode, other.tobytes())
