@@ -38,6 +38,11 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
 
 
+def is_between(picture: Image.Image, one: Image.Image, other: Image.Image) -> bool:
+    """Whether a picture is nearer to each of the two than they are to each other, and equal to neither."""
+    return all(0 < mean_difference(picture, end) < mean_difference(one, other) for end in (one, other))
+
+
 def same_bytes(one: Image.Image, other: Image.Image) -> bool:
     """Whether the two have the same pixels, to the bit."""
     return (one.size, one.mode, one.tobytes()) == (other.size, other.mode, other.tobytes())
