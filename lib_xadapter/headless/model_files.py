@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
-from ..errors import DoesNotFit, WrongFile
+from ..errors import DoesNotFit, WrongFile, first_line
 from ..families import FAMILY_NAMES
 from ..file_names import MODEL_SUFFIXES, find_named
 from ..mapping import read_weights
@@ -233,8 +233,7 @@ def _from_pretrained(kind: type, path: Path, dtype: torch.dtype, **more: Any) ->
     try:
         return kind.from_pretrained(str(path), dtype=dtype, local_files_only=True, **more)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        raise WrongFile(f"The folder {path} cannot be read: {lines[0] if lines else type(error).__name__}") from error
+        raise WrongFile(f"The folder {path} cannot be read: {first_line(error)}") from error
 
 
 # --- files by name, as the WebUI finds them ---------------------------------------------------------------------------
