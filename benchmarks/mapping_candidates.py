@@ -57,8 +57,9 @@ def _cuda_without_graphs(adapter: MappingLayers) -> MappingPath:
 
 
 def _triton(adapter: MappingLayers) -> MappingPath:
-    from lib_xadapter.cuda_mapping import CudaMapping
     from lib_xadapter.cuda_mapping.cuda_operations import CudaOperations
+
+    from lib_xadapter.cuda_mapping import CudaMapping
 
     _check(adapter)
     from lib_xadapter.cuda_mapping.triton_operations import TritonOperations
@@ -67,8 +68,9 @@ def _triton(adapter: MappingLayers) -> MappingPath:
 
 
 def _eight_bits(adapter: MappingLayers) -> MappingPath:
-    from lib_xadapter.cuda_mapping import CudaMapping
     from lib_xadapter.cuda_mapping.eight_bits import eight_bit_obstacle, eight_bit_operations
+
+    from lib_xadapter.cuda_mapping import CudaMapping
 
     _check(adapter)
     if (reason := eight_bit_obstacle(adapter)) is not None:

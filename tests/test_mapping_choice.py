@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lib_xadapter.cuda_mapping.graphs import Captures
+from lib_xadapter.cuda_mapping.operations import TorchOperations
 
 from lib_xadapter import cuda_mapping
 from lib_xadapter.cuda_mapping import CudaMapping, eight_bits, obstacle, obstacles
-from lib_xadapter.cuda_mapping.graphs import Captures
-from lib_xadapter.cuda_mapping.operations import TorchOperations
 from lib_xadapter.mapping_choice import FallbackMapping, choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping
 from tests.cuda.mappings import NO_TIME, CpuCapturer, OnTheCpu, base_feature, released, upgraded_feature

@@ -23,6 +23,9 @@ def at(sigma: float) -> Evaluation:
     return Evaluation(sigma, 0, 0.0)
 
 
+EVALUATIONS = [at(sigma) for sigma in LEVELS]
+
+
 def base(latent: torch.Tensor, evaluation: Evaluation) -> BaseStep:
     sigma = evaluation.sigma
     feature = torch.stack([latent, latent * sigma])[:, 0]
@@ -36,7 +39,7 @@ def lockstep() -> Lockstep:
 
 @pytest.fixture
 def recording() -> Recording:
-    return record(lockstep(), map(at, LEVELS))
+    return record(lockstep(), EVALUATIONS)
 
 
 def test_a_recording_gives_what_the_base_gives_beside_the_upgraded_model(recording):
@@ -56,7 +59,7 @@ def test_it_holds_each_level_once(recording):
 
 def test_each_evaluation_is_announced():
     announced = []
-    record(lockstep(), map(at, LEVELS), lambda: announced.append(1))
+    record(lockstep(), EVALUATIONS, lambda: announced.append(1))
     assert len(announced) == 4
 
 

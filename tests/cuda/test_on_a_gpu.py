@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
-
-from lib_xadapter.cuda_mapping import CudaMapping, obstacle
 from lib_xadapter.cuda_mapping.cuda_operations import CudaOperations
 from lib_xadapter.cuda_mapping.eight_bits import eight_bit_obstacle, eight_bit_operations, triton_version
+
+from lib_xadapter.cuda_mapping import CudaMapping, obstacle
 from lib_xadapter.mapping_choice import FallbackMapping, choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping
 from tests.cuda.mappings import NO_TIME, SHAPES, base_feature, relative_error, released, upgraded_feature
