@@ -63,6 +63,24 @@ def test_each_evaluation_is_announced():
     assert len(announced) == 4
 
 
+def test_the_time_embedding_is_recorded_where_the_mapping_layers_use_it():
+    recording = record(lockstep(), EVALUATIONS, time_embedding=False)
+    assert recording.size == 4 * 3 * (2 * 4 * 3 * 5) * 4
+    assert Playback(recording, "cpu").at(at(9.0)).features.time_embedding is None
+
+
+def test_its_size_is_told_before_anything_is_kept():
+    told = []
+
+    def refuse(size: int) -> None:
+        told.append(size)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        record(lockstep(), [at(sigma) for sigma in (9.0, 4.0, 2.0)], reserve=refuse)
+    assert told == [record(lockstep(), [at(sigma) for sigma in (9.0, 4.0, 2.0)]).size]
+
+
 @pytest.mark.parametrize(("asked", "sentence"), [((8.0,), "8, where 9 was"), ((*LEVELS, 1.0), "1, where nothing")])
 def test_a_level_that_is_not_there_is_told(recording, asked, sentence):
     played = Playback(recording, "cpu")
@@ -114,3 +132,16 @@ class TestRecordingCache:
         cache.put("b", Thing(10))
         assert cache.find("a") is None
         assert cache.size == 10
+
+    def test_room_is_made_before_the_next_is_recorded(self):
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        for name in "abc":
+            cache.put(name, Thing(10))
+        cache.make_room(15)
+        assert [name for name in "abc" if cache.find(name)] == ["c"]
+
+    def test_what_will_not_be_kept_drives_nothing_away(self):
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache.put("a", Thing(10))
+        cache.make_room(31)
+        assert cache.find("a")
