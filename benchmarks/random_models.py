@@ -72,9 +72,15 @@ def random_models(dtype: torch.dtype, placement: Placement, small: bool = False)
 
 
 def random_request(
-    models: Models, size: tuple[int, int], settings: Settings, steps: int, sampler: str = "Euler", seed: int = 0
+    models: Models,
+    size: tuple[int, int],
+    settings: Settings,
+    steps: int,
+    sampler: str = "Euler",
+    seed: int = 0,
+    images: int = 1,
 ) -> Request:
-    """One picture with classifier-free guidance, its prompts random.
+    """A batch of pictures with classifier-free guidance, their prompts random.
 
     Args:
         models: those that are asked.
@@ -89,19 +95,22 @@ def random_request(
     base, upgraded = models.base.unet.config, models.upgraded.unet.config
     pooled = upgraded.projection_class_embeddings_input_dim - 6 * upgraded.addition_time_embed_dim
     return Request(
-        Prompts(noise(1, TOKENS, base.cross_attention_dim), noise(1, TOKENS, base.cross_attention_dim)),
+        Prompts(noise(images, TOKENS, base.cross_attention_dim), noise(images, TOKENS, base.cross_attention_dim)),
         Prompts(
-            noise(1, TOKENS, upgraded.cross_attention_dim),
-            noise(1, TOKENS, upgraded.cross_attention_dim),
-            noise(1, pooled),
-            noise(1, pooled),
-            torch.tensor([[height, width, 0, 0, height, width]], device=device),
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, pooled),
+            noise(images, pooled),
+            torch.tensor([[height, width, 0, 0, height, width]] * images, device=device),
         ),
         settings,
         steps,
         7.0,
         sampler,
-        [Noise.seeded(seed, seed, latent_size(half(width), half(height)), latent_size(width, height))],
+        [
+            Noise.seeded(seed + image, seed + image, latent_size(half(width), half(height)), latent_size(width, height))
+            for image in range(images)
+        ],
     )
 
 

@@ -30,6 +30,7 @@ from .evaluations import Evaluation, GuidanceWindow
 from .feature_sources import BaseDenoiser, FeatureSource, Lockstep
 from .joint_stage import JointStage
 from .mapping_paths import MappingPath
+from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
 from .recording import Playback, Recording, RecordingCache, record
 from .trajectory import Trajectory, same_level
@@ -97,6 +98,16 @@ class Pass:
         if self.coupling is None or self.evaluations is None:
             return []
         return self.coupling.window.base_evaluations(self.evaluations)
+
+    @property
+    def uses_time(self) -> bool:
+        """Whether the mapping layers take the base's time embedding, which is recorded then."""
+        return self.coupling is not None and self.coupling.mapping.adapter.time_channels is not None
+
+    @property
+    def recording_key(self) -> Hashable:
+        """What its recording is found again by; None for none."""
+        return None if self.coupling is None or self.key is None else (self.key, self.uses_time)
 
 
 @dataclass(frozen=True)
@@ -187,8 +198,8 @@ def run(host: Host[Samples], plan: Pass, recordings: RecordingCache[RecordedBase
         return _one_after_the_other(host, plan, recordings)
     try:
         return _in_lockstep(host, plan)
-    except torch.cuda.OutOfMemoryError as error:
-        if not plan.may_record or plan.evaluations is None:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or not plan.may_record or plan.evaluations is None:
             raise
         # what its frames hold is what the next attempt needs
         traceback.clear_frames(error.__traceback__)
@@ -208,15 +219,15 @@ def _in_lockstep(host: Host[Samples], plan: Pass) -> Samples:
 
 
 def _one_after_the_other(host: Host[Samples], plan: Pass, recordings: RecordingCache[RecordedBase]) -> Samples:
-    keeps = plan.coupling is not None and plan.key is not None
-    base = recordings.find(plan.key) if keeps else None
+    key = plan.recording_key
+    base = recordings.find(key) if key is not None else None
     if base is not None:
         logger.info("The base's side is that of an earlier picture: its recording is used again")
         host.recording_found(base)
     else:
-        base = _record_base(host, plan)
-        if keeps and not host.interrupted:
-            recordings.put(plan.key, base)
+        base = _record_base(host, plan, recordings)
+        if key is not None and not host.interrupted:
+            recordings.put(key, base)
     host.upgraded_to_device()
     if host.interrupted and base.stage_one.pictures:
         return host.samples_of_base(base.stage_one)
@@ -243,18 +254,24 @@ def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[L
         yield Lockstep(denoiser, Trajectory(host.base_noise(), stage_one.latents, plan.solver_order))
 
 
-def _record_base(host: Host[Any], plan: Pass) -> RecordedBase:
+def _record_base(host: Host[Any], plan: Pass, recordings: RecordingCache[RecordedBase]) -> RecordedBase:
     host.base_to_device()
     with host.base_plugins():
         stage_one = host.sample_base()
         goes_on = plan.coupling is not None and not host.interrupted
-        recording = _record_joint_stage(host, plan, stage_one) if goes_on else Recording(())
+        recording = _record_joint_stage(host, plan, stage_one, recordings) if goes_on else Recording(())
     # the joint stage is through: nothing needs the latents any more
     return RecordedBase(replace(stage_one, latents=None), recording, host.remarks())
 
 
-def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne) -> Recording:
-    """The base's features at its planned evaluations; none where the user interrupts."""
+def _record_joint_stage(
+    host: Host[Any], plan: Pass, stage_one: StageOne, recordings: RecordingCache[RecordedBase]
+) -> Recording:
+    """The base's features at its planned evaluations; none where the user interrupts.
+
+    Raises:
+        XAdapterError: there is not enough ordinary memory for them.
+    """
     evaluations = plan.base_evaluations
     with _base_beside(host, plan, stage_one) as source, host.recording(len(evaluations)) as step:
 
@@ -263,8 +280,16 @@ def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne) -> Rec
                 raise _Interrupted
             step()
 
+        def reserve(size: int) -> None:
+            recordings.make_room(size)
+            if (missing := size - free_ram()) > 0:
+                raise XAdapterError(
+                    f"The recording would need {missing / 2**30:.1f} GB more RAM than is free: set 'memory' to "
+                    "'lockstep', or make fewer pictures at once."
+                )
+
         try:
-            return record(source, evaluations, begin_step)
+            return record(source, evaluations, begin_step, plan.uses_time, reserve)
         except _Interrupted:
             return Recording(())
 

@@ -29,7 +29,7 @@ EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumera
 class Passing:
     """Mapping layers that give their feature back."""
 
-    adapter = SimpleNamespace(fusion="addition", positions="decoder")
+    adapter = SimpleNamespace(fusion="addition", positions="decoder", time_channels=None)
 
     def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
         return feature

@@ -61,7 +61,7 @@ def generate(options: argparse.Namespace) -> int:
     """Check everything, load, make and save."""
     _check_folder(options.out)
     placement = choose_placement(options.device, options.dtype, options.low_memory)
-    placement = replace(placement, mapping=options.mapping, fp8=options.fp8)
+    placement = replace(placement, mapping=options.mapping)
     prompts = take_tags(options.prompt)
     files = find_files(options, prompts)
     job = read_job(options, files, prompts)

@@ -11,16 +11,16 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
+from ..memory import Work
 from ..recording import RecordingCache
 from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
 from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
 from .pictures import to_tensor
-from .pipeline import WEBUI_RULES, Noise, Progress, Recordings, Request, Rules, TwoStages, no_progress
+from .pipeline import LATENT_PIXEL, WEBUI_RULES, Noise, Progress, Recordings, Request, Rules, TwoStages, no_progress
 from .prompts import base_prompts, upgraded_prompts
 
-LATENT_PIXEL = 8
 SMALLEST, LARGEST = 64, 4096
 MOST_STEPS = 150
 LARGEST_CFG = 30.0
@@ -143,7 +143,7 @@ def make_pictures(
     models: Models, job: Job, rules: Rules = WEBUI_RULES, progress: Progress = no_progress
 ) -> Iterator[Picture]:
     """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them."""
-    models = models.share_the_device(job.settings.memory)
+    models = models.share_the_device(job.settings.memory, _work(models, job))
     memory = RECORDED if models.placement.low_memory and job.settings.memory == AUTO else job.settings.memory
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, memory=memory))
     stages = TwoStages(models, rules, progress)
@@ -159,6 +159,11 @@ def make_pictures(
             latents = stages.upgraded_latents(request, finished, job.size, recordings)
             for image, base_image, seed in zip(stages.upgraded_pictures(latents), base_images, job.seeds, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
+
+
+def _work(models: Models, job: Job) -> Work:
+    (width, height), (base_width, base_height) = job.size, job.base_size
+    return Work(2 * job.batch, width * height, base_width * base_height, len(models.controlnets))
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:

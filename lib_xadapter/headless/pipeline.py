@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from ..feature_sources import BaseDenoiser
 from ..joint_stage import JointStage
 from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
+from ..memory import Work, decoding_memory
 from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
@@ -34,6 +35,8 @@ from .samplers import StepRule, Steps, released_steps, sampler_named, webui_step
 logger = logging.getLogger(__name__)
 
 SOLVER_ORDER = 2
+
+LATENT_PIXEL = 8
 
 STEP_SEEDS = (0x2312_2239, 0x2312_2240)
 """Added for the noise of samplers that add noise: base, upgraded."""
@@ -246,12 +249,10 @@ class TwoStages:
             each_step: is given the upgraded latents after every step.
             recordings: those of the same base side, by switch point.
         """
-        with ExitStack() as scope:
-            plan = self._plan(request, steps)
-            if plan.coupling is not None and self.placement.low_memory:
-                scope.callback(self._mapping.release)
-            host = DiffusersHost(self, request, finished, latents, steps, each_step)
-            return run(host, plan, recordings if recordings is not None else RecordingCache(lambda: 0))
+        host = DiffusersHost(self, request, finished, latents, steps, each_step)
+        return run(
+            host, self._plan(request, steps), recordings if recordings is not None else RecordingCache(lambda: 0)
+        )
 
     def _plan(self, request: Request, steps: Steps) -> Pass:
         settings = request.settings
@@ -272,7 +273,7 @@ class TwoStages:
     def _mapping(self) -> MappingPath:
         """How the mapping layers run, which depends on where they are then."""
         with self.placement.holding(self.models.adapter):
-            return choose_mapping_path(self.models.adapter, self.placement.mapping, self.placement.fp8)
+            return choose_mapping_path(self.models.adapter, self.placement.mapping)
 
     @functools.cached_property
     def side_stream(self) -> SideStream | None:
@@ -320,8 +321,14 @@ class TwoStages:
         return torch.stack(list(noises)).to(self._device)
 
     def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
+        self.models.make_room(decoding_memory(_pixels(latents)))
         with self.placement.holding(pipeline.vae):
             return to_pictures(pipeline.vae, latents, self._rules.to_whole)
+
+
+def _pixels(latents: Tensor) -> int:
+    """Of one of their pictures."""
+    return LATENT_PIXEL**2 * latents[0, 0].numel()
 
 
 def _prediction_type(pipeline: object) -> str:
@@ -364,7 +371,11 @@ class DiffusersHost:
 
     @property
     def overlap(self) -> SideStream | None:
-        return self._stages.side_stream
+        base_pixels = LATENT_PIXEL**2 * self._request.noises[0].base.numel() // 4
+        rows, controls = len(self._request.upgraded_prompts.rows), len(self._request.controls)
+        work = Work(rows, _pixels(self._start), base_pixels, controls)
+        fits = self._stages.models.fit_together(work.memory(overlapped=True))
+        return self._stages.side_stream if fits else None
 
     def base_plugins(self) -> AbstractContextManager[None]:
         """They are part of its request."""
