@@ -8,7 +8,7 @@ can be run again without the base: with another weight, another prompt of its ow
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -57,6 +57,48 @@ def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int],
     return rows * numbers * evaluations * next(base_unet.parameters()).element_size()
 
 
+class Recorder:
+    """A source of features that copies them to host memory as they pass.
+
+    Args:
+        source: the base in lockstep.
+        evaluations: those at which the base is going to be run.
+        room: bytes that the copies may fill; where they would need more, none are made. None: no limit.
+    """
+
+    def __init__(self, source: FeatureSource, evaluations: Sequence[Evaluation], room: int | None = None) -> None:
+        self._source = source
+        self._levels = [evaluation.sigma for evaluation in _distinct(evaluations)]
+        self._room = room
+        self._steps: list[RecordedStep] = []
+
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        """The source's features, as they are."""
+        found = self._source.at(evaluation)
+        if self._is_wanted(evaluation.sigma, found):
+            moved = RowFeatures(_moved(found.features, _to_host), found.rows)
+            self._steps.append(RecordedStep(evaluation.sigma, moved))
+            self._device = found.features.time_embedding.device
+        return found
+
+    def recording(self) -> Recording | None:
+        """What was copied; None where that is not every level."""
+        if len(self._steps) != len(self._levels):
+            return None
+        if self._steps and self._device.type == "cuda":
+            # the copies are under way until then
+            torch.cuda.synchronize(self._device)
+        return Recording(tuple(self._steps))
+
+    def _is_wanted(self, sigma: float, found: RowFeatures) -> bool:
+        place = len(self._steps)
+        if place == len(self._levels) or not same_level(self._levels[place], sigma):
+            return False
+        if place == 0 and self._room is not None:
+            return len(self._levels) * sum(tensor.nbytes for tensor in _tensors(found.features)) <= self._room
+        return True
+
+
 def record(
     source: FeatureSource, evaluations: Iterable[Evaluation], each: Callable[[], None] = lambda: None
 ) -> Recording:
@@ -67,18 +109,21 @@ def record(
         evaluations: those at which the base is run.
         each: called before each of them.
     """
-    steps: list[RecordedStep] = []
-    for evaluation in evaluations:
-        if steps and same_level(steps[-1].sigma, evaluation.sigma):
-            continue
+    wanted = _distinct(evaluations)
+    recorder = Recorder(source, wanted)
+    for evaluation in wanted:
         each()
-        found = source.at(evaluation)
-        steps.append(RecordedStep(evaluation.sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
-        device = found.features.time_embedding.device
-    if steps and device.type == "cuda":
-        # the copies are under way until then
-        torch.cuda.synchronize(device)
-    return Recording(tuple(steps))
+        recorder.at(evaluation)
+    return recorder.recording()
+
+
+def _distinct(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Samplers of second order end a step and begin the next at one level."""
+    found: list[Evaluation] = []
+    for evaluation in evaluations:
+        if not found or not same_level(found[-1].sigma, evaluation.sigma):
+            found.append(evaluation)
+    return found
 
 
 class Playback:
@@ -135,6 +180,11 @@ class RecordingCache(Generic[Kept]):
     def __init__(self, capacity: Callable[[], int]) -> None:
         self._capacity = capacity
         self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that they may fill."""
+        return self._capacity()
 
     @property
     def size(self) -> int:

@@ -13,6 +13,8 @@ from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
 from .page.rest import add_routes
+from .plots.axes import add_axes
+from .plots.cells import own_infotext, with_cell
 from .versions import warn_of_others
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class XAdapter(scripts.Script):
         return built.controls
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
+        values = with_cell(p, values)
         # exceptions are swallowed here, so that arguments are read in the job itself
         first = values[0] if values else None
         enabled = first.get("enabled", True) if isinstance(first, Mapping) else first
@@ -57,6 +60,7 @@ class XAdapter(scripts.Script):
 
         # a job of a script that never closed its processing object
         self._end_earlier_job()
+        p.extra_generation_params = own_infotext(p)
         self._job = Job(p, loaded_models(), lambda: panel.read_controls(values))
         setattr(p, ATTRIBUTE, self._job)
 
@@ -87,7 +91,8 @@ def _job_of(p: StableDiffusionProcessing) -> Job | None:
 
 
 def register() -> None:
-    """Tell the WebUI about the settings page and the routes."""
+    """Tell the WebUI about the settings page, the routes and the axes of the X/Y/Z plot."""
+    script_callbacks.on_before_ui(add_axes)
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_app_started(add_routes)
     script_callbacks.on_app_started(lambda *_: warn_of_others())

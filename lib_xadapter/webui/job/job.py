@@ -39,7 +39,7 @@ from ..sampling.samplings import Sampling, Start
 from ..sampling.seeded import nothing_drawn
 from ..versions import running
 from .batch import Batch, share_out
-from .recording_key import key_of
+from .recording_key import is_one_of_several, key_of
 from .refusal import Refusal
 from .request import PlannedSampling, Request, counted, decide, plan, takes_residuals
 from .webui_host import SamplerCall, WebUIHost
@@ -182,14 +182,18 @@ class Job:
         return plan(self._p, request, planned.sampling)
 
     def _plan(self, request: Request, planned: PlannedSampling, batch: Batch) -> Pass:
-        may_record = request.may_record(planned)
-        made = Pass(planned.coupling, planned.evaluations, planned.recorded, may_record)
+        made = Pass(
+            planned.coupling,
+            planned.evaluations,
+            planned.recorded,
+            may_record=request.may_record(planned),
+            keep=is_one_of_several(self._p),
+            can_resume=not self._units.of_base,
+        )
         # what SDXL made in a first pass is never made again in another job
-        is_known = planned.coupling is not None and planned.evaluations is not None and not planned.sampling.is_hires
-        if not is_known or not (planned.recorded or may_record):
+        if planned.sampling.is_hires or not (made.recorded or made.may_record or made.keep):
             return made
-        levels = [evaluation.sigma for evaluation in made.base_evaluations]
-        key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, levels, self._p)
+        key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, self._p)
         return replace(made, key=key)
 
     # ---- manners
