@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "xadapter_job"
 """Where a processing object keeps X-Adapter's part in its job."""
+MAKES_PICTURES = "process_images_inner"
+"""The WebUI's function that makes a processing object's pictures."""
 
 
 class XAdapter(scripts.Script):
@@ -31,7 +34,7 @@ class XAdapter(scripts.Script):
     create_group = False
 
     def __init__(self) -> None:
-        self._job: Job | None = None
+        self._jobs: list[Job] = []
         # by then every extension has registered its pages, in whichever order the WebUI asks them
         self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
 
@@ -58,15 +61,19 @@ class XAdapter(scripts.Script):
         from .base.models import loaded_models
         from .job.job import Job
 
-        # a job of a script that never closed its processing object
-        self._end_earlier_job()
+        outer = jobs_under_way()
+        self._end_others(outer)
         p.extra_generation_params = own_infotext(p)
-        self._job = Job(p, loaded_models(), lambda: panel.read_controls(values))
-        setattr(p, ATTRIBUTE, self._job)
+        job = Job(p, loaded_models(), lambda: panel.read_controls(values), is_inner=bool(outer))
+        self._jobs.append(job)
+        setattr(p, ATTRIBUTE, job)
 
-    def _end_earlier_job(self) -> None:
-        if self._job is not None:
-            self._job.end()
+    def _end_others(self, outer: Sequence[Job]) -> None:
+        """End the jobs of scripts that never closed their processing objects."""
+        for job in self._jobs:
+            if job not in outer:
+                job.end()
+        self._jobs = [job for job in self._jobs if job in outer]
 
     def process_before_every_sampling(self, p: StableDiffusionProcessing, *values: Any, **tensors: Any) -> None:
         if job := _job_of(p):
@@ -87,7 +94,16 @@ class XAdapter(scripts.Script):
 
 
 def _job_of(p: StableDiffusionProcessing) -> Job | None:
-    return getattr(p, ATTRIBUTE, None)
+    job = getattr(p, ATTRIBUTE, None)
+    # a copy of a processing object has the attribute, too
+    return job if job is not None and job.p is p else None
+
+
+def jobs_under_way() -> list[Job]:
+    """Those whose pictures the WebUI is making further up the call stack: another extension makes one in their midst."""
+    frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == MAKES_PICTURES]
+    found = [_job_of(frame.f_locals["p"]) for frame in frames if "p" in frame.f_locals]
+    return [job for job in found if job is not None]
 
 
 def register() -> None:

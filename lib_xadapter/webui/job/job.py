@@ -29,7 +29,7 @@ from ...infotext import write_infotext
 from ...settings import Settings
 from ...tried_versions import difference
 from ...two_stage import Pass, run
-from ...wrapping import wrapped
+from ...wrapping import copied_as_it_was, wrapped
 from ..base import plugins
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
@@ -55,10 +55,15 @@ class Job:
         p: the WebUI's processing object.
         models: what is loaded.
         arguments: the arguments as the page or the REST object gave them; read when the job starts.
+        is_inner: whether it is made in the midst of another one, which goes on with the models afterwards.
     """
 
     def __init__(
-        self, p: StableDiffusionProcessing, models: Models, arguments: Callable[[], Mapping[str, Any]]
+        self,
+        p: StableDiffusionProcessing,
+        models: Models,
+        arguments: Callable[[], Mapping[str, Any]],
+        is_inner: bool = False,
     ) -> None:
         self.base_pictures: list[Image.Image] = []
         self.detected_maps: list[Image.Image] = []
@@ -66,15 +71,23 @@ class Job:
         self.settings = Settings()
         self._p = p
         self._models = models
+        self._is_inner = is_inner
         self._units = read_units(p)
         self._scope = ExitStack()
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._caches: dict[Sampling, PromptCaches] = {}
         self._scope.enter_context(self._units.taken_out())
+        # other extensions make pictures of their own with a copy, in the middle of the job
+        self._scope.enter_context(copied_as_it_was(p))
         self._wrap(p, "init", partial(self._begin, arguments))
         # the WebUI closes its processing object whatever happens
         self._wrap(p, "close", self._close)
+
+    @property
+    def p(self) -> StableDiffusionProcessing:
+        """The WebUI's processing object."""
+        return self._p
 
     def end(self, keep_base: bool = True) -> None:
         """Put everything back and let the models rest; nothing where that is done.
@@ -93,7 +106,8 @@ class Job:
         try:
             self._scope.close()
         finally:
-            self._models.rest()
+            if not self._is_inner:
+                self._models.rest()
 
     def before_sampling(self) -> None:
         """The WebUI has a sampler and is about to call it. Raises nothing."""
