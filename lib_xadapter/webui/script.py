@@ -100,7 +100,7 @@ def _job_of(p: StableDiffusionProcessing) -> Job | None:
 
 
 def jobs_under_way() -> list[Job]:
-    """Those whose pictures the WebUI is making further up the call stack: another extension makes one in their midst."""
+    """Those whose pictures the WebUI is making further up the call stack, where somebody makes one in their midst."""
     frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == MAKES_PICTURES]
     found = [_job_of(frame.f_locals["p"]) for frame in frames if "p" in frame.f_locals]
     return [job for job in found if job is not None]

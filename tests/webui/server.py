@@ -301,6 +301,16 @@ class WebUIServer:
         # "Cannot add middleware after an application has started".
         return SAYS_IT_IS_UP in self.log and self.state()["checkpoint"] is not None
 
+    def reload(self, timeout: float = 300) -> None:
+        """Do what the button "Reload UI" does, and wait until the WebUI is up again."""
+        earlier = self.log.count(SAYS_IT_IS_UP)
+        self.probed(self.post("/probe/reload"))
+        latest = time.monotonic() + timeout
+        while self.log.count(SAYS_IT_IS_UP) == earlier:
+            if time.monotonic() > latest:
+                raise WebUIError(f"the WebUI was not up again after {timeout:g} s:\n{tail(self.log)}")
+            time.sleep(0.2)
+
     def close(self) -> None:
         """End the process and what it started; a server that is closed already stays closed."""
         process, self.process = self.process, None
