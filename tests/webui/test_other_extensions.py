@@ -1,4 +1,4 @@
-"""Other people's extensions beside X-Adapter, in one WebUI.
+"""Other people's extensions beside X-Adapter, all of them in one WebUI.
 
 `OTHER_EXTENSIONS_DIR` is a folder with clones of their repositories, `WEBUI_PYTHON` a Python that has what they need
 beside the WebUI's requirements; a test whose extension is not there is skipped.
@@ -17,24 +17,33 @@ from .asking import HALF, TITLE, USE_BASE, made, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import Answer, WebUIServer
 
+FREEU = "sd-webui-freeu"
 LOCKSTEP, RECORDED = {"memory": "lockstep"}, {"memory": "recorded"}
 SHOWN = {"weight": 0, "return_base_image": True}
 
 
+def installed() -> list[Path]:
+    folder = os.environ.get("OTHER_EXTENSIONS_DIR")
+    return sorted(path for path in Path(folder).iterdir() if path.is_dir()) if folder else []
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skips a test where an extension is not there."""
+    is_there = name in {path.name for path in installed()}
+    return pytest.mark.skipif(not is_there, reason=f"needs {name} in the folder OTHER_EXTENSIONS_DIR")
+
+
 @pytest.fixture(scope="module")
-def beside(start_webui, tmp_path_factory):
-    """Makes a server with X-Adapter and one more extension; `change` gets that one's folder before it starts."""
-
-    def start(name: str, change=lambda folder: None) -> WebUIServer:
-        source = Path(os.environ.get("OTHER_EXTENSIONS_DIR", "")) / name
-        if not os.environ.get("OTHER_EXTENSIONS_DIR") or not source.is_dir():
-            pytest.skip(f"needs {name} in the folder OTHER_EXTENSIONS_DIR")
-        copied = tmp_path_factory.mktemp("extension") / name
-        shutil.copytree(source, copied, ignore=shutil.ignore_patterns(".git"))
-        change(copied)
-        return start_webui(name, more_extensions=[copied])
-
-    return start
+def server(start_webui, tmp_path_factory):
+    """A WebUI with X-Adapter and all of them."""
+    folder, more = tmp_path_factory.mktemp("others"), []
+    for source in installed():
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns(".git"))
+        more.append(folder / source.name)
+        if source.name == FREEU:
+            with_widths_of_the_small_models(folder / source.name)
+    with start_webui("beside-others", more_extensions=more) as server:
+        yield server
 
 
 class Both:
@@ -68,17 +77,17 @@ class Both:
         return self._server.txt2img(**{**PLAIN, **request})
 
 
-def test_dynamic_prompts(beside):
+@needs("sd-dynamic-prompts")
+def test_dynamic_prompts(server):
     """The base gets the prompt that was drawn."""
-    with beside("sd-dynamic-prompts") as server:
-        title = title_that_begins(server, "dynamic prompts")
-        both = Both(server, title, [True])
-        answer = both.xadapter(prompt="a {red|blue|green} {cat|dog} <lora:style15:{0.5|1}>", n_iter=2, seed=3)
-        first = answer.info["index_of_first_image"]
-        for place, prompt in enumerate(answer.info["all_prompts"]):
-            assert "{" not in prompt
-            alone = with_xadapter(server, prompt=prompt, seed=answer.info["all_seeds"][place]).image
-            assert grey_levels_apart(answer.images[first + place], alone) <= 1
+    title = title_that_begins(server, "dynamic prompts")
+    both = Both(server, title, [True])
+    answer = both.xadapter(prompt="a {red|blue|green} {cat|dog} <lora:style15:{0.5|1}>", n_iter=2, seed=3)
+    first = answer.info["index_of_first_image"]
+    for place, prompt in enumerate(answer.info["all_prompts"]):
+        assert "{" not in prompt
+        alone = with_xadapter(server, prompt=prompt, seed=answer.info["all_seeds"][place]).image
+        assert grey_levels_apart(answer.images[first + place], alone) <= 1
 
 
 def with_widths_of_the_small_models(folder: Path) -> None:
@@ -89,13 +98,13 @@ def with_widths_of_the_small_models(folder: Path) -> None:
     code.write_text(text.replace("[1280, 640, 320]", "[128, 64, 32]"))
 
 
-@pytest.fixture(scope="module")
-def freeu(beside):
-    with beside("sd-webui-freeu", change=with_widths_of_the_small_models) as server:
-        stages = [{"backbone_factor": 1.4, "skip_factor": 0.7}, {"backbone_factor": 1.6, "skip_factor": 0.4}]
-        yield Both(server, "FreeU", [{"enable": True, "version": "1", "stage_infos": stages}])
+@pytest.fixture
+def freeu(server):
+    stages = [{"backbone_factor": 1.4, "skip_factor": 0.7}, {"backbone_factor": 1.6, "skip_factor": 0.4}]
+    return Both(server, "FreeU", [{"enable": True, "version": "1", "stage_infos": stages}])
 
 
+@needs(FREEU)
 class TestFreeU:
     """Base and SDXL are each what FreeU makes of them alone."""
 
@@ -120,15 +129,15 @@ class TestFreeU:
         assert same_bytes(without(), before)
 
 
+@needs("sd-webui-neutral-prompt")
 class TestNeutralPrompt:
     """Each model composes its own prompt."""
 
     PROMPT = "a cat AND_PERP a red dog :0.8"
 
-    @pytest.fixture(scope="class")
-    def neutral(self, beside):
-        with beside("sd-webui-neutral-prompt") as server:
-            yield Both(server, "Neutral Prompt", [])
+    @pytest.fixture
+    def neutral(self, server):
+        return Both(server, "Neutral Prompt", [])
 
     def test_stage_1_and_the_baseline_are_the_webuis_own(self, neutral):
         ours, start = neutral.xadapter(SHOWN, prompt=self.PROMPT).images
@@ -150,12 +159,8 @@ class TestNeutralPrompt:
         assert same_bytes(one, other)
 
 
+@needs("multidiffusion-upscaler-for-automatic1111")
 class TestTiles:
-    @pytest.fixture(scope="class")
-    def server(self, beside):
-        with beside("multidiffusion-upscaler-for-automatic1111") as server:
-            yield server
-
     def test_tiled_vae_works_on_sdxls_side(self, server):
         tiled = Both(server, "Tiled VAE", [True, 256, 32, False, True, True, False])
         ours, start = tiled.xadapter(SHOWN, width=512, height=512).images
@@ -176,13 +181,9 @@ class TestTiles:
         assert same_bytes(one, with_xadapter(server, LOCKSTEP).image)
 
 
+@needs("adetailer")
 class TestADetailer:
     """Its inner pictures are plain; probe/scripts/fixed_box.py is its detector."""
-
-    @pytest.fixture(scope="class")
-    def server(self, beside):
-        with beside("adetailer") as server:
-            yield server
 
     @pytest.mark.parametrize("memory", [LOCKSTEP, RECORDED], ids=lambda memory: memory["memory"])
     def test_the_box_is_painted_over_and_the_rest_is_the_jobs(self, server, memory):
@@ -200,67 +201,65 @@ class TestADetailer:
         assert server.state()["hooks"] == []
 
 
-def test_regional_prompter(beside):
+@needs("sd-webui-regional-prompter")
+def test_regional_prompter(server):
     """SDXL has its regions; the base has their prompts one after the other."""
-    with beside("sd-webui-regional-prompter") as server:
-        args = [
-            True,
-            False,
-            "Matrix",
-            "Columns",
-            "Mask",
-            "Prompt",
-            "1,1",
-            "0.2",
-            False,
-            False,
-            False,
-            "Attention",
-            [],
-            "0",
-            "0",
-            "0",
-            None,
-            "0",
-            "0",
-            False,
-        ]
-        both, prompt = Both(server, "Regional Prompter", args), "a red cat BREAK a blue dog"
-        before = made(server.txt2img(**PLAIN)).image
-        ours, start = both.xadapter(SHOWN, prompt=prompt).images
-        assert (
-            grey_levels_apart(start, made(server.txt2img(**{**PLAIN, **HALF, "prompt": prompt}, **USE_BASE)).image) <= 1
-        )
-        assert grey_levels_apart(ours, both.sdedit(start, prompt=prompt)) <= 1
-        one, other = (both.xadapter(memory, prompt=prompt).image for memory in (LOCKSTEP, RECORDED))
-        assert same_bytes(one, other)
-        assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP, prompt=prompt).image) > 1
-        assert same_bytes(made(server.txt2img(**PLAIN)).image, before)
+    args = [
+        True,
+        False,
+        "Matrix",
+        "Columns",
+        "Mask",
+        "Prompt",
+        "1,1",
+        "0.2",
+        False,
+        False,
+        False,
+        "Attention",
+        [],
+        "0",
+        "0",
+        "0",
+        None,
+        "0",
+        "0",
+        False,
+    ]
+    both, prompt = Both(server, "Regional Prompter", args), "a red cat BREAK a blue dog"
+    before = made(server.txt2img(**PLAIN)).image
+    ours, start = both.xadapter(SHOWN, prompt=prompt).images
+    assert grey_levels_apart(start, made(server.txt2img(**{**PLAIN, **HALF, "prompt": prompt}, **USE_BASE)).image) <= 1
+    assert grey_levels_apart(ours, both.sdedit(start, prompt=prompt)) <= 1
+    one, other = (both.xadapter(memory, prompt=prompt).image for memory in (LOCKSTEP, RECORDED))
+    assert same_bytes(one, other)
+    assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP, prompt=prompt).image) > 1
+    assert same_bytes(made(server.txt2img(**PLAIN)).image, before)
 
 
-def test_dynamic_thresholding(beside):
+@needs("sd-dynamic-thresholding")
+def test_dynamic_thresholding(server):
     """SDXL's guidance is thresholded, the base's is its own."""
-    with beside("sd-dynamic-thresholding") as server:
-        both = Both(server, "Dynamic Thresholding (CFG Scale Fix)", [True, 3])
-        high = {"cfg_scale": 15}
-        ours, start = both.xadapter(SHOWN, **high).images
-        assert same_bytes(start, with_xadapter(server, SHOWN, **high).images[1])
-        assert grey_levels_apart(ours, both.sdedit(start, **high)) <= 1
-        one, other = (both.xadapter(memory, **high).image for memory in (LOCKSTEP, RECORDED))
-        assert same_bytes(one, other)
-        assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP, **high).image) > 1
+    both = Both(server, "Dynamic Thresholding (CFG Scale Fix)", [True, 3])
+    high = {"cfg_scale": 15}
+    ours, start = both.xadapter(SHOWN, **high).images
+    assert same_bytes(start, with_xadapter(server, SHOWN, **high).images[1])
+    assert grey_levels_apart(ours, both.sdedit(start, **high)) <= 1
+    one, other = (both.xadapter(memory, **high).image for memory in (LOCKSTEP, RECORDED))
+    assert same_bytes(one, other)
+    assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP, **high).image) > 1
 
 
-def test_detail_daemon(beside):
+@needs("sd-webui-detail-daemon")
+def test_detail_daemon(server):
     """Stage 1 and SDXL each have it as alone; in the joint stage the base runs at the sampler's own noise levels."""
-    with beside("sd-webui-detail-daemon") as server:
-        both = Both(server, "Detail Daemon", [True, True, False, "both", 0.0, 1.0, 0.5, 0.3])
-        ours, start = both.xadapter(SHOWN).images
-        assert grey_levels_apart(start, both.base_alone()) <= 1
-        assert grey_levels_apart(ours, both.sdedit(start)) <= 1
-        one, other = (both.xadapter(memory).image for memory in (LOCKSTEP, RECORDED))
-        assert same_bytes(one, other)
-        assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP).image) > 1
+    both = Both(server, "Detail Daemon", [True, True, False, "both", 0.0, 1.0, 0.5, 0.3])
+    ours, start = both.xadapter(SHOWN).images
+    assert grey_levels_apart(start, both.base_alone()) <= 1
+    assert grey_levels_apart(ours, both.sdedit(start)) <= 1
+    one, other = (both.xadapter(memory).image for memory in (LOCKSTEP, RECORDED))
+    assert same_bytes(one, other)
+    assert grey_levels_apart(one, with_xadapter(server, LOCKSTEP).image) > 1
 
 
 def title_that_begins(server: WebUIServer, beginning: str) -> str:
