@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from modules import script_callbacks, scripts
-from modules.processing import Processed, StableDiffusionProcessing
+from modules.processing import Processed, StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
 from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
 from .page.rest import add_routes
 from .plots.axes import add_axes
-from .plots.cells import own_infotext, with_cell
+from .plots.cells import is_one_of_several, own_infotext, with_cell
 from .versions import warn_of_others
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ class XAdapter(scripts.Script):
         if job is None:
             return
         job.end()
+        if isinstance(p, StableDiffusionProcessingImg2Img) and is_one_of_several(p):
+            # the tab's scripts put all that they are given together as one picture
+            return
         shown = job.base_pictures if job.settings.return_base_image else []
         for place, picture in enumerate(shown):
             infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]

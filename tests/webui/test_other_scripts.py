@@ -63,6 +63,39 @@ class TestPromptsFromFile:
         assert count["LatentDiffusion"] == PLAIN["steps"] + count["DiffusionEngine"] // 2
 
 
+SCRIPTS_OF_IMG2IMG = {
+    "loopback": [2, 0.5, "Linear", "None"],
+    "sd upscale": ["", 64, "lanczos", 1.5],
+    "outpainting mk2": ["", 64, 8, ["left"], 1.0, 0.05],
+    "poor man's outpainting": [64, 4, 0, ["down"]],
+}
+
+
+@pytest.fixture(scope="module")
+def start(webui):
+    """A picture to paint over."""
+    return plain(webui, seed=500)
+
+
+@pytest.mark.parametrize("script", SCRIPTS_OF_IMG2IMG)
+class TestScriptsOfImg2img:
+    def made_by(self, webui, start, script, given):
+        ticked = arguments(**given) if given is not None else {}
+        asked = {**PLAIN, **ticked, "script_name": script, "script_args": SCRIPTS_OF_IMG2IMG[script]}
+        return made(webui.img2img(start, **asked, denoising_strength=0.5)).images[-1]
+
+    def test_at_weight_0_it_is_the_script_alone_and_the_adapter_changes_it(self, webui, start, script):
+        alone = self.made_by(webui, start, script, None)
+        assert same_bytes(self.made_by(webui, start, script, {"weight": 0}), alone)
+        assert grey_levels_apart(self.made_by(webui, start, script, {}), alone) > 1
+        assert webui.state()["hooks"] == []
+
+    def test_pictures_of_the_base_are_not_taken_for_a_part_of_it(self, webui, start, script):
+        given = {"img2img_start": "base", "weight": 0.5}
+        shown = self.made_by(webui, start, script, {**given, "return_base_image": True})
+        assert same_bytes(shown, self.made_by(webui, start, script, given))
+
+
 class TestPicturesInsideAJob:
     """Another extension copies the processing object and makes a picture with it, while the job is under way."""
 

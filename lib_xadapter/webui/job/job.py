@@ -34,12 +34,13 @@ from ..base import plugins
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
 from ..base.models import Models
+from ..plots.cells import is_one_of_several
 from ..sampling import switch
 from ..sampling.samplings import Sampling, Start
 from ..sampling.seeded import nothing_drawn
 from ..versions import running
 from .batch import Batch, share_out
-from .recording_key import is_one_of_several, key_of
+from .recording_key import key_of
 from .refusal import Refusal
 from .request import PlannedSampling, Request, counted, decide, plan, takes_residuals
 from .webui_host import SamplerCall, WebUIHost

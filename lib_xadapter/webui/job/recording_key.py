@@ -72,11 +72,6 @@ def key_of(
     )
 
 
-def is_one_of_several(p: StableDiffusionProcessing) -> bool:
-    """Whether the picture is made by a script chosen in the Script list, which will ask for more of the kind."""
-    return bool(p.script_args and p.script_args[0])
-
-
 def concerns_base(option: str) -> bool:
     """Whether a setting of the WebUI may change what the base makes."""
     return option not in UPGRADED_OPTIONS and not option.startswith(OWN_OPTIONS)

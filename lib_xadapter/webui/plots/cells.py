@@ -41,6 +41,11 @@ def with_cell(p: StableDiffusionProcessing, values: Sequence[Any]) -> list[Any]:
     return placed
 
 
+def is_one_of_several(p: StableDiffusionProcessing) -> bool:
+    """Whether the picture is made by a script chosen in the Script list, which will ask for more of the kind."""
+    return bool(p.script_args and p.script_args[0])
+
+
 def own_infotext(p: StableDiffusionProcessing) -> dict[str, Any]:
     """What is to stand under the picture so far, less what X-Adapter wrote for an earlier cell; cells share theirs."""
     return {key: value for key, value in p.extra_generation_params.items() if not key.startswith(PREFIX)}
