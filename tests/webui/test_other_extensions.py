@@ -42,8 +42,12 @@ def server(start_webui, tmp_path_factory):
         more.append(folder / source.name)
         if source.name == FREEU:
             with_widths_of_the_small_models(folder / source.name)
-    with start_webui("beside-others", more_extensions=more) as server:
-        yield server
+    server = start_webui("beside-others", more_extensions=more)
+    try:
+        # some of them try to download for a while
+        yield server.start(timeout=1200)
+    finally:
+        server.close()
 
 
 class Both:
