@@ -8,7 +8,7 @@ can be run again without the base: with another weight, another prompt of its ow
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import XAdapterError
 from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
+from .memory import free_ram
 from .passage import Passage
 from .taps import BaseFeatures, base_modules, base_strides, output_channels
 from .trajectory import same_level
@@ -58,6 +59,60 @@ def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int],
     return rows * numbers * evaluations * next(base_unet.parameters()).element_size()
 
 
+class Recorder:
+    """A source of features that copies them to ordinary memory as they pass.
+
+    Args:
+        source: the base in lockstep.
+        evaluations: those at which the base is going to be run.
+        has_room: whether so many bytes of ordinary memory may be filled, asked before the first copy; if not, none is
+            made.
+        time_embedding: whether the mapping layers use it, so that it is copied, too.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        evaluations: Sequence[Evaluation],
+        has_room: Callable[[int], bool],
+        time_embedding: bool = True,
+    ) -> None:
+        self._source = source
+        self._levels = [evaluation.sigma for evaluation in _distinct(evaluations)]
+        self._has_room, self._time_embedding = has_room, time_embedding
+        self._steps: list[RecordedStep] = []
+        self._passage: Passage | None = None
+
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        """The source's features, as they are."""
+        found = self._source.at(evaluation)
+        if self._is_next(evaluation.sigma):
+            features = found.features if self._time_embedding else replace(found.features, time_embedding=None)
+            self._copy(evaluation.sigma, RowFeatures(features, found.rows))
+        return found
+
+    def recording(self) -> Recording | None:
+        """What was copied; None where that is not every level."""
+        if len(self._steps) != len(self._levels):
+            return None
+        if self._passage is not None:
+            self._passage.finish()
+        return Recording(tuple(self._steps))
+
+    def _is_next(self, sigma: float) -> bool:
+        place = len(self._steps)
+        return place < len(self._levels) and same_level(self._levels[place], sigma)
+
+    def _copy(self, sigma: float, found: RowFeatures) -> None:
+        features = found.features
+        if self._passage is None:
+            if not self._has_room(len(self._levels) * _size(features)):
+                return
+            self._passage = Passage(features.levels[0].device)
+        with self._passage.step():
+            self._steps.append(RecordedStep(sigma, RowFeatures(_moved(features, self._passage.to_host), found.rows)))
+
+
 def record(
     source: FeatureSource,
     evaluations: Sequence[Evaluation],
@@ -74,22 +129,26 @@ def record(
         time_embedding: whether the mapping layers use it, so that it is recorded, too.
         reserve: told, before anything is kept, how many bytes of ordinary memory the recording will fill at most.
     """
-    steps: list[RecordedStep] = []
-    passage: Passage | None = None
-    for evaluation in evaluations:
-        if steps and same_level(steps[-1].sigma, evaluation.sigma):
-            continue
+    wanted = _distinct(evaluations)
+
+    def always(size: int) -> bool:
+        reserve(size)
+        return True
+
+    recorder = Recorder(source, wanted, always, time_embedding)
+    for evaluation in wanted:
         each()
-        found = source.at(evaluation)
-        features = found.features if time_embedding else replace(found.features, time_embedding=None)
-        if passage is None:
-            reserve(len(evaluations) * _size(features))
-            passage = Passage(features.levels[0].device)
-        with passage.step():
-            steps.append(RecordedStep(evaluation.sigma, RowFeatures(_moved(features, passage.to_host), found.rows)))
-    if passage is not None:
-        passage.finish()
-    return Recording(tuple(steps))
+        recorder.at(evaluation)
+    return recorder.recording()
+
+
+def _distinct(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Samplers of second order end a step and begin the next at one level."""
+    found: list[Evaluation] = []
+    for evaluation in evaluations:
+        if not found or not same_level(found[-1].sigma, evaluation.sigma):
+            found.append(evaluation)
+    return found
 
 
 class Playback:
@@ -147,6 +206,10 @@ class RecordingCache(Generic[Kept]):
     def __init__(self, capacity: Callable[[], int]) -> None:
         self._capacity = capacity
         self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+
+    def has_room(self, size: int) -> bool:
+        """Whether something of this size may be kept, and fits into what is free of ordinary memory."""
+        return size <= min(self._capacity(), free_ram())
 
     @property
     def size(self) -> int:

@@ -26,7 +26,7 @@ from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
-from ..two_stage import Coupling, Pass, RecordedBase, StageOne, run
+from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
 from .models import Models, noise_schedule_of
 from .pictures import to_latents, to_pictures
@@ -137,7 +137,7 @@ class Request:
         return self.settings.base_cfg_scale or self.cfg_scale
 
 
-Recordings = RecordingCache[RecordedBase]
+Recordings = BaseCache
 
 Progress = Callable[[str, int, int], None]
 """(what is under way, steps done, steps in all) → None; called before each step and after the last."""
@@ -429,7 +429,10 @@ class DiffusersHost:
     def remarks(self) -> None:
         """Nothing."""
 
-    def recording_found(self, base: RecordedBase) -> None:
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        """Its picture is shown once for all passes."""
+
+    def base_rests(self, kept: KeptStageOne) -> None:
         """Nothing is shown of it."""
 
     def notify(self, sentence: str) -> None:

@@ -19,7 +19,7 @@ from ...memory import ONE_PICTURE, Work, decoding_memory, free_memory, missing_f
 from ...overlap import SideStream
 from ...recording import RecordingCache
 from ...settings import AUTO, RECORDED
-from ...two_stage import RecordedBase
+from ...two_stage import BaseCache
 from .. import options
 from .base_model import BaseModel, file_state, load_base_model
 
@@ -46,7 +46,7 @@ class Models:
     """The base and the mapping layers that are loaded, for both tabs: see `loaded_models`."""
 
     def __init__(self) -> None:
-        self.recordings: RecordingCache[RecordedBase] = RecordingCache(options.recordings_capacity)
+        self.recordings: BaseCache = RecordingCache(options.recordings_capacity)
         """Of the base in earlier jobs."""
         self._base: BaseModel | None = None
         self._mapping: tuple[MappingOnDisk, MappingPath] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modules import processing, sd_models, sd_unet, shared
+from modules import processing, sd_models, sd_samplers, sd_unet, shared
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 from torch import nn
 
@@ -30,6 +30,9 @@ from ..sampling.sampling_plan import planned_evaluations
 from ..sampling.samplings import Sampling, Start, hires_sampling, samplings_of, steps_over_picture
 
 logger = logging.getLogger(__name__)
+
+TILED_DIFFUSION = "tilediffusion.py"
+"""The script of multidiffusion-upscaler-for-automatic1111, which puts a function of its own in place of the WebUI's."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,10 @@ def refuse_what_cannot_work(p: StableDiffusionProcessing, settings: Settings) ->
         raise DoesNotFit(
             "X-Adapter needs the models' own UNets: set 'SD Unet' to None in Settings (a replacement, such as "
             "TensorRT, is active)."
+        )
+    if sd_samplers.create_sampler.__module__ == TILED_DIFFUSION:
+        raise DoesNotFit(
+            "X-Adapter needs SDXL's picture whole, Tiled Diffusion gives it to SDXL in tiles: switch one of them off."
         )
     if isinstance(p, StableDiffusionProcessingImg2Img):
         if settings.base_start != NOISE:

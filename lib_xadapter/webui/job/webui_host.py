@@ -20,7 +20,7 @@ from ...joint_stage import JointStage
 from ...overlap import Overlap
 from ...settings import BASE_NOISE_SEED
 from ...taps import read_features
-from ...two_stage import RecordedBase, StageOne
+from ...two_stage import KeptStageOne, StageOne
 from ..base.base_evaluation import BaseEvaluation
 from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
@@ -254,13 +254,19 @@ class WebUIHost:
             self._encodings[-1], tuple(picture.copy() for picture in self.base_pictures), tuple(self._detected_maps)
         )
 
-    def recording_found(self, base: RecordedBase) -> None:
-        remarks: Remarks = base.remarks
-        self._report(remarks.encoding)
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        remarks: Remarks = kept.remarks
         # their texts are written into them
         self.base_pictures[:] = [picture.copy() for picture in remarks.base_pictures]
+        if self._planned.sampling.start is Start.BASE:
+            shared.state.nextjob()
+
+    def base_rests(self, kept: KeptStageOne) -> None:
+        remarks: Remarks = kept.remarks
+        self._report(remarks.encoding)
         self._detected_maps[:] = self._detected_maps or remarks.detected_maps
-        for _ in self._request.base_steps(self._p, self._planned):
+        if self._planned.recorded and self._planned.coupling is not None:
+            # that of the recording
             shared.state.nextjob()
 
     def notify(self, sentence: str) -> None:

@@ -13,6 +13,7 @@ An extension for tests only. While it neither records nor holds an armed fault, 
     POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
     POST /probe/pretend {"what": one of `pretences`, null for nothing any more}
+    GET  /probe/axes    of the X/Y/Z plot, in its order
     GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
@@ -38,6 +39,7 @@ from modules import (
     devices,
     extensions,
     script_callbacks,
+    scripts,
     sd_models,
     sd_samplers_common,
     sd_unet,
@@ -362,6 +364,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         probe.pretend(what)
 
     app.get("/probe/state")(state)
+    app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
     app.get("/probe/imported")(imported)
 
@@ -369,6 +372,15 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
 def imported() -> list[str]:
     """X-Adapter's modules that have been imported so far."""
     return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
+
+
+def axes() -> list[str]:
+    """Of the X/Y/Z plot, by the numbers that it takes over REST."""
+    return [option.label for option in the_plot().current_axis_options]
+
+
+def the_plot() -> scripts.Script:
+    return next(script for script in scripts.scripts_txt2img.selectable_scripts if script.title() == "X/Y/Z plot")
 
 
 def exit_with_the_tests() -> None:
