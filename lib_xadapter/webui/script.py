@@ -41,9 +41,9 @@ class XAdapter(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[gr.components.Component]:
-        built = panel.build(self.elem_id)
+        built = panel.build(self.elem_id, is_img2img)
         self.infotext_fields = built.paste_fields
-        self.paste_field_names = []
+        self.paste_field_names = built.sent_fields
         return built.controls
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:

@@ -177,7 +177,8 @@ def test_the_route_tells_plugins_by_the_base_that_they_fit(server, words, base, 
     # lists the LoRAs
     assert server.post("/sdapi/v1/refresh-loras").status == 200
     prompt = "a word768 cat, word1024 <lora:wide768:1> <lora:wide1024:1>"
-    summary = server.post("/xadapter/v1/route", {"prompt": prompt, "base_checkpoint": base}).content["summary"]
+    asked = {"prompt": prompt, "args": [{"base_checkpoint": base}]}
+    summary = server.post("/xadapter/v1/plan", asked).content["summary"]
     assert set(summary.split("; ")) == {
         f"textual inversion word{fits} to {name}",
         f"textual inversion word{misfit} to neither model (it was made for {other})",

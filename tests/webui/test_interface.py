@@ -67,14 +67,14 @@ class TestRoutes:
                 for route in ("models", "schema", "version"):
                     assert server.get(f"/xadapter/v1/{route}").status == 401
                 # who may see the page may ask what the page asks
-                assert server.post("/xadapter/v1/route", {}).status == 200
+                assert server.post("/xadapter/v1/plan", {}).status == 200
             server.credentials = "user:secret"
 
     def test_the_pages_own_route_takes_the_pages_login(self, start_webui):
         with start_webui("login", credentials="user:secret", flags=["--gradio-auth", "me:mine"]) as server:
-            assert server.post("/xadapter/v1/route", {}).status == 200
+            assert server.post("/xadapter/v1/plan", {}).status == 200
             server.credentials = None
-            assert server.post("/xadapter/v1/route", {}).status == 401
+            assert server.post("/xadapter/v1/plan", {}).status == 401
             headers = {"Content-Type": "application/json", "Cookie": login_cookie(server, "me", "mine")}
             for route, content, status in (("route", b"{}", 200), ("models", None, 401)):
                 asked = Request(f"{server.url}/xadapter/v1/{route}", content, headers)
