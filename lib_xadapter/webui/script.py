@@ -75,11 +75,9 @@ class XAdapter(scripts.Script):
             return
         job.end()
         shown = job.base_pictures if job.settings.return_base_image else []
-        for place, picture in enumerate(shown):
-            infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]
-            picture.info["parameters"] = infotext
+        for picture in shown:
             processed.images.append(picture)
-            processed.infotexts.append(infotext)
+            processed.infotexts.append(picture.info["parameters"])
         processed.images += job.detected_maps
 
 

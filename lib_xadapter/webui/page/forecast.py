@@ -67,7 +67,9 @@ class Size:
     height: int
 
     def __str__(self) -> str:
-        return f"{self.width}×{self.height}" if self.width and self.height else "size of a picture that is not there yet"
+        return (
+            f"{self.width}×{self.height}" if self.width and self.height else "size of a picture that is not there yet"
+        )
 
 
 @dataclass(frozen=True)
