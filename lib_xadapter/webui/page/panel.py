@@ -12,6 +12,7 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
+from ...errors import XAdapterError
 from ...infotext import read_infotext, written_names
 from ...presets import PRESETS
 from ...settings import LEVELS, Argument, arguments, defaults
@@ -59,6 +60,8 @@ class Pasted:
         if read is None:
             return None
         value = read[self.name]
+        if self.name == "base_checkpoint":
+            return _title(value)
         if self.level is not None:
             return value[self.level] if isinstance(value, tuple) else 1.0
         return 1.0 if isinstance(value, tuple) else value
@@ -99,7 +102,9 @@ def build(elem_id: ElemId, is_img2img: bool) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
-                add("cond_only", "single_stage", "hires", "return_base_image")
+                add("single_stage", "cond_only")
+            with gr.Row():
+                add("return_base_image", "hires")
     pasted = {Pasted(name): made[name] for name in ("enabled", *written_names()) if name not in hidden}
     pasted |= {Pasted("weight", level): control for level, control in enumerate(levels)}
     sent = [field for field in pasted if field.name not in (*ONLY_IN_IMG2IMG, *ONLY_IN_TXT2IMG)]
@@ -188,6 +193,14 @@ def _dropdown(
     dropdown.do_not_save_to_config = True
     create_refresh_button(dropdown, refresh, lambda: {"choices": choices()}, elem_id(f"{name}_refresh"))
     return dropdown
+
+
+def _title(name: str) -> str:
+    """As the list of checkpoints has it; the name itself where there is none of that name."""
+    try:
+        return model_files.find_base_checkpoint(name).title
+    except XAdapterError:
+        return name
 
 
 def _presets(switch_point: gr.Slider, weight: gr.Slider, elem_id: ElemId) -> None:
