@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from .asking import arguments, made
 from .conftest import PLAIN
@@ -24,10 +25,10 @@ def told(server: WebUIServer, given: dict[str, Any] | None = None, **asked: Any)
 def evaluations_told(plan: dict[str, Any]) -> Counter:
     """How often each model is evaluated at each size, by the plan."""
     counted: Counter = Counter()
-    for sampling in plan["samplings"]:
+    for one in plan["passes"]:
         for name, model in MODELS.items():
-            if (size := sampling[name]) is not None:
-                counted[model, size["width"], size["height"]] += sampling["steps"]["taken"]
+            if (size := one[name]) is not None:
+                counted[model, size["width"], size["height"]] += one["steps"]
     return counted
 
 
@@ -55,13 +56,45 @@ def test_the_plan_is_what_txt2img_does(webui, given, request_):
     assert evaluations_made(calls) == evaluations_told(told(webui, given, **asked))
 
 
+@pytest.mark.parametrize(
+    ("given", "request_"),
+    [
+        ({}, {}),
+        ({"hires": False}, {}),
+        ({"base_width": 192, "weight": 0.5}, {"hr_second_pass_steps": 3}),
+        ({"adapter": "None"}, {"hr_scale": 1, "hr_resize_x": 384, "hr_resize_y": 320}),
+    ],
+    ids=["defaults", "first pass alone", "sizes and steps", "no adapter"],
+)
+def test_the_plan_is_what_hires_fix_does(webui, given, request_):
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5, **request_}
+    with webui.recorded() as calls:
+        made(webui.txt2img(**PLAIN, **hires, hr_upscaler="Latent", **arguments(**given)))
+    asked = {name: PLAIN[name] for name in ("width", "height", "steps")}
+    assert evaluations_made(calls) == evaluations_told(told(webui, given, **asked, **hires))
+
+
+@pytest.mark.parametrize(
+    ("given", "strength"),
+    [({}, 0.75), ({}, 0.3), ({"img2img_start": "base"}, 0.5), ({"img2img_start": "base", "base_steps": 4}, 0.5)],
+    ids=str,
+)
+def test_the_plan_is_what_img2img_does(webui, given, strength):
+    start = Image.effect_noise((320, 256), 50).convert("RGB")
+    with webui.recorded() as calls:
+        made(webui.img2img(start, **PLAIN, denoising_strength=strength, **arguments(**given)))
+    asked = {name: PLAIN[name] for name in ("width", "height", "steps")}
+    plan = told(webui, given, **asked, tab="img2img", denoising_strength=strength)
+    assert evaluations_made(calls) == evaluations_told(plan)
+
+
 def test_steps_are_exact_where_the_webui_takes_exact_ones(webui):
     webui.post("/sdapi/v1/options", {"img2img_fix_steps": True})
     try:
         with webui.recorded() as calls:
             made(webui.txt2img(**PLAIN, **arguments()))
         plan = told(webui, width=PLAIN["width"], height=PLAIN["height"], steps=PLAIN["steps"])
-        assert plan["samplings"][1]["steps"] == {"taken": PLAIN["steps"], "schedule": int(PLAIN["steps"] / 0.8)}
+        assert plan["passes"][1]["steps"] == PLAIN["steps"]
         assert evaluations_made(calls) == evaluations_told(plan)
     finally:
         webui.post("/sdapi/v1/options", {"img2img_fix_steps": False})
@@ -113,12 +146,12 @@ class TestTheLine:
     )
     def test_hires_fix_has_a_pass_of_its_own(self, webui, asked, sizes):
         line = self.line(webui, enable_hr=True, hr_second_pass_steps=10, denoising_strength=0.5, **asked)
-        hires = f"Hires. fix: {sizes} sample the last 10 of 20 steps together over the upscaled picture"
+        hires = f"Hires. fix: {sizes} sample 10 steps together over the upscaled picture"
         assert f"(switch point 0.8). {hires} (denoising strength 0.5). Memory:" in line
 
     def test_hires_fix_can_be_left_to_sdxl(self, webui):
         line = self.line(webui, {"hires": False}, enable_hr=True, hr_scale=2)
-        assert "Hires. fix: SDXL (2048×1536) samples the last 20 of 26 steps over the upscaled picture" in line
+        assert "Hires. fix: SDXL (2048×1536) samples 20 steps over the upscaled picture" in line
 
     def test_it_tells_when_the_adapter_acts(self, webui):
         line = self.line(webui, {"guidance_start": 0.1, "guidance_end": 0.75, "refresh_every": 3})
@@ -134,11 +167,12 @@ class TestTheLine:
             ({"guidance_start": 0.5, "guidance_end": 0.2}, "'guidance_start' is 0.5, after 'guidance_end' at 0.2."),
             ({"base_checkpoint": "nobody"}, "'base_checkpoint' is 'nobody', which is not among"),
             ({"adapter": "nothing"}, "'adapter' is 'nothing', which is not among"),
+            ({"base_start": "control image"}, "in img2img the base starts from the given picture."),
         ],
         ids=str,
     )
     def test_what_will_be_refused_is_told_before(self, webui, given, problem):
-        plan = told(webui, given)
+        plan = told(webui, given, tab="img2img")
         assert problem in plan["line"]
         assert plan["problem"] is True
 

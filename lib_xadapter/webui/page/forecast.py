@@ -9,23 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modules.processing import StableDiffusionProcessingTxt2Img, opt_f
+from modules.processing import (
+    StableDiffusionProcessing,
+    StableDiffusionProcessingImg2Img,
+    StableDiffusionProcessingTxt2Img,
+)
 
 from ...families import FAMILY_NAMES
-from ...settings import AUTO, CONTROL_IMAGE, LOCKSTEP, PICTURE, RECORDED, START_STRENGTH, Settings, half
+from ...settings import AUTO, CONTROL_IMAGE, LOCKSTEP, RECORDED, Settings
 from .. import model_files
-from ..sampling.steps import Steps, steps_over_picture
+from ..base.base_processing import base_hires_size, base_size, hires_size
+from ..sampling.samplings import Sampling, Start, check_tab, hires_sampling, samplings_of, stage_one_steps
 
 if TYPE_CHECKING:
     from ..base.models import Models
 
 TXT2IMG, IMG2IMG = "txt2img", "img2img"
 NOT_TICKED = "X-Adapter is not ticked: the picture is the WebUI's own."
-
-BASE_PICTURE = "that picture"
-GIVEN_PICTURE = "the given picture"
-UPSCALED_PICTURE = "the upscaled picture"
-THE_CONTROL_IMAGE = "the control image"
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,22 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Pass:
     """One sampling of one model, or of both together.
 
     Attributes:
         base, upgraded: the size that each model samples; None for a model that takes no part.
-        steps: how many are taken.
-        start: the picture that is sampled over, in words; "" for noise.
+        steps: how many are taken, the last ones.
+        of_steps: how many were asked for.
+        start: what is sampled over, in words; "" for noise.
         strength: what decides from which step on, in words.
         hires: whether it is the second pass of Hires. fix.
     """
 
     base: Size | None
     upgraded: Size | None
-    steps: Steps
+    steps: int
+    of_steps: int
     start: str = ""
     strength: str = ""
     hires: bool = False
@@ -95,12 +97,13 @@ class Sampling:
         """In words, with the name of the base's family."""
         sizes = {base_name: self.base, FAMILY_NAMES["sdxl"]: self.upgraded}
         models = [f"{name} ({size})" for name, size in sizes.items() if size is not None]
-        together = " together" if len(models) == 2 else ""
-        verb = "sample" if together else "samples"
+        sample, together = ("sample", " together") if len(models) == 2 else ("samples", "")
+        counted = "1 step" if self.of_steps == 1 else f"{self.of_steps} steps"
+        steps = counted if self.steps == self.of_steps else f"the last {self.steps} of {counted}"
         start = f"over {self.start}" if self.start else "from noise"
         decided = f" ({self.strength})" if self.strength else ""
-        text = f"{' and '.join(models)} {verb} {self.steps}{together} {start}{decided}."
-        return f"Hires. fix: {text}" if self.hires else text
+        told = f"{' and '.join(models)} {sample} {steps}{together} {start}{decided}."
+        return f"Hires. fix: {told}" if self.hires else told
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,23 @@ class Forecast:
     """Everything that is known of a job before it runs.
 
     Attributes:
-        samplings: in their order.
+        passes: in their order.
         settings: X-Adapter's.
     """
 
-    samplings: tuple[Sampling, ...]
+    passes: tuple[Pass, ...]
     settings: Settings
 
     @classmethod
     def of(cls, asked: Asked, settings: Settings) -> Forecast:
-        """Of what a tab asks for."""
-        samplings = _in_img2img(asked, settings) if asked.tab == IMG2IMG else _in_txt2img(asked, settings)
-        return cls(tuple(samplings), settings)
+        """Of what a tab asks for.
+
+        Raises:
+            WrongArgument: an argument does not go with the tab.
+        """
+        p = _processing(asked)
+        check_tab(p, settings)
+        return cls(tuple(_passes(p, settings)), settings)
 
     def told(self, base_name: str, memory: str) -> str:
         """In one line.
@@ -128,15 +136,15 @@ class Forecast:
             base_name: of the base's family.
             memory: lockstep or recorded.
         """
-        passes = " Then ".join(sampling.told(base_name) for sampling in self.samplings if not sampling.hires)
-        hires = [sampling.told(base_name) for sampling in self.samplings if sampling.hires]
+        passes = " Then ".join(step.told(base_name) for step in self.passes if not step.hires)
+        hires = [step.told(base_name) for step in self.passes if step.hires]
         chosen = f"{memory} ({AUTO})" if self.settings.memory == AUTO else memory
         return " ".join([passes, *hires, *self._acting(base_name), f"Memory: {chosen}."])
 
     def _acting(self, base_name: str) -> Iterator[str]:
         """When the adapter acts, where that is not always."""
         settings = self.settings
-        if not any(sampling.base and sampling.upgraded for sampling in self.samplings):
+        if not any(step.base and step.upgraded for step in self.passes):
             return
         if (settings.guidance_start, settings.guidance_end) != (0, 1):
             yield f"The adapter acts from {settings.guidance_start:.0%} to {settings.guidance_end:.0%} of these steps."
@@ -155,77 +163,74 @@ def memory_mode(models: Models, settings: Settings) -> str:
     return RECORDED if models.is_sequential(settings.memory, info, path) else LOCKSTEP
 
 
-def _in_txt2img(asked: Asked, settings: Settings) -> Iterator[Sampling]:
-    first, hires = _sizes(asked)
-    base = _base_size(settings, first)
-    beside = base if _couples(settings) else None
-    if settings.single_stage:
-        yield Sampling(beside, first, Steps(asked.steps, asked.steps))
-    else:
-        yield _stage_one(asked, settings, base)
-        yield _from_the_switch_on(asked, settings, beside, first)
-    if hires is not None:
-        steps = steps_over_picture(asked.hr_second_pass_steps or asked.steps, asked.denoising_strength, all_taken=True)
-        beside = _base_size(Settings(), hires) if settings.hires and _couples(settings) else None
-        yield Sampling(beside, hires, steps, UPSCALED_PICTURE, _denoising(asked), hires=True)
-
-
-def _in_img2img(asked: Asked, settings: Settings) -> Iterator[Sampling]:
-    target = Size(asked.width, asked.height)
-    if asked.scale_by is not None:
-        target = Size(int(asked.source_width * asked.scale_by), int(asked.source_height * asked.scale_by))
-    base = _base_size(settings, target)
-    beside = base if _couples(settings) else None
-    if settings.img2img_start == PICTURE:
-        steps = steps_over_picture(asked.steps, asked.denoising_strength)
-        yield Sampling(beside, target, steps, GIVEN_PICTURE, _denoising(asked))
-        return
-    steps = steps_over_picture(settings.base_steps or asked.steps, asked.denoising_strength)
-    yield Sampling(base, None, steps, GIVEN_PICTURE, _denoising(asked))
-    yield _from_the_switch_on(asked, settings, beside, target)
-
-
-def _stage_one(asked: Asked, settings: Settings, size: Size) -> Sampling:
-    steps = settings.base_steps or asked.steps
-    if settings.base_start == CONTROL_IMAGE:
-        return Sampling(size, None, steps_over_picture(steps, START_STRENGTH), THE_CONTROL_IMAGE)
-    return Sampling(size, None, Steps(steps, steps))
-
-
-def _from_the_switch_on(asked: Asked, settings: Settings, beside: Size | None, size: Size) -> Sampling:
-    steps = steps_over_picture(asked.steps, settings.switch_point)
-    return Sampling(beside, size, steps, BASE_PICTURE, f"switch point {settings.switch_point:g}")
-
-
-def _denoising(asked: Asked) -> str:
-    return f"denoising strength {asked.denoising_strength:g}"
-
-
-def _couples(settings: Settings) -> bool:
-    """Whether the base runs beside SDXL at all."""
-    return settings.has_adapter and any(settings.weights)
-
-
-def _base_size(settings: Settings, target: Size) -> Size:
-    if not target.width or not target.height:
-        return target
-    return Size(settings.base_width or half(target.width), settings.base_height or half(target.height))
-
-
-def _sizes(asked: Asked) -> tuple[Size, Size | None]:
-    """Of the first pass, and of Hires. fix's second, by the WebUI's own rule."""
-    if not asked.enable_hr or not asked.width or not asked.height:
-        return Size(asked.width, asked.height), None
-    # as the WebUI's page itself asks for it
+def _processing(asked: Asked) -> StableDiffusionProcessing:
+    """What the WebUI would process, as far as sizes and steps depend on it; it is thrown away."""
+    common = {"steps": asked.steps, "denoising_strength": asked.denoising_strength}
+    if asked.tab == IMG2IMG:
+        width, height = asked.width, asked.height
+        if asked.scale_by is not None:
+            width, height = int(asked.source_width * asked.scale_by), int(asked.source_height * asked.scale_by)
+        return StableDiffusionProcessingImg2Img(width=width, height=height, **common)
+    hires = {"hr_scale": asked.hr_scale, "hr_resize_x": asked.hr_resize_x, "hr_resize_y": asked.hr_resize_y}
     p = StableDiffusionProcessingTxt2Img(
         width=asked.width,
         height=asked.height,
-        enable_hr=True,
-        hr_scale=asked.hr_scale,
-        hr_resize_x=asked.hr_resize_x,
-        hr_resize_y=asked.hr_resize_y,
+        enable_hr=asked.enable_hr,
+        hr_second_pass_steps=asked.hr_second_pass_steps,
+        **hires,
+        **common,
     )
-    p.calculate_target_resolution()
-    latent_width, latent_height = p.hr_upscale_to_x // opt_f, p.hr_upscale_to_y // opt_f
-    cut = Size((latent_width - p.truncate_x) * opt_f, (latent_height - p.truncate_y) * opt_f)
-    return Size(p.width, p.height), cut
+    if p.enable_hr and p.width and p.height:
+        p.calculate_target_resolution()
+    return p
+
+
+def _passes(p: StableDiffusionProcessing, settings: Settings) -> Iterator[Pass]:
+    for sampling in samplings_of(p, settings):
+        if sampling.start is Start.BASE:
+            yield _stage_one(p, settings)
+        yield _pass_of_sdxl(p, settings, sampling)
+    if getattr(p, "enable_hr", False) and not settings.hires:
+        yield _pass_of_sdxl(p, settings, hires_sampling(p))
+
+
+def _stage_one(p: StableDiffusionProcessing, settings: Settings) -> Pass:
+    base, steps, of_steps = _base_size(p, settings), stage_one_steps(p, settings), settings.base_steps or p.steps
+    if isinstance(p, StableDiffusionProcessingImg2Img):
+        return Pass(base, None, steps, of_steps, "the given picture", _denoising(p))
+    return Pass(base, None, steps, of_steps, "the control image" if settings.base_start == CONTROL_IMAGE else "")
+
+
+def _pass_of_sdxl(p: StableDiffusionProcessing, settings: Settings, sampling: Sampling) -> Pass:
+    acts = settings.has_adapter and any(settings.weights) and (settings.hires or not sampling.is_hires)
+    start, strength = _start(p, settings, sampling)
+    return Pass(
+        _base_size(p, settings, sampling.is_hires) if acts else None,
+        Size(*hires_size(p)) if sampling.is_hires else Size(p.width, p.height),
+        sampling.joint_steps(p),
+        sampling.steps,
+        start,
+        strength,
+        sampling.is_hires,
+    )
+
+
+def _start(p: StableDiffusionProcessing, settings: Settings, sampling: Sampling) -> tuple[str, str]:
+    """What a sampling of SDXL starts from and what decides its steps, in words."""
+    if sampling.is_hires:
+        return "the upscaled picture", _denoising(p)
+    return {
+        Start.NOISE: ("", ""),
+        Start.BASE: ("that picture", f"switch point {settings.switch_point:g}"),
+        Start.PICTURE: ("the given picture", _denoising(p)),
+    }[sampling.start]
+
+
+def _denoising(p: StableDiffusionProcessing) -> str:
+    return f"denoising strength {p.denoising_strength:g}"
+
+
+def _base_size(p: StableDiffusionProcessing, settings: Settings, is_hires: bool = False) -> Size:
+    if not p.width or not p.height:
+        return Size(0, 0)
+    return Size(*(base_hires_size(settings, p) if is_hires else base_size(settings, p.width, p.height)))

@@ -20,8 +20,8 @@ from .. import model_files
 
 ElemId = Callable[[str], str]
 NO_ADAPTER = "None"
-ONLY_IN_IMG2IMG, ONLY_IN_TXT2IMG = ("img2img_start",), ("hires",)
-"""Arguments whose control is hidden in the other tab."""
+ONLY_IN_IMG2IMG, ONLY_IN_TXT2IMG = ("img2img_start",), ("base_start", "single_stage", "hires")
+"""Arguments that mean something in one tab alone; in the other their control is hidden, and nothing sets it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def build(elem_id: ElemId, is_img2img: bool) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
-                add("single_stage", "cond_only")
+                add("cond_only", "single_stage")
             with gr.Row():
                 add("return_base_image", "hires")
     pasted = {Pasted(name): made[name] for name in ("enabled", *written_names()) if name not in hidden}

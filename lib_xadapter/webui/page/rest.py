@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from modules import scripts, shared
+from modules import shared
 
 from ... import __version__
 from ...errors import XAdapterError
@@ -21,8 +21,6 @@ from . import panel, routing
 from .forecast import NOT_TICKED, Asked, Forecast, memory_mode
 
 PREFIX = "/xadapter/v1"
-TITLE = "X-Adapter"
-"""Of the script that has what is loaded."""
 
 
 def add_routes(_: gr.Blocks, app: FastAPI) -> None:
@@ -54,13 +52,15 @@ def _plan(asked: Asked) -> dict[str, Any]:
 
 
 def _forecast(asked: Asked, settings: Settings, base_name: str) -> dict[str, Any]:
-    forecast = Forecast.of(asked, settings)
+    # whoever leaves X-Adapter unticked does not wait for what it is made of
+    from ..base.models import loaded_models
+
     try:
-        memory = memory_mode(scripts.scripts_txt2img.script(TITLE).models, settings)
+        forecast, memory = Forecast.of(asked, settings), memory_mode(loaded_models(), settings)
     except XAdapterError as problem:
         return {"line": str(problem), "problem": True}
-    samplings = [asdict(sampling) for sampling in forecast.samplings]
-    return {"line": forecast.told(base_name, memory), "samplings": samplings, "memory": memory}
+    passes = [asdict(one) for one in forecast.passes]
+    return {"line": forecast.told(base_name, memory), "passes": passes, "memory": memory}
 
 
 def _models() -> dict[str, list[str]]:
