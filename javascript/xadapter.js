@@ -142,18 +142,16 @@
 
     // Labels and tooltips name SD1.5; with a base of another family they name that.
     function nameBase(tab, name) {
-        const before = accordion(tab).dataset.base ?? "SD1.5";
-        accordion(tab).dataset.base = name;
-        for (const element of accordion(tab).querySelectorAll("label, label > span, [data-testid=block-info]")) {
-            for (const part of element.childNodes) {
-                if (part.nodeType === Node.TEXT_NODE) {
-                    part.data = part.data.replaceAll(before, name);
-                }
+        const families = new RegExp(line(tab, "forecast").dataset.families, "g");
+        const labels = "label, label > span, [data-testid=block-info], [id$=preset_advice] .prose";
+        for (const part of Array.from(accordion(tab).querySelectorAll(labels)).flatMap((label) => [...label.childNodes])) {
+            if (part.nodeType === Node.TEXT_NODE) {
+                part.data = part.data.replaceAll(families, name);
             }
         }
         for (const attribute of ["title", "placeholder"]) {
             for (const element of accordion(tab).querySelectorAll(`[${attribute}]`)) {
-                element.setAttribute(attribute, element.getAttribute(attribute).replaceAll(before, name));
+                element.setAttribute(attribute, element.getAttribute(attribute).replaceAll(families, name));
             }
         }
     }

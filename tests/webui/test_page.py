@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -331,6 +332,42 @@ class TestBothTabs:
             "base_prompt": "a dog",
         }
         assert value(page, "base_checkpoint", IMG2IMG) == "tiny15.safetensors"
+
+
+def test_each_tab_has_its_own_saved_defaults(browser, start_webui, tmp_path):
+    saved = {"txt2img": 0.3, "img2img": 0.9}
+    config = {f"customscript/xadapter.py/{tab}/Switch point/value": value for tab, value in saved.items()}
+    (tmp_path / "ui-config.json").write_text(json.dumps(config))
+    with start_webui("defaults", flags=["--ui-config-file", str(tmp_path / "ui-config.json")]) as server:
+        page = browser.new_page()
+        open_page(page, server)
+        assert {tab: float(value(page, "switch_point", f"#script_{tab}_xadapter_")) for tab in saved} == saved
+
+
+def test_labels_and_tooltips_name_the_bases_family(page):
+    family = "SD2"
+
+    def answer(route) -> None:
+        route.fulfill(json={"line": f"{family} samples.", "base": family, "summary": ""})
+
+    page.route("**/xadapter/v1/plan", answer)
+    enable(page)
+    wait_for_line(page, "SD2 samples.")
+    page.locator(f"{ID}more .label-wrap").first.click()
+    accordion = page.locator(f"{ID}enabled")
+    for label in ("SD2 checkpoint", "SD2 prompt", "SD2 width", "SD2 starts from", "Show the SD2 picture"):
+        assert label in accordion.inner_text()
+    assert "SD1.5" not in accordion.inner_text()
+    told = accordion.locator("[title], [placeholder]").evaluate_all(
+        "all => all.map(one => one.title + one.placeholder)"
+    )
+    assert any("SD2" in text for text in told)
+    assert not any("SD1.5" in text for text in told)
+    family = "SD1.5"
+    fill(page, f"{ID}switch_point", 0.5)
+    wait_for_line(page, "SD1.5 samples.")
+    assert "SD1.5 prompt" in accordion.inner_text()
+    assert "SD2" not in accordion.inner_text()
 
 
 def test_stage_ones_picture_shows_its_own_text(page):

@@ -13,6 +13,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
 from ...errors import XAdapterError
+from ...families import BASE_FAMILIES, FAMILY_NAMES
 from ...infotext import read_infotext, written_names
 from ...presets import PRESETS
 from ...settings import LEVELS, Argument, arguments, defaults
@@ -113,11 +114,15 @@ def build(elem_id: ElemId, is_img2img: bool) -> Panel:
 
 
 def _lines(elem_id: ElemId, names: Sequence[str]) -> str:
-    """Where xadapter.js writes what the server tells before a run, and the ids of the controls that it reads for it."""
-    ids = " ".join(elem_id(name) for name in names)
-    return "".join(
-        f"<p id='{elem_id(line)}' class='xadapter-line' data-controls='{ids}' aria-live='polite'></p>"
-        for line in ("forecast", "plugins")
+    """Where xadapter.js writes what the server tells before a run.
+
+    With the ids of the controls that it reads for that, and the names of families that labels can have.
+    """
+    controls = " ".join(elem_id(name) for name in names)
+    families = "|".join(FAMILY_NAMES[family] for family in BASE_FAMILIES)
+    return (
+        f"<p id='{elem_id('forecast')}' class='xadapter-line' aria-live='polite' data-controls='{controls}' "
+        f"data-families='{families}'></p><p id='{elem_id('plugins')}' class='xadapter-line' aria-live='polite'></p>"
     )
 
 
