@@ -103,9 +103,9 @@ def build(elem_id: ElemId, is_img2img: bool) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
-                add("cond_only", "single_stage")
+                add("cond_only", "return_base_image")
             with gr.Row():
-                add("return_base_image", "hires")
+                add("single_stage", "hires")
     pasted = {Pasted(name): made[name] for name in ("enabled", *written_names()) if name not in hidden}
     pasted |= {Pasted("weight", level): control for level, control in enumerate(levels)}
     sent = [field for field in pasted if field.name not in (*ONLY_IN_IMG2IMG, *ONLY_IN_TXT2IMG)]
