@@ -46,9 +46,9 @@ class XAdapter(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[gr.components.Component]:
-        built = panel.build(self.elem_id)
+        built = panel.build(self.elem_id, is_img2img)
         self.infotext_fields = built.paste_fields
-        self.paste_field_names = []
+        self.paste_field_names = built.sent_fields
         return built.controls
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
@@ -89,11 +89,9 @@ class XAdapter(scripts.Script):
             # the tab's scripts put all that they are given together as one picture
             return
         shown = job.base_pictures if job.settings.return_base_image else []
-        for place, picture in enumerate(shown):
-            infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]
-            picture.info["parameters"] = infotext
+        for picture in shown:
             processed.images.append(picture)
-            processed.infotexts.append(infotext)
+            processed.infotexts.append(picture.info["parameters"])
         processed.images += job.detected_maps
 
 

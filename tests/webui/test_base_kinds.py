@@ -177,8 +177,10 @@ def test_the_route_tells_plugins_by_the_base_that_they_fit(server, words, base, 
     # lists the LoRAs
     assert server.post("/sdapi/v1/refresh-loras").status == 200
     prompt = "a word768 cat, word1024 <lora:wide768:1> <lora:wide1024:1>"
-    summary = server.post("/xadapter/v1/route", {"prompt": prompt, "base_checkpoint": base}).content["summary"]
-    assert set(summary.split("; ")) == {
+    asked = {"prompt": prompt, "args": [{"base_checkpoint": base}]}
+    plan = server.post("/xadapter/v1/plan", asked).content
+    assert plan["base"] == name
+    assert set(plan["summary"].split("; ")) == {
         f"textual inversion word{fits} to {name}",
         f"textual inversion word{misfit} to neither model (it was made for {other})",
         f"LoRA wide{fits} to {name}",

@@ -33,7 +33,7 @@ def test_nothing_is_imported_before_it_is_used(start_webui):
     host = {"webui.job.job", "webui.base.models", "webui.base.base_units", "webui.sampling.coupling"}
     with start_webui("untouched") as server:
         made(server.txt2img(**PLAIN, **arguments(enabled=False)))
-        server.post("/xadapter/v1/route", {"prompt": "a cat <lora:style15:1>"})
+        server.post("/xadapter/v1/plan", {"prompt": "a cat <lora:style15:1>", "args": [False]})
         assert "webui.page.panel" in server.imported()
         assert not server.imported() & (core | host)
         with_xadapter(server)
