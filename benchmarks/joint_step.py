@@ -209,13 +209,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--types", nargs="+", type=type_named, help="default: float16 on a GPU, float32 on the CPU")
     parser.add_argument("--sizes", nargs="+", type=picture_size, metavar="WxH", help="default: 1024x1024, CPU 512x512")
-    parser.add_argument("--images", nargs="+", type=int, help="in a batch (default: 1 8, on the CPU 1)")
+    parser.add_argument("--images", nargs="+", type=int, help="in a batch (default: 1 4, on the CPU 1)")
     parser.add_argument("--mapping", choices=CANDIDATES, default=AS_USED, help="default: %(default)s")
     options = parser.parse_args(arguments)
     gpu = options.device.type == "cuda"
     options.types = options.types or [torch.float16 if gpu else torch.float32]
     # a large batch keeps a large card as busy as one picture keeps a small one, which launches do not hold up
-    options.images = options.images or ([1, 8] if gpu and not options.small else [1])
+    options.images = options.images or ([1, 4] if gpu and not options.small else [1])
     options.sizes = options.sizes or [(128, 128) if options.small else (1024, 1024) if gpu else (512, 512)]
     return options
 

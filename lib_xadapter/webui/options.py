@@ -39,7 +39,7 @@ def add_options() -> None:
             "Memory for recordings of the SD1.5 model, in GB of RAM",
             gr.Slider,
             {"minimum": 0.0, "maximum": 64.0, "step": 0.5},
-        ).info("kept with 'Memory: recorded' for when only SDXL's side changes; 50 steps at 1024 px take about 1.6 GB"),
+        ).info("kept with 'Memory: recorded' for when only SDXL's side changes; 50 steps at 1024 px take about 1.1 GB"),
     }
     for key, option in options.items():
         option.section = SECTION
