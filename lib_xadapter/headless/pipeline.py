@@ -297,7 +297,8 @@ class TwoStages:
         predict: Callable[[Tensor, Tensor], Tensor],
         each_step: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        for done, timestep in enumerate(steps.timesteps):
+        # DDIM and PLMS look timesteps up in ordinary memory, and would wait for one on a GPU
+        for done, timestep in enumerate(steps.timesteps.cpu()):
             self.progress(stage, done, len(steps.timesteps))
             output = predict(steps.scaled(latent, timestep), timestep)
             latent = steps.step(output, timestep, latent)
