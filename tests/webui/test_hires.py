@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from PIL import Image
 
-from .asking import STRENGTH, arguments, plain, with_xadapter
+from .asking import BASE, STRENGTH, UPGRADED, arguments, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
-from .server import WebUIServer, encode_image
+from .server import WebUIServer
 
 STEPS = 4
 HIRES = {
@@ -39,7 +40,10 @@ EVERY_WAY = [
 
 @pytest.fixture(scope="module")
 def server(start_webui) -> Iterator[WebUIServer]:
-    with start_webui("hires", options={"save_images_before_highres_fix": False}) as started:
+    with start_webui(
+        "hires",
+        options={"save_images_before_highres_fix": False, "img2img_fix_steps": False, "upscaler_for_img2img": "None"},
+    ) as started:
         yield started
 
 
@@ -60,7 +64,7 @@ def test_the_base_runs_before_each_evaluation_at_half_the_size(server):
     with server.recorded() as calls:
         enlarged(server, MEMORY[0])
     second = [call for call in calls if call["width"] in (SIZE[0] // 8, SIZE[0] // 16)][-2 * STEPS :]
-    assert [call["model"] for call in second] == ["base", "upgraded"] * STEPS
+    assert [call["model"] for call in second] == [BASE, UPGRADED] * STEPS
     for base, upgraded in zip(second[::2], second[1::2], strict=True):
         assert base["timestep"] == pytest.approx(upgraded["timestep"], abs=1e-3)
         assert base["width"] * 2 == upgraded["width"]
@@ -70,24 +74,22 @@ def test_switched_off_it_is_the_webuis_own_second_pass(server):
     first = with_xadapter(server, {}).image
     with server.recorded() as calls:
         whole = enlarged(server, OFF).image
-    assert [call["model"] for call in calls[-STEPS:]] == ["upgraded"] * STEPS
+    assert [call["model"] for call in calls[-STEPS:]] == [UPGRADED] * STEPS
     assert grey_levels_apart(whole, second_pass(server, first)) <= 1
 
 
-@pytest.mark.parametrize("upscaler", ["Lanczos", "Latent"])
-def test_without_residuals_it_is_the_chain_of_plain_steps(server, upscaler):
+@pytest.mark.parametrize("nothing", [{"weight": 0}, {"adapter": "None"}], ids=json.dumps)
+def test_without_residuals_it_is_the_chain_of_plain_steps(server, nothing):
     """SDXL over the base's picture, then the WebUI's own second pass."""
-    nothing = enlarged(server, {"weight": 0}, hr_upscaler=upscaler).image
-    adapter_off = enlarged(server, {"adapter": "None"}, hr_upscaler=upscaler).image
-    first = with_xadapter(server, {"weight": 0}).image
-    assert same_bytes(nothing, adapter_off)
-    assert grey_levels_apart(nothing, second_pass(server, first, upscaler)) <= (1 if upscaler == "Lanczos" else 4)
+    first = with_xadapter(server, nothing).image
+    assert grey_levels_apart(enlarged(server, nothing).image, second_pass(server, first)) <= 1
 
 
-def second_pass(server: WebUIServer, first, upscaler: str = "Lanczos"):
-    """What the WebUI makes of a finished first pass; a picture's eight bits are all that is lost on the way."""
-    request = {**PLAIN, **HIRES, "hr_upscaler": upscaler}
-    return server.txt2img(**request, firstpass_image=encode_image(first)).image
+def second_pass(server: WebUIServer, first: Image.Image) -> Image.Image:
+    """What the img2img tab makes of a finished first pass by the second one's rules: all steps, enlarged by Lanczos."""
+    size = {"width": SIZE[0], "height": SIZE[1]}
+    all_steps = {"override_settings": {"img2img_fix_steps": True, "upscaler_for_img2img": "None"}}
+    return sdedit(server, first, STRENGTH, **size, steps=STEPS, **all_steps)
 
 
 def test_a_lora_of_the_hires_prompt_acts_on_the_base_in_the_second_pass_alone(server):
@@ -131,15 +133,6 @@ def test_every_sampler_runs_in_both_passes(server):
         assert answer.image.size == (512, 512)
         assert not is_blank(answer.image), sampler["name"]
     assert server.state()["hooks"] == []
-
-
-def test_a_given_first_pass_is_enlarged_with_the_base_beside(server):
-    first = with_xadapter(server, {}).image
-    request = {**PLAIN, **HIRES, "firstpass_image": encode_image(first)}
-    with server.recorded() as calls:
-        answer = server.txt2img(**request, **arguments(**MEMORY[0]))
-    assert [call["model"] for call in calls] == ["base", "upgraded"] * STEPS
-    assert answer.image.size == SIZE
 
 
 def test_the_picture_before_is_saved_as_the_webui_saves_it(server):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from .asking import over, plain, sdedit, with_xadapter
+from .asking import BASE, UPGRADED, over, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
 from .server import Installation, WebUIServer, environment
 
@@ -64,7 +64,7 @@ def said(server: WebUIServer, sentence: str) -> int:
 class TestRefiner:
     def test_an_sdxl_of_the_same_shape_goes_on_with_the_adapter(self, server, before):
         (in_lockstep, models), (recorded, _) = (refined(server, memory, OTHER) for memory in MEMORY)
-        assert models[-2 * JOINT :] == ["base", "upgraded"] * JOINT
+        assert models[-2 * JOINT :] == [BASE, UPGRADED] * JOINT
         assert same_bytes(in_lockstep.image, recorded.image)
         assert "Refiner: otherxl" in in_lockstep.infotexts[0]
         assert grey_levels_apart(in_lockstep.image, before[1]) > 1
@@ -73,8 +73,8 @@ class TestRefiner:
     def test_the_sdxl_refiner_goes_on_alone_and_a_line_says_so(self, server, before, memory):
         earlier = said(server, "does not fit tinyrefiner")
         answer, models = refined(server, memory, REFINER, seed=31)
-        assert models[-2:] == ["upgraded"] * 2
-        assert models.count("upgraded") == JOINT
+        assert models[-2:] == [UPGRADED] * 2
+        assert models.count(UPGRADED) == JOINT
         assert not is_blank(answer.image)
         assert said(server, "does not fit tinyrefiner") == earlier + 1
 
@@ -108,7 +108,7 @@ class TestHiresCheckpoint:
         with server.recorded() as calls:
             with_xadapter(server, memory, hr_checkpoint_name=OTHER, **HIRES, seed=41)
         last = [call["model"] for call in calls[-8:]]
-        assert sorted(last) == ["base"] * 4 + ["upgraded"] * 4
+        assert sorted(last) == [BASE] * 4 + [UPGRADED] * 4
         assert same_bytes(plain(server), before[0])
 
     @pytest.mark.parametrize("memory", MEMORY, ids=str)
@@ -116,7 +116,7 @@ class TestHiresCheckpoint:
         earlier = said(server, "does not fit tinyrefiner")
         with server.recorded() as calls:
             answer = with_xadapter(server, memory, hr_checkpoint_name=REFINER, **HIRES, seed=42)
-        assert [call["model"] for call in calls[-4:]] == ["upgraded"] * 4
+        assert [call["model"] for call in calls[-4:]] == [UPGRADED] * 4
         assert answer.image.size == (384, 384)
         assert said(server, "does not fit tinyrefiner") == earlier + 1
         assert same_bytes(plain(server), before[0])
