@@ -97,7 +97,12 @@ class TestRefiner:
 
     def test_it_refines_over_a_picture_too(self, server, before):
         request = {"refiner_checkpoint": OTHER, "refiner_switch_at": 0.5, "denoising_strength": 0.9}
-        in_lockstep, recorded = (over(server, before[0], memory, **request).image for memory in MEMORY)
+        made = []
+        for memory in MEMORY:
+            # the VAE draws from torch's own generator, which this leaves in one place
+            plain(server)
+            made.append(over(server, before[0], memory, **request).image)
+        in_lockstep, recorded = made
         assert same_bytes(in_lockstep, recorded)
         assert grey_levels_apart(in_lockstep, over(server, before[0], **request).image) > 1
 
@@ -108,7 +113,7 @@ class TestHiresCheckpoint:
         with server.recorded() as calls:
             with_xadapter(server, memory, hr_checkpoint_name=OTHER, **HIRES, seed=41)
         last = [call["model"] for call in calls[-8:]]
-        assert sorted(last) == [BASE] * 4 + [UPGRADED] * 4
+        assert last.count(BASE) == last.count(UPGRADED) == 4
         assert same_bytes(plain(server), before[0])
 
     @pytest.mark.parametrize("memory", MEMORY, ids=str)
