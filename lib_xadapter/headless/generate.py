@@ -23,7 +23,7 @@ from .grid import labelled_grid, save_picture
 from .jobs import Job, Picture, make_pictures, open_picture
 from .loras import Lora, LoraTags, merge_lora, read_lora, take_tags
 from .model_files import find_file, load_base, load_controlnet, load_upgraded
-from .models import Models, Placement
+from .models import Models, Placement, with_controlnets
 from .options import SETTINGS_ELSEWHERE, say
 from .pipeline import RELEASED_RULES, WEBUI_RULES
 from .samplers import sampler_named
@@ -199,9 +199,11 @@ def load_models(files: Files, placement: Placement, tokenizer: Path | None = Non
     with naming("--lora"):
         for lora in files.loras:
             logger.info("%s goes to the %s model.", lora.path.name, merge_lora(lora, base, upgraded))
-    models = Models(base, upgraded, adapter, controlnets, placement)
+    models = Models(with_controlnets(base, controlnets), upgraded, adapter, placement)
     with naming("--adapter"):
         models.check()
+    for pipeline in (models.base, models.upgraded):
+        pipeline.set_progress_bar_config(disable=True)
     if placement.low_memory:
         for pipeline in (base, upgraded):
             pipeline.vae.enable_tiling()

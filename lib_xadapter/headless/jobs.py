@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..errors import WrongArgument
 from ..recording import RecordingCache
 from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
-from .denoisers import Control
 from .infotexts import ControlUnit, PictureText
 from .models import Models
 from .pictures import to_tensor
-from .pipeline import WEBUI_RULES, Noise, Progress, Recordings, Request, Rules, TwoStages, no_progress
+from .pipeline import (
+    WEBUI_RULES,
+    Noise,
+    NoisePerImage,
+    Progress,
+    Recordings,
+    Request,
+    Rules,
+    TwoStages,
+    no_progress,
+)
 from .prompts import base_prompts, upgraded_prompts
 
 LATENT_PIXEL = 8
@@ -155,8 +166,8 @@ def make_pictures(
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             # noise generators move on, so that every picture gets a request of its own
-            request = dataclasses.replace(first, settings=settings, noises=_noises(job))
-            latents = stages.upgraded_latents(request, finished, job.size, recordings)
+            request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
+            latents = stages.upgraded_latents(request, finished, recordings=recordings)
             for image, base_image, seed in zip(stages.upgraded_pictures(latents), base_images, job.seeds, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
 
@@ -174,13 +185,41 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         guided or base_cfg_scale != 1,
     )
     upgraded = upgraded_prompts(models, job.prompt, job.negative_prompt, job.batch, guided, job.size)
-    maps = (to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_images)
-    controls = [
-        Control(net, image.to(models.placement.device), scale)
-        for net, image, scale in zip(models.controlnets, maps, scales, strict=True)
-    ]
-    noises = _noises(job)
-    return Request(base, upgraded, settings, job.steps, job.cfg_scale, job.sampler, noises, controls, job.base_start)
+    base_guidance = max(base_cfg_scale, SMALLEST_GUIDANCE) if base.uncond is not None else 1.0
+    return Request(
+        base={
+            **base.arguments(),
+            **_control_arguments(job, scales),
+            "guidance_scale": base_guidance,
+            **_sized(job.base_size),
+        },
+        upgraded={**upgraded.arguments(), "guidance_scale": job.cfg_scale, **_sized(job.size)},
+        settings=settings,
+        steps=job.steps,
+        noise=NoisePerImage(_noises(job)),
+        images=job.batch,
+        size=job.size,
+        base_size=job.base_size,
+        sampler=job.sampler,
+        start=job.base_start,
+    )
+
+
+SMALLEST_GUIDANCE = math.nextafter(1, 2)
+"""With which diffusers evaluates unconds, and adds nothing of the difference."""
+
+
+def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
+    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_images]
+    if not maps:
+        return {}
+    if len(maps) == 1:
+        return {"image": maps[0], "controlnet_conditioning_scale": scales[0]}
+    return {"image": maps, "controlnet_conditioning_scale": list(scales)}
+
+
+def _sized(size: tuple[int, int]) -> dict[str, int]:
+    return {"width": size[0], "height": size[1]}
 
 
 def _noises(job: Job) -> list[Noise]:

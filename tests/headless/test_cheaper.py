@@ -106,7 +106,7 @@ class TestRecorded:
         for unet in unets:
             monkeypatch.setattr(unet, "to", lambda to, unet=unet: move(unet, to))
         elsewhere = Placement(device=torch.device("cpu", 0))
-        list(make_pictures(Models(models.base, models.upgraded, models.adapter, (), elsewhere), job(memory="recorded")))
+        list(make_pictures(Models(models.base, models.upgraded, models.adapter, elsewhere), job(memory="recorded")))
         assert len(moved) >= 6
         assert not there
 
