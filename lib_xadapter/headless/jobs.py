@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +12,19 @@ from typing import Any
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..recording import RecordingCache
-from ..settings import AUTO, CONTROL_IMAGE, RECORDED, SAME_SEED, Settings, half
+from ..settings import CONTROL_IMAGE, SAME_SEED, Settings, half
+from .composed import SMALLEST_GUIDANCE, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
 from .models import Models
 from .pictures import to_tensor
-from .pipeline import (
-    WEBUI_RULES,
-    Noise,
-    NoisePerImage,
-    Progress,
-    Recordings,
-    Request,
-    Rules,
-    TwoStages,
-    no_progress,
-)
+from .pipeline import LATENT_PIXEL, WEBUI_RULES, Noise, NoisePerImage, Progress, Request, Rules, no_progress
 from .prompts import base_prompts, upgraded_prompts
 
-LATENT_PIXEL = 8
 SMALLEST, LARGEST = 64, 4096
 MOST_STEPS = 150
 LARGEST_CFG = 30.0
 LARGEST_BATCH = 64
 LARGEST_SEED = 2**32 - 1
-LARGEST_RECORDING = 8 * 2**30
-"""Bytes of recordings that are kept while a sweep goes on."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +140,19 @@ def make_pictures(
     models: Models, job: Job, rules: Rules = WEBUI_RULES, progress: Progress = no_progress
 ) -> Iterator[Picture]:
     """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them."""
-    models = models.share_the_device(job.settings.memory)
-    memory = RECORDED if models.placement.low_memory and job.settings.memory == AUTO else job.settings.memory
-    job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, memory=memory))
-    stages = TwoStages(models, rules, progress)
+    pipeline = XAdapterPipeline(
+        models.base, models.upgraded, models.adapter, rules=rules, placement=models.placement, progress=progress
+    )
     for scales in itertools.product(*job.control_scales):
         first = request_of(models, job, job.settings, scales)
-        finished = None if job.settings.single_stage else stages.base_latents(first)
-        base_images = [None] * job.batch if finished is None else stages.base_pictures(finished)
-        recordings: Recordings = RecordingCache(lambda: LARGEST_RECORDING)
+        side, base_images = None, [None] * job.batch
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             # noise generators move on, so that every picture gets a request of its own
             request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
-            latents = stages.upgraded_latents(request, finished, recordings=recordings)
-            for image, base_image, seed in zip(stages.upgraded_pictures(latents), base_images, job.seeds, strict=True):
+            made = pipeline.run(request, side, return_base_images=side is None)
+            side, base_images = made.base_side, made.base_images or base_images
+            for image, base_image, seed in zip(made.images, base_images, job.seeds, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
 
 
@@ -203,10 +187,6 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         sampler=job.sampler,
         start=job.base_start,
     )
-
-
-SMALLEST_GUIDANCE = math.nextafter(1, 2)
-"""With which diffusers evaluates unconds, and adds nothing of the difference."""
 
 
 def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:

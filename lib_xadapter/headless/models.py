@@ -107,9 +107,8 @@ def with_controlnets(base: StableDiffusionPipeline, nets: Sequence[ControlNetMod
 
 def moves_by_itself(module: nn.Module) -> bool:
     """Whether hooks of accelerate or diffusers bring a module to the device and away: offloading of some kind."""
-    return any(
-        hasattr(part, "_hf_hook") or getattr(part, "_diffusers_hook", None) is not None for part in module.modules()
-    )
+    near = [module, *module.children(), *(part for child in module.children() for part in child.children())]
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in near)
 
 
 def device_of(module: nn.Module) -> torch.device:
