@@ -26,7 +26,7 @@ from .model_files import find_file, load_base, load_controlnet, load_upgraded
 from .models import Models, Placement, with_controlnets
 from .options import SETTINGS_ELSEWHERE, say
 from .pipeline import RELEASED_RULES, WEBUI_RULES
-from .samplers import sampler_named
+from .sampler_table import sampler_named
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .. import __version__
 from ..infotext import write_infotext
 from ..settings import Settings
-from .samplers import sampler_named
+from .sampler_table import sampler_named
 
 PNG_KEY = "parameters"
 

@@ -33,7 +33,8 @@ from ..two_stage import Coupling, Pass, RecordedBase, StageOne, run
 from ..wrapping import wrapped
 from .models import Models, noise_schedule_of, parts_at_work
 from .pictures import Painted, encoded, start_of, to_latents, to_pictures
-from .samplers import StepRule, Steps, diffusers_steps, released_steps, sampler_named, webui_steps
+from .sampler_table import sampler_named
+from .samplers import StepRule, Steps, diffusers_steps, released_steps, webui_steps
 from .schedulers import FollowedLevels, GivenSteps, Kept, Question, guidance_rows, scheduled
 from .turns import Turns, turns
 

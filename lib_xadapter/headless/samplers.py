@@ -1,100 +1,24 @@
-"""The samplers by their WebUI names, each a scheduler of diffusers; and which steps of theirs are joint."""
+"""Which steps of a scheduler are taken: by the WebUI's rule, the released pipeline's, or diffusers' own."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
-from ..errors import DoesNotFit, WrongArgument
+from ..errors import DoesNotFit
 from .noise_schedule import NoiseSchedule
+from .sampler_table import DEFAULT_SAMPLER, RELEASED_SPACING, sampler_named
 
 LARGEST_STRENGTH = 0.999
 """The WebUI's img2img never gets a denoising strength of 1 (modules/sd_samplers_common.py, setup_img2img_steps)."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A row of the table.
-
-    Attributes:
-        name: the WebUI's name of the sampler.
-        schedule_type: the WebUI's name of the noise levels it takes.
-        scheduler: the class in diffusers.
-        options: its options, apart from those of the model.
-        order: 1 where a step looks at one evaluation, 2 where it looks at two.
-        on_timesteps: whether it is one of those that the WebUI runs on timesteps instead of noise levels.
-    """
-
-    name: str
-    schedule_type: str
-    scheduler: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    order: int = 2
-    on_timesteps: bool = False
-
-    def make(self, model_config: Mapping[str, Any], **more: Any) -> Any:
-        """The scheduler for a model, whose config gives ᾱ and the type of prediction."""
-        scheduler = getattr(diffusers, self.scheduler)
-        noise = {key: model_config[key] for key in MODEL_OPTIONS if key in model_config}
-        wanted = {"timestep_spacing": "linspace", **noise, **self.options, **more}
-        known = inspect.signature(scheduler).parameters
-        return scheduler(**{key: value for key, value in wanted.items() if key in known})
-
-
-MODEL_OPTIONS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
-RELEASED_SPACING = LEADING | {"use_karras_sigmas": False, "use_exponential_sigmas": False}
-DDIM = LEADING | {"set_alpha_to_one": False, "clip_sample": False}
-DPM_SDE = {"algorithm_type": "sde-dpmsolver++", "use_exponential_sigmas": True}
-
-SAMPLERS = {
-    sampler.name: sampler
-    for sampler in (
-        Sampler("DPM++ 2M", "Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-        Sampler("DPM++ 2M SDE", "Exponential", "DPMSolverMultistepScheduler", DPM_SDE),
-        Sampler("Euler", "Automatic", "EulerDiscreteScheduler", order=1),
-        Sampler("Euler a", "Automatic", "EulerAncestralDiscreteScheduler", order=1),
-        Sampler("Heun", "Automatic", "HeunDiscreteScheduler"),
-        Sampler("DPM2", "Karras", "KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
-        Sampler("DPM2 a", "Karras", "KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
-        Sampler("DDIM", "Automatic", "DDIMScheduler", DDIM, order=1, on_timesteps=True),
-        Sampler("PLMS", "Automatic", "PNDMScheduler", LEADING | {"skip_prk_steps": True}, on_timesteps=True),
-        Sampler("UniPC", "Automatic", "UniPCMultistepScheduler", LEADING, on_timesteps=True),
-    )
-}
-"""DPM2, DPM2 a and UniPC take other noise levels than in the WebUI, and samplers that add noise draw it otherwise; the
-rest finish with the WebUI's latents."""
-
-
-def sampler_named(name: str) -> Sampler:
-    """The sampler of a name, upper and lower case alike.
-
-    Raises:
-        WrongArgument: there is none.
-    """
-    for known, sampler in SAMPLERS.items():
-        if known.lower() == name.lower():
-            return sampler
-    raise WrongArgument(f"'sampler' is '{name}', expected one of {', '.join(SAMPLERS)}.")
-
-
-DEFAULT_SAMPLER = "DPM++ 2M"
 
 
 @dataclass(frozen=True)

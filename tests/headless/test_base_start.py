@@ -15,7 +15,7 @@ from lib_xadapter.headless.jobs import Job, request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
-from lib_xadapter.headless.samplers import RELEASED_SPACING, sampler_named
+from lib_xadapter.headless.sampler_table import RELEASED_SPACING, sampler_named
 from lib_xadapter.settings import CONTROL_IMAGE, Settings
 
 SEED = 5

@@ -12,7 +12,7 @@ from lib_xadapter import load_adapter
 from lib_xadapter.headless.jobs import Job, Picture, make_pictures
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
-from lib_xadapter.headless.samplers import SAMPLERS
+from lib_xadapter.headless.sampler_table import SAMPLERS
 from lib_xadapter.settings import Settings
 
 STEPS = 5

@@ -17,7 +17,8 @@ from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, noise_schedule_of
 from lib_xadapter.headless.noise_schedule import NoiseSchedule
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
-from lib_xadapter.headless.samplers import SAMPLERS, released_steps, sampler_named, webui_steps
+from lib_xadapter.headless.sampler_table import SAMPLERS, sampler_named
+from lib_xadapter.headless.samplers import released_steps, webui_steps
 from lib_xadapter.settings import Settings
 
 

@@ -31,7 +31,7 @@ from lib_xadapter.headless.loras import Lora, merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import TwoStages
-from lib_xadapter.headless.samplers import sampler_named
+from lib_xadapter.headless.sampler_table import sampler_named
 from lib_xadapter.settings import Settings
 
 TOLERANCE = 1e-3
