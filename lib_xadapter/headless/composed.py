@@ -24,12 +24,12 @@ from ..errors import DoesNotFit, WrongArgument
 from ..mapping import MappingLayers, load_adapter, save_adapter
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, LOCKSTEP, RECORDED, half, read_settings
+from .job import LATENT_PIXEL
 from .model_files import load_base, load_upgraded
 from .models import Models, Placement, device_of, moves_by_itself, parts_at_work
 from .pictures import Generators, Painted
 from .pipeline import (
     DIFFUSERS_RULES,
-    LATENT_PIXEL,
     Interruption,
     Progress,
     Recordings,

@@ -22,11 +22,13 @@ from PIL import Image, ImageDraw
 from .. import __version__
 from ..errors import WrongArgument
 from ..settings import Settings
+from .asked import Files
 from .bars import Bars
-from .generate import Files, load_models
+from .generate import load_models
 from .grid import labelled_grid, save_picture
-from .jobs import LARGEST_SEED, Job, Picture, make_pictures
-from .loras import Lora
+from .job import LARGEST_SEED, Job
+from .jobs import Picture, make_pictures
+from .lora_names import Lora
 from .models import Models, Placement
 from .options import say
 from .pipeline import Progress, no_progress

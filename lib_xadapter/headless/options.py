@@ -10,18 +10,38 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import WrongArgument
-from ..mapping_choice import MAPPING_CHOICES
-from ..settings import Settings, arguments, checked, defaults
+from ..settings import Settings, arguments, checked, defaults, expectation
+from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
 
 SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight", "img2img_start", "hires")
 """Fields of `Settings` that are options of another kind, or concern tabs of the WebUI that this host has not."""
+MAPPING_CHOICES = ("auto", "eager", "cuda")
+"""Of `mapping_choice`, which imports torch: help must not wait for that."""
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Once(argparse.Action):
+    """Takes an option's value, and refuses a second one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if option is not None and self.dest in given:
+            parser.error(f"{option} is given twice.")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
+
+    def __init__(self, *arguments_given: Any, **named: Any) -> None:
+        super().__init__(*arguments_given, **named)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG, f"{self.prog}: {message}\n")
@@ -33,7 +53,7 @@ def read_options(arguments_given: list[str] | None = None) -> argparse.Namespace
 
 
 def make_parser() -> Parser:
-    parser = Parser("python -m lib_xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
+    parser = Parser("xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="see it work on small models with random weights; fetches nothing"))
@@ -43,6 +63,7 @@ def make_parser() -> Parser:
     convert = commands.add_parser("convert", help="write an adapter as safetensors")
     convert.add_argument("file", type=Path, metavar="FILE")
     convert.add_argument("out", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--force", action="store_true", help="write over a file that is there")
     convert.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as in FILE)")
     return parser
 
@@ -79,11 +100,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture = parser.add_argument_group("picture")
     picture.add_argument("--prompt", default="", help="(attention:1.2) and <lora:name:0.8> as in the WebUI")
     picture.add_argument("--negative-prompt", default="")
-    picture.add_argument("--width", type=int, default=1024, help="default: %(default)s")
-    picture.add_argument("--height", type=int, default=1024, help="default: %(default)s")
-    picture.add_argument("--steps", type=int, help="default: 20, with --reference 50")
-    picture.add_argument("--cfg", "--cfg-scale", type=float, help="default: 7, with --reference 7.5")
-    picture.add_argument("--sampler", default="DPM++ 2M", help="default: %(default)s")
+    picture.add_argument("--width", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--height", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--steps", type=int, help="1 to 150; default: 20, with --reference 50")
+    picture.add_argument("--cfg", "--cfg-scale", type=float, help="1 to 30; default: 7, with --reference 7.5")
+    picture.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     picture.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     picture.add_argument("--batch", type=int, default=1, help="pictures at once, with seeds one after the other")
 
@@ -94,7 +115,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_setting("switch_point"),
         default=[Settings().switch_point],
         metavar="X",
-        help=f"{arguments()['switch_point'].tooltip} Several values make a grid.",
+        help=f"{_told('switch_point')} Several values make a grid.",
     )
     group.add_argument(
         "--weight",
@@ -102,11 +123,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_weight,
         default=[Settings().weight],
         metavar="X",
-        help=f"{arguments()['weight'].tooltip} Several values make a grid; 1,0.5,0 is one weight a level.",
+        help=f"{_told('weight')} Several values make a grid; 1,0.5,0 is one weight a level.",
     )
-    for name, row in arguments().items():
+    for name in arguments():
         if name not in SETTINGS_ELSEWHERE:
-            _add_setting(group, name, row.tooltip)
+            _add_setting(group, name)
     group.add_argument(
         "--reference", action="store_true", help="the released pipeline's rules for the switch and the steps"
     )
@@ -127,15 +148,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_setting(group: Any, name: str, tooltip: str) -> None:
+def _add_setting(group: Any, name: str) -> None:
     option, default = f"--{name.replace('_', '-')}", defaults()[name]
-    help_text = tooltip.replace("%", "%%")
+    help_text = _told(name)
     if isinstance(default, bool):
         group.add_argument(option, action="store_true", help=help_text)
     elif choices := arguments()[name].choices:
         group.add_argument(option, choices=choices, default=default, help=help_text)
     else:
         group.add_argument(option, type=_setting(name), default=default, metavar="X", help=help_text)
+
+
+def _told(name: str) -> str:
+    """What an argument does, what it can be, and what it is where nothing is said."""
+    row, default = arguments()[name], defaults()[name]
+    tooltip = row.tooltip.replace("%", "%%")
+    if isinstance(default, bool) or (isinstance(default, str) and not default):
+        return tooltip
+    if row.choices:
+        return f"{tooltip} Default: {default}."
+    return f"{tooltip} {expectation(row, isinstance(default, int)).capitalize()}; default: {default:g}."
 
 
 def _setting(name: str) -> Callable[[str], Any]:

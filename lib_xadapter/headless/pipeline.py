@@ -41,7 +41,11 @@ from .turns import Turns, turns
 logger = logging.getLogger(__name__)
 
 SOLVER_ORDER = 2
-LATENT_PIXEL = 8
+
+NOT_FINITE = (
+    "The latents of the {} model are no longer finite: a type with more range (bfloat16 or float32), or other plugins "
+    "may help."
+)
 
 STEP_SEEDS = (0x2312_2239, 0x2312_2240)
 """Added for the noise of samplers that add noise: base, upgraded."""
@@ -296,7 +300,6 @@ class TwoStages:
         self,
         request: Request,
         finished: Tensor | None,
-        size: tuple[int, int] | None = None,
         recordings: Recordings | None = None,
     ) -> Tensor:
         """The switch and stage 2: the upgraded model's finished latents.
@@ -304,7 +307,6 @@ class TwoStages:
         Args:
             request: as for stage 1.
             finished: the base's finished latents, None for a single stage from noise.
-            size: of the pictures, where it is not the request's.
             recordings: those of the same base side, by switch point.
         """
         steps = self.joint_steps_of(request)
@@ -447,6 +449,8 @@ class TwoStages:
                 pipeline._interrupt = True
             if each_step is not None:
                 each_step(latents)
+            if place + 1 == total and not bool(torch.isfinite(latents).all()):
+                raise XAdapterError(NOT_FINITE.format(stage))
 
         dtype = pipeline.unet.dtype
         scheduler = GivenSteps(steps, dtype, self.rules.precise, start.kept, start.channels, stepped)

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionControlNetImg2ImgPipeline
 from PIL import Image
 
 from lib_xadapter.headless.demo import control_map
-from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.jobs import Job, Picture, make_pictures
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import Picture, make_pictures
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.sampler_table import SAMPLERS

@@ -8,7 +8,8 @@ import torch
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless import small_models
-from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import RELEASED_RULES, TwoStages

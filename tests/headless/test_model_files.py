@@ -10,7 +10,8 @@ import torch
 
 from lib_xadapter.errors import DoesNotFit, WrongFile
 from lib_xadapter.headless import small_models
-from lib_xadapter.headless.model_files import find_file, load_base, load_controlnet, load_upgraded
+from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
+from lib_xadapter.headless.named_files import find_file
 from lib_xadapter.headless.tokenizers import SHIPPED_TABLES, load_tokenizer
 
 

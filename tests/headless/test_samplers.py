@@ -12,7 +12,8 @@ from lib_xadapter import load_adapter
 from lib_xadapter.errors import WrongArgument
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase, Prompts
-from lib_xadapter.headless.jobs import Job, half, request_of
+from lib_xadapter.headless.job import Job, half
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, noise_schedule_of
 from lib_xadapter.headless.noise_schedule import NoiseSchedule

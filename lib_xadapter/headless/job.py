@@ -1,0 +1,125 @@
+"""What the command line asks for, as data, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import WrongArgument
+from ..settings import CONTROL_IMAGE, SAME_SEED, Settings, half
+
+LATENT_PIXEL = 8
+SMALLEST, LARGEST = 64, 4096
+MOST_STEPS = 150
+LARGEST_CFG = 30.0
+LARGEST_BATCH = 64
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """Every picture of one command.
+
+    Attributes:
+        prompt, negative_prompt: of SDXL, and of the base where `settings` names none.
+        settings: as in the WebUI; the sweeps take the place of its switch point and weight.
+        width, height: of the finished pictures.
+        steps, cfg_scale, sampler, seed: as in the WebUI; image k of the batch has seed + k.
+        batch: images at once.
+        switch_points, weights: values that are tried, each with each.
+        control_images: one for each ControlNet.
+        control_scales: values that are tried for each ControlNet.
+        model, loras, control_names: for the text under the pictures.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    width: int = 1024
+    height: int = 1024
+    steps: int = 20
+    cfg_scale: float = 7.0
+    sampler: str = "DPM++ 2M"
+    seed: int = 0
+    batch: int = 1
+    switch_points: tuple[float, ...] = (0.8,)
+    weights: tuple[float | tuple[float, ...], ...] = (1.0,)
+    control_images: tuple[Image.Image, ...] = ()
+    control_scales: tuple[tuple[float, ...], ...] = ()
+    model: str = ""
+    loras: tuple[tuple[str, float], ...] = ()
+    control_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_whole("steps", self.steps, 1, MOST_STEPS)
+        self._check_whole("batch", self.batch, 1, LARGEST_BATCH)
+        self._check_whole("seed", self.seed, 0, LARGEST_SEED - self.batch + 1)
+        self._check_size("width", self.width)
+        self._check_size("height", self.height)
+        if not 1 <= self.cfg_scale <= LARGEST_CFG:
+            raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
+        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
+            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
+
+    @staticmethod
+    def _check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
+        if not minimum <= value <= maximum:
+            raise WrongArgument(f"'{name}' is {value}, expected a whole number from {minimum} to {maximum}.")
+
+    @staticmethod
+    def _check_size(name: str, value: int) -> None:
+        if value % LATENT_PIXEL or not SMALLEST <= value <= LARGEST:
+            raise WrongArgument(
+                f"'{name}' is {value}, expected a multiple of {LATENT_PIXEL} from {SMALLEST} to {LARGEST}."
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def base_size(self) -> tuple[int, int]:
+        """Width and height of the base's picture."""
+        return self.settings.base_width or half(self.width), self.settings.base_height or half(self.height)
+
+    @property
+    def base_start(self) -> Image.Image | None:
+        """What the base paints over, at its size; None for noise."""
+        if self.settings.base_start != CONTROL_IMAGE:
+            return None
+        return self.control_images[0].convert("RGB").resize(self.base_size, Image.Resampling.LANCZOS)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.batch)
+
+    @property
+    def base_seeds(self) -> range:
+        """The base's own seeds, where `settings` gives it one, else the same."""
+        own = self.settings.base_seed
+        return self.seeds if own == SAME_SEED else range(own, own + self.batch)
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be."""
+        tried = len(list(itertools.product(*self.control_scales)))
+        return tried * len(self.switch_points) * len(self.weights) * self.batch
+
+
+def open_picture(path: Path, option: str) -> Image.Image:
+    """A picture of the user's.
+
+    Raises:
+        WrongArgument: it is missing or no picture.
+    """
+    if not path.is_file():
+        raise WrongArgument(f"{option}: there is no file {path}.")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise WrongArgument(f"{option}: {path.name} is no picture that can be read ({error}).") from error
