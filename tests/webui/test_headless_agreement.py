@@ -22,7 +22,7 @@ from .conftest import grey_levels_apart
 from .server import WebUIServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless.grid import save_picture

@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import PLAIN
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright from requirements-webui.txt")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
 ID = "#script_xadapter_"
 PATIENCE = 180_000
