@@ -6,9 +6,9 @@ import argparse
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import WrongArgument, WrongFile
@@ -20,7 +20,7 @@ from .options import SETTINGS_ELSEWHERE
 from .sampler_table import sampler_named
 
 MOST_CONTROL = 2.0
-JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch")
+JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask")
 OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
 FIELD = re.compile(r"'([a-z_]+)'")
 
@@ -52,7 +52,12 @@ class Asked:
     """A command that can be carried out."""
 
     files: Files
-    job: Job
+    jobs: tuple[Job, ...]
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be."""
+        return sum(job.pictures for job in self.jobs)
 
 
 def read_asked(options: argparse.Namespace) -> Asked:
@@ -60,7 +65,49 @@ def read_asked(options: argparse.Namespace) -> Asked:
     check_folder(options.out)
     prompts = take_tags(options.prompt)
     files = find_files(options, prompts)
-    return Asked(files, read_job(options, files, prompts))
+    job = read_job(options, files, prompts)
+    batches = batches_of(options.seed or [0], options.num, options.batch)
+    return Asked(
+        files,
+        tuple(
+            replace(job, prompt=prompt, seed=seed, batch=images)
+            for prompt in read_prompts(options, prompts.prompt)
+            for seed, images in batches
+        ),
+    )
+
+
+def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
+    """First seed and images of each batch: `num` pictures from each seed on, at most `batch` at once.
+
+    Raises:
+        WrongArgument: `num` is out of range.
+    """
+    count = batch if num is None else num
+    if count < 1:
+        raise WrongArgument(f"--num is {count}, expected a whole number from 1.")
+    return [(seed + done, min(batch, count - done)) for seed in seeds for done in range(0, count, max(batch, 1))]
+
+
+def read_prompts(options: argparse.Namespace, prompt: str) -> list[str]:
+    """The prompt, or those of a file.
+
+    Raises:
+        WrongArgument: the file cannot be read, holds none, or names LoRAs.
+    """
+    path = options.prompt_file
+    if path is None:
+        return [prompt]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise WrongArgument(f"--prompt-file: {path} cannot be read ({error}).") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise WrongArgument(f"--prompt-file: {path.name} holds no prompt.")
+    if tagged := next((line for line in prompts if take_tags(line).loras), None):
+        raise WrongArgument(f"--prompt-file: '{tagged}' names a LoRA; name those of all prompts by --lora.")
+    return prompts
 
 
 def check_folder(folder: Path) -> None:
@@ -127,7 +174,7 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             steps=usual.steps if options.steps is None else options.steps,
             cfg_scale=usual.cfg_scale if options.cfg is None else options.cfg,
             sampler=sampler_named(options.sampler).name,
-            seed=options.seed,
+            seed=(options.seed or [0])[0],
             batch=options.batch,
             switch_points=tuple(options.switch_point),
             weights=tuple(options.weight),
@@ -136,6 +183,9 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             model=files.upgraded.stem,
             loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
             control_names=tuple(path.stem for path in files.controlnets),
+            init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
+            mask=open_picture(options.mask, "--mask") if options.mask else None,
+            strength=options.strength,
         )
 
 

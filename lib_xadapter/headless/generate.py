@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from ..mapping import load_adapter
 from .asked import Asked, Files
 from .bars import Bars
 from .grid import labelled_grid, save_picture
+from .infotexts import PNG_KEY
 from .jobs import Picture, make_pictures
 from .loras import merge_lora
 from .model_files import load_base, load_controlnet, load_upgraded
@@ -32,22 +34,34 @@ def generate(options: argparse.Namespace, asked: Asked) -> int:
     """Load, make and save what was asked for."""
     placement = choose_placement(options.device, options.dtype, options.low_memory)
     placement = replace(placement, mapping=options.mapping, fp8=options.fp8)
-    job, files = asked.job, asked.files
-    models = load_models(files, placement, options.tokenizer)
+    models = load_models(asked.files, placement, options.tokenizer)
+    there = texts_in(options.out) if options.resume else set()
     rules = RELEASED_RULES if options.reference else WEBUI_RULES
     made: list[Picture] = []
     try:
-        with Bars(job.pictures) as bars:
-            for picture in make_pictures(models, job, rules, bars.show):
-                _save(picture, options.out, job.settings.return_base_image)
-                made.append(picture)
-                bars.finished()
+        with Bars(asked.pictures) as bars:
+            for job in asked.jobs:
+                for picture in make_pictures(models, job, rules, bars.show, there):
+                    _save(picture, options.out, job.settings.return_base_image)
+                    made.append(picture)
+                    bars.finished()
     finally:
         if len(made) > 1:
             save_picture(_free_name(options.out, "grid", ""), sweep_grid(made))
         if made:
-            say(f"{len(made)} of {job.pictures} pictures in {options.out}")
+            say(f"{len(made)} of {asked.pictures} pictures in {options.out}")
+    if not made:
+        say(f"All {asked.pictures} pictures are in {options.out} already.")
     return 0
+
+
+def texts_in(folder: Path) -> set[str]:
+    """What is written in the pictures of a folder."""
+    found = set()
+    for path in folder.glob("*.png"):
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+            found.add(image.info.get(PNG_KEY, ""))
+    return found
 
 
 def choose_placement(device: str | None, dtype: str | None, low_memory: bool) -> Placement:
@@ -120,12 +134,15 @@ def _free_name(folder: Path, kind: str, seed: str) -> Path:
     return folder / f"{kind}{max(numbers, default=-1) + 1:05d}{seed}.png"
 
 
+LONGEST_LABEL = 24
+
+
 def sweep_grid(pictures: Sequence[Picture]) -> Image.Image:
     """Weights across; switch points, control scales and seeds down."""
     columns = list(dict.fromkeys(picture.settings.weight for picture in pictures))
     rows = list(dict.fromkeys(_row(picture) for picture in pictures))
     cells = {(_row(picture), picture.settings.weight): picture.image for picture in pictures}
-    names = ("switch point", "control", "seed")
+    names = ("prompt", "switch point", "control", "seed")
     varying = [place for place in range(len(names)) if len({row[place] for row in rows}) > 1] or [0]
     return labelled_grid(
         [[cells.get((row, column)) for column in columns] for row in rows],
@@ -134,9 +151,11 @@ def sweep_grid(pictures: Sequence[Picture]) -> Image.Image:
     )
 
 
-def _row(picture: Picture) -> tuple[float, tuple[float, ...], int]:
-    return picture.settings.switch_point, picture.control_scales, picture.seed
+def _row(picture: Picture) -> tuple[str, float, tuple[float, ...], int]:
+    return picture.prompt, picture.settings.switch_point, picture.control_scales, picture.seed
 
 
-def _shown(value: float | tuple[float, ...]) -> str:
+def _shown(value: str | float | tuple[float, ...]) -> str:
+    if isinstance(value, str):
+        return value[:LONGEST_LABEL]
     return ", ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value:g}"

@@ -49,6 +49,7 @@ class PictureText:
     settings: Settings
     loras: Sequence[tuple[str, float]] = ()
     controls: Sequence[ControlUnit] = ()
+    strength: float | None = None
 
     def written(self) -> str:
         tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight in self.loras)
@@ -61,6 +62,7 @@ class PictureText:
             "Seed": self.seed,
             "Size": "x".join(map(str, self.size)),
             "Model": self.model,
+            "Denoising strength": "" if self.strength is None else f"{self.strength:g}",
             **{f"ControlNet {place}": unit.written() for place, unit in enumerate(self.controls)},
             **write_infotext(self.settings, __version__),
         }

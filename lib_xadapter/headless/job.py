@@ -33,6 +33,9 @@ class Job:
         switch_points, weights: values that are tried, each with each.
         control_images: one for each ControlNet.
         control_scales: values that are tried for each ControlNet.
+        init_image: what takes the place of the base's picture; None where the base paints one.
+        mask: white where the picture is painted anew; None for everywhere.
+        strength: of painting over it.
         model, loras, control_names: for the text under the pictures.
     """
 
@@ -50,6 +53,9 @@ class Job:
     weights: tuple[float | tuple[float, ...], ...] = (1.0,)
     control_images: tuple[Image.Image, ...] = ()
     control_scales: tuple[tuple[float, ...], ...] = ()
+    init_image: Image.Image | None = None
+    mask: Image.Image | None = None
+    strength: float = 0.75
     model: str = ""
     loras: tuple[tuple[str, float], ...] = ()
     control_names: tuple[str, ...] = ()
@@ -64,6 +70,13 @@ class Job:
             raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
         if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
             raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
+
+        if not 0 < self.strength <= 1:
+            raise WrongArgument(f"'strength' is {self.strength:g}, expected a number above 0, up to 1.")
+        if self.mask is not None and self.init_image is None:
+            raise WrongArgument("'mask' is given, but there is no --init-image that it belongs to.")
+        if self.init_image is not None and self.settings.single_stage:
+            raise WrongArgument("--init-image is given, but a single stage starts from noise.")
 
     @staticmethod
     def _check_whole(name: str, value: int, minimum: int, maximum: int) -> None:

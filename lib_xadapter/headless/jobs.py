@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .composed import SMALLEST_GUIDANCE, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
 from .job import LATENT_PIXEL, Job
 from .models import Models
-from .pictures import to_tensor
+from .pictures import Painted, to_tensor
 from .pipeline import WEBUI_RULES, Noise, NoisePerImage, Progress, Request, Rules, no_progress
 from .prompts import base_prompts, upgraded_prompts
 
@@ -29,6 +29,7 @@ class Picture:
         base_image: the base's picture that it was made from, None for a single stage.
         settings, control_scales, seed: what it was made with.
         text: settings in the WebUI's infotext form.
+        prompt: of SDXL.
     """
 
     image: Image.Image
@@ -37,12 +38,21 @@ class Picture:
     control_scales: tuple[float, ...]
     seed: int
     text: str
+    prompt: str = ""
 
 
 def make_pictures(
-    models: Models, job: Job, rules: Rules = WEBUI_RULES, progress: Progress = no_progress
+    models: Models,
+    job: Job,
+    rules: Rules = WEBUI_RULES,
+    progress: Progress = no_progress,
+    there: Collection[str] = (),
 ) -> Iterator[Picture]:
-    """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them."""
+    """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them.
+
+    Args:
+        there: texts of pictures that need not be made.
+    """
     pipeline = XAdapterPipeline(
         models.base, models.upgraded, models.adapter, rules=rules, placement=models.placement, progress=progress
     )
@@ -51,12 +61,15 @@ def make_pictures(
         side, base_images = None, [None] * job.batch
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
+            texts = [_text(job, settings, scales, seed) for seed in job.seeds]
+            if set(texts) <= set(there):
+                continue
             # noise generators move on, so that every picture gets a request of its own
             request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
             made = pipeline.run(request, side, return_base_images=side is None)
             side, base_images = made.base_side, made.base_images or base_images
-            for image, base_image, seed in zip(made.images, base_images, job.seeds, strict=True):
-                yield Picture(image, base_image, settings, scales, seed, _text(job, settings, scales, seed))
+            for image, base_image, seed, text in zip(made.images, base_images, job.seeds, texts, strict=True):
+                yield Picture(image, base_image, settings, scales, seed, text, job.prompt)
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:
@@ -89,7 +102,14 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         base_size=job.base_size,
         sampler=job.sampler,
         start=job.base_start,
+        painted=_painted(job),
     )
+
+
+def _painted(job: Job) -> Painted | None:
+    if job.init_image is None:
+        return None
+    return Painted(job.init_image.resize(job.size, Image.Resampling.LANCZOS), job.strength, job.mask)
 
 
 def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
@@ -124,4 +144,5 @@ def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> s
         settings,
         job.loras,
         units,
+        job.strength if job.init_image is not None else None,
     ).written()

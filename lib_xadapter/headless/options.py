@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,15 +49,43 @@ class Parser(argparse.ArgumentParser):
 
 def read_options(arguments_given: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line; ends the program with status 2 where they are wrong."""
-    return make_parser().parse_args(arguments_given)
+    parser = make_parser()
+    options = parser.parse_args(arguments_given)
+    if options.command != "generate":
+        return options
+    if taken_over := _taken_over(parser, options):
+        parser = make_parser(taken_over)
+        options = parser.parse_args(arguments_given)
+    missing = [f"--{name}" for name in ("upgraded", "base", "adapter") if getattr(options, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
 
 
-def make_parser() -> Parser:
+def _taken_over(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """What stands in the place of the options' defaults."""
+    if options.from_png is None and options.job is None:
+        return {}
+    from .recipes import options_of_job, options_of_png
+
+    found: dict[str, Any] = {}
+    try:
+        for path, read in ((options.from_png, options_of_png), (options.job, options_of_job)):
+            found |= read(path) if path is not None else {}
+    except WrongArgument as error:
+        parser.error(str(error))
+    return found
+
+
+def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
+    """The parser; `taken_over` gives options of `generate` other defaults."""
     parser = Parser("xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="see it work on small models with random weights; fetches nothing"))
-    _add_generate(commands.add_parser("generate", help="make pictures with your own models"))
+    generate = commands.add_parser("generate", help="make pictures with your own models")
+    _add_generate(generate)
+    generate.set_defaults(**(taken_over or {}))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")
@@ -78,9 +106,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
-    models.add_argument("--upgraded", required=True, metavar="FILE", help="SDXL checkpoint")
-    models.add_argument("--base", "--base-checkpoint", required=True, metavar="FILE", help="SD1.5 checkpoint")
-    models.add_argument("--adapter", required=True, metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
+    models.add_argument("--upgraded", metavar="FILE", help="SDXL checkpoint")
+    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 checkpoint")
+    models.add_argument("--adapter", metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
     models.add_argument("--controlnet", **several, metavar="FILE", help="of SD1.5, one or more, each with")
@@ -105,8 +133,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--steps", type=int, help="1 to 150; default: 20, with --reference 50")
     picture.add_argument("--cfg", "--cfg-scale", type=float, help="1 to 30; default: 7, with --reference 7.5")
     picture.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
-    picture.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    picture.add_argument("--batch", type=int, default=1, help="pictures at once, with seeds one after the other")
+    picture.add_argument("--seed", action="extend", nargs="+", type=int, metavar="SEED", help="one or more; default: 0")
+    picture.add_argument("--num", type=int, metavar="N", help="pictures from each seed on (default: as --batch)")
+    picture.add_argument("--batch", type=int, default=1, help="pictures at once; default: %(default)s")
+    picture.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, each for its own pictures")
+    picture.add_argument("--init-image", type=Path, metavar="IMAGE", help="painted over instead of a picture of SD1.5")
+    picture.add_argument("--mask", type=Path, metavar="IMAGE", help="white where --init-image is painted anew")
+    picture.add_argument(
+        "--strength", type=float, default=0.75, help="of painting over --init-image, 0 to 1; default: %(default)s"
+    )
+    picture.add_argument("--from-png", type=Path, metavar="FILE", help="make a picture again, by what is written in it")
+    picture.add_argument("--job", type=Path, metavar="FILE", help="JSON or YAML with the fields of the REST interface")
 
     group = parser.add_argument_group("X-Adapter")
     group.add_argument(
@@ -143,6 +180,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="how the mapping layers run: by torch's kernels, by kernels of our own on an NVIDIA GPU, or auto",
     )
     machine.add_argument("--fp8", action="store_true", help="the mapping layers in 8 bits, on cards that have them")
+    machine.add_argument("--resume", action="store_true", help="leave out pictures that --out has already")
     machine.add_argument(
         "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
     )
