@@ -1,7 +1,4 @@
-"""Prompts to what the UNets are told, long ones and `(attention:1.2)` included, as the WebUI reads them.
-
-Not read: `[from:to:when]` schedules, `AND`, `BREAK`; embeddings by name.
-"""
+"""Prompts to what the UNets are told, long ones, `(attention:1.2)` and `BREAK` included, as the WebUI reads them."""
 
 from __future__ import annotations
 
@@ -25,6 +22,9 @@ FARTHEST_COMMA = 20
 
 MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|[)\]]|[^\\()\[\]:]+|.", re.DOTALL)
 STRONGER, WEAKER = 1.1, 1 / 1.1
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK_WEIGHT = -1.0
+"""By which the word BREAK is known from one that brackets weigh, which is a word like others."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Part:
     text: str
     weight: float
 
+    @property
+    def breaks(self) -> bool:
+        """Whether a new window begins here."""
+        return self.text == "BREAK" and self.weight == BREAK_WEIGHT
+
 
 def read_attention(prompt: str) -> list[Part]:
     """Pieces of a prompt: `(x)` 1.1 times the attention, `[x]` as much less, `(x:1.5)` as said, `\\(` a bracket."""
@@ -41,9 +46,11 @@ def read_attention(prompt: str) -> list[Part]:
     open_brackets: list[tuple[str, int]] = []
 
     def close(kind: str, factor: float) -> bool:
-        if not open_brackets or open_brackets[-1][0] != kind:
+        # a bracket of the other kind does not stand in the way
+        place = next((place for place in reversed(range(len(open_brackets))) if open_brackets[place][0] == kind), None)
+        if place is None:
             return False
-        first = open_brackets.pop()[1]
+        first = open_brackets.pop(place)[1]
         pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
         return True
 
@@ -55,12 +62,16 @@ def read_attention(prompt: str) -> list[Part]:
             continue
         elif (mark == ")" and close("(", STRONGER)) or (mark == "]" and close("[", WEAKER)):
             continue
-        else:
-            escaped = len(mark) == 2 and mark[0] == "\\"
-            pieces.append((mark[1] if escaped else mark, 1.0))
-    for kind, first in reversed(open_brackets):
+        elif len(mark) == 2 and mark[0] == "\\":
+            pieces.append((mark[1], 1.0))
+        elif mark != "\\":
+            first, *others = BREAK.split(mark)
+            pieces.append((first, 1.0))
+            for text in others:
+                pieces += [("BREAK", BREAK_WEIGHT), (text, 1.0)]
+    for kind, begin in reversed(open_brackets):
         factor = STRONGER if kind == "(" else WEAKER
-        pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
+        pieces[begin:] = [(text, weight * factor) for text, weight in pieces[begin:]]
     return _joined(pieces)
 
 
@@ -96,13 +107,18 @@ class Token:
 
 
 def split_into_windows(prompt: str, tokenizer: CLIPTokenizer) -> TokenWindows:
-    """The tokens of a prompt, filled up to whole windows."""
-    tokens = [
-        Token(number, part.weight)
-        for part in read_attention(prompt)
-        for number in tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-    windows = _split(tokens, tokenizer.convert_tokens_to_ids(COMMA))
+    """The tokens of a prompt, filled up to whole windows; at each `BREAK` a new one begins."""
+    comma = tokenizer.convert_tokens_to_ids(COMMA)
+    stretches: list[list[Token]] = [[]]
+    for part in read_attention(prompt):
+        if part.breaks:
+            stretches.append([])
+        else:
+            numbers = tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
+            stretches[-1] += [Token(number, part.weight) for number in numbers]
+    if len(stretches) > 1 and not stretches[-1]:
+        stretches.pop()
+    windows = [window for stretch in stretches for window in _split(stretch, comma)]
     filled = [_filled(window, tokenizer) for window in windows]
     numbers, weights = ([[getattr(token, name) for token in row] for row in filled] for name in ("number", "weight"))
     return TokenWindows(torch.tensor(numbers), torch.tensor(weights))
