@@ -18,9 +18,10 @@ from .lora_names import Lora, LoraTags, read_lora, take_tags
 from .named_files import find_file
 from .options import SETTINGS_ELSEWHERE
 from .sampler_table import sampler_named
+from .words import read_styles, with_style
 
 MOST_CONTROL = 2.0
-JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask")
+JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
 OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
 FIELD = re.compile(r"'([a-z_]+)'")
 
@@ -63,7 +64,9 @@ class Asked:
 def read_asked(options: argparse.Namespace) -> Asked:
     """Raises: XAdapterError: naming the option that is wrong."""
     check_folder(options.out)
-    prompts = take_tags(options.prompt)
+    prompt, negative_prompt = styled(options)
+    options.negative_prompt = negative_prompt
+    prompts = take_tags(prompt)
     files = find_files(options, prompts)
     job = read_job(options, files, prompts)
     batches = batches_of(options.seed or [0], options.num, options.batch)
@@ -75,6 +78,28 @@ def read_asked(options: argparse.Namespace) -> Asked:
             for seed, images in batches
         ),
     )
+
+
+def styled(options: argparse.Namespace) -> tuple[str, str]:
+    """Prompt and negative prompt in the styles that are named.
+
+    Raises:
+        WrongArgument: there is no such style.
+    """
+    prompt, negative_prompt = options.prompt, options.negative_prompt
+    if not options.style:
+        return prompt, negative_prompt
+    if options.styles is None:
+        raise WrongArgument("--style is given, but there are no --styles to find it in.")
+    styles = read_styles(options.styles)
+    for name in options.style:
+        if name not in styles:
+            raise WrongArgument(
+                f"--style: there is no '{name}' in {options.styles.name}; there is {', '.join(styles)}."
+            )
+        prompt = with_style(prompt, styles[name].prompt)
+        negative_prompt = with_style(negative_prompt, styles[name].negative_prompt)
+    return prompt, negative_prompt
 
 
 def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
@@ -186,6 +211,7 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
             mask=open_picture(options.mask, "--mask") if options.mask else None,
             strength=options.strength,
+            clip_skip=options.clip_skip,
         )
 
 

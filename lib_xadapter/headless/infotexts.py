@@ -50,6 +50,7 @@ class PictureText:
     loras: Sequence[tuple[str, float]] = ()
     controls: Sequence[ControlUnit] = ()
     strength: float | None = None
+    clip_skip: int = 1
 
     def written(self) -> str:
         tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight in self.loras)
@@ -63,6 +64,7 @@ class PictureText:
             "Size": "x".join(map(str, self.size)),
             "Model": self.model,
             "Denoising strength": "" if self.strength is None else f"{self.strength:g}",
+            "Clip skip": "" if self.clip_skip == 1 else self.clip_skip,
             **{f"ControlNet {place}": unit.written() for place, unit in enumerate(self.controls)},
             **write_infotext(self.settings, __version__),
         }

@@ -17,6 +17,7 @@ SMALLEST, LARGEST = 64, 4096
 MOST_STEPS = 150
 LARGEST_CFG = 30.0
 LARGEST_BATCH = 64
+MOST_CLIP_SKIP = 12
 LARGEST_SEED = 2**32 - 1
 
 
@@ -36,6 +37,7 @@ class Job:
         init_image: what takes the place of the base's picture; None where the base paints one.
         mask: white where the picture is painted anew; None for everywhere.
         strength: of painting over it.
+        clip_skip: of SD1.5's text encoder, as in the WebUI; 1 for none.
         model, loras, control_names: for the text under the pictures.
     """
 
@@ -56,12 +58,14 @@ class Job:
     init_image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float = 0.75
+    clip_skip: int = 1
     model: str = ""
     loras: tuple[tuple[str, float], ...] = ()
     control_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_whole("steps", self.steps, 1, MOST_STEPS)
+        self._check_whole("clip_skip", self.clip_skip, 1, MOST_CLIP_SKIP)
         self._check_whole("batch", self.batch, 1, LARGEST_BATCH)
         self._check_whole("seed", self.seed, 0, LARGEST_SEED - self.batch + 1)
         self._check_size("width", self.width)

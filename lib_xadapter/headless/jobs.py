@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import WrongArgument
 from ..settings import Settings
 from .composed import SMALLEST_GUIDANCE, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
@@ -17,7 +18,8 @@ from .job import LATENT_PIXEL, Job
 from .models import Models
 from .pictures import Painted, to_tensor
 from .pipeline import WEBUI_RULES, Noise, NoisePerImage, Progress, Request, Rules, no_progress
-from .prompts import base_prompts, upgraded_prompts
+from .prompts import Wanted, arguments_of, told_to_base, told_to_upgraded
+from .sampler_table import evaluations_a_step
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,30 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
     """What the pipeline is asked for: prompts encoded, maps sized, noise drawn."""
     base_cfg_scale = settings.base_cfg_scale or job.cfg_scale
     guided = job.cfg_scale != 1
-    base = base_prompts(
+    # SDXL's unconds need unconds of the base to follow
+    base_guided = guided or base_cfg_scale != 1
+    # the WebUI counts evaluations, where a step makes two of them
+    each = evaluations_a_step(job.sampler)
+    base = told_to_base(
         models,
-        settings.base_prompt or job.prompt,
-        settings.base_negative_prompt or job.negative_prompt,
-        job.batch,
-        # SDXL's unconds need unconds of the base to follow
-        guided or base_cfg_scale != 1,
+        Wanted(
+            settings.base_prompt or job.prompt,
+            settings.base_negative_prompt or job.negative_prompt,
+            (settings.base_steps or job.steps) * each,
+        ),
+        job.clip_skip,
     )
-    upgraded = upgraded_prompts(models, job.prompt, job.negative_prompt, job.batch, guided, job.size)
-    base_guidance = max(base_cfg_scale, SMALLEST_GUIDANCE) if base.uncond is not None else 1.0
+    upgraded = told_to_upgraded(models, Wanted(job.prompt, job.negative_prompt, job.steps * each))
+    if not (guided and base_guided) and not (base.is_plain and upgraded.is_plain):
+        raise WrongArgument("The prompt changes on the way or is combined by AND, which needs a --cfg above 1.")
     return Request(
         base={
-            **base.arguments(),
+            **arguments_of(base, job.batch, base_guided),
             **_control_arguments(job, scales),
-            "guidance_scale": base_guidance,
+            "guidance_scale": max(base_cfg_scale, SMALLEST_GUIDANCE) if base_guided else 1.0,
             **_sized(job.base_size),
         },
-        upgraded={**upgraded.arguments(), "guidance_scale": job.cfg_scale, **_sized(job.size)},
+        upgraded={**arguments_of(upgraded, job.batch, guided), "guidance_scale": job.cfg_scale, **_sized(job.size)},
         settings=settings,
         steps=job.steps,
         noise=NoisePerImage(_noises(job)),
@@ -103,6 +111,8 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         sampler=job.sampler,
         start=job.base_start,
         painted=_painted(job),
+        base_told=None if base.is_plain else base,
+        upgraded_told=None if upgraded.is_plain else upgraded,
     )
 
 
@@ -145,4 +155,5 @@ def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> s
         job.loras,
         units,
         job.strength if job.init_image is not None else None,
+        job.clip_skip,
     ).written()

@@ -126,7 +126,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
 
     picture = parser.add_argument_group("picture")
-    picture.add_argument("--prompt", default="", help="(attention:1.2) and <lora:name:0.8> as in the WebUI")
+    picture.add_argument(
+        "--prompt",
+        default="",
+        help="(attention:1.2), [from:to:0.5], [a|b], AND, BREAK and <lora:name:0.8> as in the WebUI",
+    )
     picture.add_argument("--negative-prompt", default="")
     picture.add_argument("--width", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
     picture.add_argument("--height", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
@@ -136,6 +140,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--seed", action="extend", nargs="+", type=int, metavar="SEED", help="one or more; default: 0")
     picture.add_argument("--num", type=int, metavar="N", help="pictures from each seed on (default: as --batch)")
     picture.add_argument("--batch", type=int, default=1, help="pictures at once; default: %(default)s")
+    picture.add_argument("--clip-skip", type=int, default=1, help="of SD1.5, 1 to 12; default: %(default)s, none")
+    picture.add_argument("--styles", type=Path, metavar="FILE", help="a WebUI's styles.csv, for --style")
+    picture.add_argument("--style", action="extend", nargs="+", default=[], metavar="NAME", help="one or more of them")
     picture.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, each for its own pictures")
     picture.add_argument("--init-image", type=Path, metavar="IMAGE", help="painted over instead of a picture of SD1.5")
     picture.add_argument("--mask", type=Path, metavar="IMAGE", help="white where --init-image is painted anew")

@@ -36,6 +36,7 @@ from .pictures import Painted, encoded, start_of, to_latents, to_pictures
 from .sampler_table import sampler_named
 from .samplers import StepRule, Steps, diffusers_steps, released_steps, webui_steps
 from .schedulers import FollowedLevels, GivenSteps, Kept, Question, guidance_rows, scheduled
+from .told import Told, telling
 from .turns import Turns, turns
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class Request:
         sampler: the WebUI's name of one; None for the pipelines' own.
         start: what the base paints over, at its size; None for noise.
         painted: the picture that takes the place of stage 1's; None where the base paints it.
+        base_told, upgraded_told: prompts that change on the way or are combined, in the place of those of the calls.
     """
 
     base: Mapping[str, Any]
@@ -183,6 +185,8 @@ class Request:
     sampler: str | None = None
     start: Image.Image | None = None
     painted: Painted | None = None
+    base_told: Told | None = None
+    upgraded_told: Told | None = None
 
     @property
     def base_steps(self) -> int:
@@ -263,7 +267,17 @@ class TwoStages:
             return self._encoded_for_base(request.painted.pictures(request.images), request)
         steps = self._steps(request, self.models.base, request.base_steps, self._base_strength(request))
         start = Start(self._base_start(request, steps), channels=self._base_channels(request))
-        return self.call(self.models.base, request.base, steps, start, request.noise.base_steps, "base").images
+        told = request.base_told
+        return self.call(self.models.base, request.base, steps, start, request.noise.base_steps, "base", told).images
+
+    def base_place_at(self, request: Request) -> Callable[[float], int]:
+        """Which of stage 1's evaluations stands at a noise level, from 0: prompts change there as they did then."""
+        if request.base_told is None:
+            return lambda sigma: 0
+        steps = self._steps(request, self.models.base, request.base_steps)
+        schedule = noise_schedule_of(self.models.base)
+        levels = [schedule.sigma_at(timestep) for timestep in steps.timesteps.tolist()]
+        return lambda sigma: sum(level > sigma and not same_level(level, sigma) for level in levels)
 
     @staticmethod
     def _base_strength(request: Request) -> float | None:
@@ -436,6 +450,7 @@ class TwoStages:
         start: Start,
         generator: list[torch.Generator] | torch.Generator | None,
         stage: str,
+        told: Told | None = None,
         each_step: Callable[[Tensor], None] | None = None,
         output_type: str = "latent",
     ) -> Any:
@@ -458,6 +473,7 @@ class TwoStages:
         with (
             self.placement.holding(*parts_at_work(pipeline)),
             scheduled(pipeline, scheduler),
+            telling(parts_at_work(pipeline), told, lambda: scheduler.place, len(latents)),
             freed_on_failure(pipeline),
         ):
             return pipeline(
@@ -569,6 +585,7 @@ class DiffusersHost:
         levels = levels_of(evaluations)
         schedule, predicts, config = noise_schedule_of(base), prediction_type(base), base.scheduler.config
         channels = stages._base_channels(request)
+        place_of = stages.base_place_at(request)
         with (
             stages.placement.holding(*parts_at_work(base)),
             read_features(base.unet) as reader,
@@ -581,7 +598,10 @@ class DiffusersHost:
                 scheduler = FollowedLevels(
                     taken, first, levels, schedule, predicts, reader, config, self.device, base.unet.dtype, channels
                 )
-                with scheduled(base, scheduler):
+                with (
+                    scheduled(base, scheduler),
+                    telling(parts_at_work(base), request.base_told, lambda: place_of(scheduler.sigma), request.images),
+                ):
                     base(**request.base, latents=first[0], num_inference_steps=len(levels), output_type="latent")
 
             with turns(call) as taken:
@@ -601,6 +621,7 @@ class DiffusersHost:
                 self._start,
                 request.noise.upgraded_steps,
                 "SDXL",
+                request.upgraded_told,
                 self._each_step,
                 self._output_type,
             ).images

@@ -67,6 +67,7 @@ def options_of_png(path: Path) -> dict[str, Any]:
         "sampler": parameters["Sampler"],
         "seed": [int(parameters["Seed"])],
         "upgraded": parameters.get("Model"),
+        "clip_skip": int(parameters.get("Clip skip", 1)),
         **_own(settings),
     }
     return {name: value for name, value in found.items() if value is not None}

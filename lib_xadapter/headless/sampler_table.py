@@ -87,3 +87,11 @@ def sampler_named(name: str) -> Sampler:
         if known.lower() == name.lower():
             return sampler
     raise WrongArgument(f"'sampler' is '{name}', expected one of {', '.join(SAMPLERS)}.")
+
+
+def evaluations_a_step(name: str) -> int:
+    """Model evaluations that a step of a sampler makes."""
+    return 2 if sampler_named(name).scheduler in TWO_EVALUATIONS else 1
+
+
+TWO_EVALUATIONS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")

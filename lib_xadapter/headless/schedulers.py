@@ -87,7 +87,7 @@ class GivenSteps:
         self._kept = kept
         self._channels = channels
         self._each_step = each_step
-        self._place = 0
+        self.place = 0
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """They are given."""
@@ -106,9 +106,9 @@ class GivenSteps:
         output = model_output.float() if self._precise else model_output
         latent = self._steps.step(output, timestep, sample, generator)
         if self._kept is not None:
-            latent = self._kept.blended(latent, self._steps, self._place)
-        self._each_step(self._place, latent)
-        self._place += 1
+            latent = self._kept.blended(latent, self._steps, self.place)
+        self._each_step(self.place, latent)
+        self.place += 1
         return (latent,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -159,13 +159,16 @@ class FollowedLevels:
         self._reader = reader
         self._dtype = dtype
         self._channels = channels
-        self._rows = 0
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the evaluation under way."""
+        return self._evaluation.sigma
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """They are given."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        self._rows = len(sample)
         self._reader.clear()
         copies = len(sample) // len(self._latent)
         scaled = (self._latent / math.sqrt(1 + self._evaluation.sigma**2)).repeat(copies, 1, 1, 1)
@@ -173,8 +176,9 @@ class FollowedLevels:
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         denoised = denoised_from(model_output.float(), self._latent, self._evaluation.sigma, self._prediction_type)
-        rows = guidance_rows(self._rows, len(self._latent))
-        self._latent, self._evaluation = self._turns.answer(BaseStep(self._reader.take(), rows, denoised))
+        features = self._reader.take()
+        rows = guidance_rows(len(features.levels[0]), len(self._latent))
+        self._latent, self._evaluation = self._turns.answer(BaseStep(features, rows, denoised))
         return (self._latent,)
 
 

@@ -338,4 +338,4 @@ def test_folders_of_diffusers_make_the_same_pipeline(pipe, tmp_path, plain):
         base=tmp_path / "base", upgraded=tmp_path / "upgraded", adapter=tmp_path / "adapter", local_files_only=True
     )
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(latents(again), plain)
+    assert not differs(latents(again), plain)
