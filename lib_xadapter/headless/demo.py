@@ -144,10 +144,19 @@ def _row(row: Plugins, models: Models, request: DemoRequest, progress: Progress)
         control_names=("small-edges",) if row.control else (),
     )
     began = time.perf_counter()
-    for place, picture in enumerate(make_pictures(models, job, progress=progress)):
+    base_alone = 0.0
+
+    def watched(stage: str, done: int, total: int) -> None:
+        nonlocal base_alone
+        if stage == "base" and done == total:
+            base_alone = time.perf_counter() - began
+        progress(stage, done, total)
+
+    for place, picture in enumerate(make_pictures(models, job, progress=watched)):
         seconds, began = time.perf_counter() - began, time.perf_counter()
         if place == 0:
-            yield Cell(row.name, BASE_ALONE, picture.base_image, 0.0)
+            seconds -= base_alone
+            yield Cell(row.name, BASE_ALONE, picture.base_image, base_alone)
         yield Cell(row.name, _column(picture), picture.image, seconds, picture.text)
 
 
