@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,13 +24,13 @@ from lib_xadapter.headless.models import Models, Placement, noise_schedule_of
 from lib_xadapter.headless.pipeline import Request
 from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.mapping_paths import MappingPath
-from lib_xadapter.overlap import SideStream
+from lib_xadapter.overlap import Overlap, SideStream
 from lib_xadapter.recording import Playback, Recording, record
 from lib_xadapter.settings import Settings
 from lib_xadapter.taps import read_features
 from lib_xadapter.trajectory import Trajectory
 
-from .mapping_candidates import CANDIDATES, RELEASED_FORM, candidate
+from .mapping_candidates import AS_USED, CANDIDATES, candidate
 from .mapping_layers import Case, OneStep
 from .random_adapter import picture_size, type_name, type_named, written_size
 from .random_models import GUIDANCE, random_models, random_prompts, random_request
@@ -41,6 +42,25 @@ SERIAL, OVERLAPPED = "joint, one after the other", "joint, overlapped"
 BEFORE, AFTER = "recorded: SD1.5 before", "recorded: SDXL after"
 TIMESTEPS = range(960, 0, -40)
 """Where the steps of a picture stand in the noise schedule; taken again from the first when they are through."""
+
+
+class SameStream:
+    """An `Overlap` of which nothing is left but the order in which work is queued: what a stream of its own gains."""
+
+    def begin(self) -> None:
+        """There is one stream."""
+
+    def on_side_stream(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finished(self) -> None:
+        """What comes later is later."""
+
+    def wait_for(self, event: object, tensor: Tensor) -> None:
+        """What comes later is later."""
+
+    def end(self) -> None:
+        """There is one stream."""
 
 
 class Steps:
@@ -57,7 +77,7 @@ class Steps:
         self._device = torch.device(models.placement.device)
         self._mapping = mapping
         self._weights = request.settings.weights
-        base, upgraded = random_prompts(models, request.size)
+        base, upgraded = random_prompts(models, request.size, images=request.images)
         self._upgraded = GuidedUnet(models.upgraded.unet, upgraded, GUIDANCE)
         self._base = GuidedUnet(models.base.unet, base, GUIDANCE)
         self._schedule = noise_schedule_of(models.upgraded)
@@ -80,7 +100,7 @@ class Steps:
     def joint(self, overlapped: bool) -> Work:
         """Base and upgraded model in lockstep."""
         evaluations, source = self._evaluations(), self._lockstep()
-        overlap = SideStream(self._device) if overlapped else None
+        overlap = self._overlap(overlapped)
         stage = self._stage(source, overlap)
 
         def work() -> None:
@@ -89,6 +109,11 @@ class Steps:
                 overlap.end()
 
         return work
+
+    def _overlap(self, overlapped: bool) -> Overlap | None:
+        if self._device.type != "cuda":
+            return None
+        return SideStream(self._device) if overlapped else SameStream()
 
     def recorded(self) -> Work:
         """The base alone, its features brought into host memory."""
@@ -106,7 +131,7 @@ class Steps:
         evaluation = Evaluation(self._recording.steps[0].sigma, 0, 0.5)
         self._step(self._stage(Playback(self._recording, self._device), None), evaluation)
 
-    def _stage(self, source: FeatureSource, overlap: SideStream | None) -> JointStage:
+    def _stage(self, source: FeatureSource, overlap: Overlap | None) -> JointStage:
         return JointStage(source, self._mapping, self._weights, overlap=overlap)
 
     @torch.no_grad()
@@ -138,7 +163,7 @@ def modes(times: Mapping[str, Times]) -> dict[str, Times]:
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Times]:
     """The works of one case in turns; models are given up at the end."""
     models = random_models(case.dtype, Placement(str(options.device), case.dtype), options.small)
-    request = random_request(models, case.size, Settings(), steps=len(TIMESTEPS))
+    request = random_request(models, case.size, Settings(), steps=len(TIMESTEPS), images=case.rows // 2)
     with models.placement.holding(models.base.unet, models.upgraded.unet, models.adapter):
         steps = Steps(models, request, candidate(options.mapping, models.adapter))
         return turns_of(options).times(steps.works(case))
@@ -147,30 +172,33 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Times]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(arguments)
     machine, rows, result, groups = Machine.here(options.device), [], {}, {}
-    for dtype, size in itertools.product(options.types, options.sizes):
-        case = Case(size, 2, dtype)
+    for dtype, size, images in itertools.product(options.types, options.sizes, options.images):
+        case = Case(size, 2 * images, dtype)
         times = measure(case, options)
         parts = times[UPGRADED] + times[BASE] + times[MAPPING]
         counted = {**{name: times[name] for name in (UPGRADED, BASE, MAPPING)}, "sum of these": parts, **modes(times)}
         rows += [row(case, name, taken, times[UPGRADED], parts) for name, taken in counted.items()]
         result |= {f"{name}, {case.title}: of the sum": taken.over(parts) for name, taken in modes(times).items()}
         groups[case.title] = [Bar(name, taken.spread) for name, taken in counted.items()]
-    Report(
-        name=name_for("joint_step", options, *(type_name(dtype) for dtype in options.types)),
-        question="One joint step with CFG, one picture",
-        machine=machine,
-        options=vars(options),
-        rows=rows,
-        result=result,
-        plot=Plot("seconds", groups),
-        not_run={} if options.device.type == "cuda" else {OVERLAPPED: "needs a GPU"},
-    ).publish(options.out)
+        report = Report(
+            name=name_for("joint_step", options, *(type_name(dtype) for dtype in options.types)),
+            question="One joint step with CFG",
+            machine=machine,
+            options=vars(options),
+            rows=rows,
+            result=result,
+            plot=Plot("seconds", groups),
+            not_run={} if options.device.type == "cuda" else {OVERLAPPED: "needs a GPU"},
+        )
+        report.write(options.out)
+    report.publish(options.out)
 
 
 def row(case: Case, name: str, taken: Times, upgraded: Times, parts: Times) -> dict[str, object]:
     return {
         "size": written_size(case.size),
         "type": type_name(case.dtype),
+        "rows": case.rows,
         "step": name,
         "seconds": taken.spread,
         "of SDXL alone": taken.over(upgraded),
@@ -182,10 +210,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--types", nargs="+", type=type_named, help="default: float16 on a GPU, float32 on the CPU")
     parser.add_argument("--sizes", nargs="+", type=picture_size, metavar="WxH", help="default: 1024x1024, CPU 512x512")
-    parser.add_argument("--mapping", choices=CANDIDATES, default=RELEASED_FORM, help="default: %(default)s")
+    parser.add_argument("--images", nargs="+", type=int, help="in a batch (default: 1 4, on the CPU 1)")
+    parser.add_argument("--mapping", choices=CANDIDATES, default=AS_USED, help="default: %(default)s")
     options = parser.parse_args(arguments)
     gpu = options.device.type == "cuda"
     options.types = options.types or [torch.float16 if gpu else torch.float32]
+    # a large batch keeps a large card as busy as one picture keeps a small one, which launches do not hold up
+    options.images = options.images or ([1, 4] if gpu and not options.small else [1])
     options.sizes = options.sizes or [(128, 128) if options.small else (1024, 1024) if gpu else (512, 512)]
     return options
 

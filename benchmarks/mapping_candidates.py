@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_xadapter.mapping import MappingLayers
+from lib_xadapter.mapping_choice import choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping, MappingPath
 
 
@@ -25,7 +26,7 @@ class CompiledMapping(EagerMapping):
         self._compiled_hidden = torch.compile(super().hidden, dynamic=False, **options)
         self._compiled_add = torch.compile(super().add, dynamic=False, **options)
 
-    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None) -> Tensor:
         return self._compiled_hidden(level, feature, time_embedding)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
@@ -45,35 +46,17 @@ def _compiled_longer(adapter: MappingLayers) -> MappingPath:
     return CompiledMapping(adapter.to(memory_format=torch.channels_last), mode="max-autotune-no-cudagraphs")
 
 
-def _cuda(adapter: MappingLayers, graphs: bool = True) -> MappingPath:
+def _product(adapter: MappingLayers) -> MappingPath:
+    from lib_xadapter.cuda_mapping import ChannelsLastMapping
+
+    return ChannelsLastMapping(adapter)
+
+
+def _cuda(adapter: MappingLayers) -> MappingPath:
     from lib_xadapter.cuda_mapping import CudaMapping
 
     _check(adapter)
-    return CudaMapping(adapter, graphs=graphs)
-
-
-def _cuda_without_graphs(adapter: MappingLayers) -> MappingPath:
-    return _cuda(adapter, graphs=False)
-
-
-def _triton(adapter: MappingLayers) -> MappingPath:
-    from lib_xadapter.cuda_mapping import CudaMapping
-    from lib_xadapter.cuda_mapping.cuda_operations import CudaOperations
-
-    _check(adapter)
-    from lib_xadapter.cuda_mapping.triton_operations import TritonOperations
-
-    return CudaMapping(adapter, lambda dtype: TritonOperations(CudaOperations(dtype)))
-
-
-def _eight_bits(adapter: MappingLayers) -> MappingPath:
-    from lib_xadapter.cuda_mapping import CudaMapping
-    from lib_xadapter.cuda_mapping.eight_bits import eight_bit_obstacle, eight_bit_operations
-
-    _check(adapter)
-    if (reason := eight_bit_obstacle(adapter)) is not None:
-        raise NotHere(reason)
-    return CudaMapping(adapter, eight_bit_operations)
+    return CudaMapping(adapter)
 
 
 def _check(adapter: MappingLayers) -> None:
@@ -84,7 +67,7 @@ def _check(adapter: MappingLayers) -> None:
         raise NotHere(reason)
 
 
-RELEASED_FORM = "eager NCHW"
+RELEASED_FORM, AS_USED = "eager NCHW", "as users get it"
 
 CANDIDATES: Mapping[str, Callable[[MappingLayers], MappingPath]] = MappingProxyType(
     {
@@ -92,15 +75,14 @@ CANDIDATES: Mapping[str, Callable[[MappingLayers], MappingPath]] = MappingProxyT
         "eager channels-last": _channels_last,
         "torch.compile": _compiled,
         "torch.compile max-autotune": _compiled_longer,
+        "channels-last, added in place": _product,
         "cuda": _cuda,
-        "cuda without graphs": _cuda_without_graphs,
-        "cuda by Triton": _triton,
-        "cuda in 8 bits": _eight_bits,
+        AS_USED: choose_mapping_path,
     }
 )
 """Each takes mapping layers that are its own to change. The first is what the released code does."""
 
-ON_CPU = (RELEASED_FORM, "eager channels-last", "torch.compile", "cuda")
+ON_CPU = (RELEASED_FORM, "eager channels-last", "torch.compile", "channels-last, added in place")
 
 
 def candidate(name: str, adapter: MappingLayers) -> MappingPath:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,6 +157,8 @@ class Measured:
 
 def measure(case: Case, adapter: MappingLayers, options: argparse.Namespace, not_run: dict[str, str]) -> Measured:
     """One case; what cannot run is noted with its reason."""
+    # what was compiled for the last case would count against how often torch.compile is ready to compile
+    torch._dynamo.reset()
     paths: dict[str, MappingPath] = {}
     for name in dict.fromkeys([RELEASED_FORM, *options.paths]):
         try:
@@ -174,9 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine, not_run, measured = Machine.here(options.device), {}, []
     for dtype in options.types:
         adapter = random_adapter(dtype, options.small).to(options.device)
-        cases = [Case(size, rows, dtype) for size in options.sizes for rows in options.rows]
-        measured += [measure(case, adapter, options, not_run) for case in cases]
-    Report(
+        for size, rows in itertools.product(options.sizes, options.rows):
+            measured.append(measure(Case(size, rows, dtype), adapter, options, not_run))
+            report_of(measured, not_run, machine, options).write(options.out)
+    report_of(measured, not_run, machine, options).publish(options.out)
+
+
+def report_of(
+    measured: Sequence[Measured], not_run: Mapping[str, str], machine: Machine, options: argparse.Namespace
+) -> Report:
+    return Report(
         name=name_for("mapping_layers", options),
         question="Mapping layers for one joint step, by path",
         machine=machine,
@@ -185,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result={f"ceiling, {found.case.title}, TFLOP/s": found.ceiling for found in measured},
         plot=Plot("seconds", {found.case.title: found.bars() for found in measured}),
         not_run=not_run,
-    ).publish(options.out)
+    )
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,9 +20,9 @@ from torch import nn
 
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import TwoStages
-from lib_xadapter.memory import size_of
+from lib_xadapter.memory import Work, size_of
 from lib_xadapter.recording import RecordingCache
-from lib_xadapter.settings import LOCKSTEP, RECORDED, Settings
+from lib_xadapter.settings import LOCKSTEP, RECORDED, Settings, half
 
 from .random_adapter import picture_size, type_name, type_named, written_size
 from .random_models import random_models, random_request
@@ -105,7 +105,7 @@ def need(models: Models, mode: str, size: tuple[int, int], steps: int) -> Needed
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for module in (models.base.unet, models.upgraded.unet, models.adapter):
         module.to("cpu")
-    found = recordings.find("single stage")
+    found = recordings.find(stages.plan(request, stages.joint_steps_of(request)).recording_key)
     host = found.size / len(found.recording.steps) if found is not None else 0.0
     return Needed(placement.held.most, placement.held.together, peak, host)
 
@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = Machine.here(options.device)
     models = random_models(options.type, Placement(str(options.device), options.type), options.small)
     needed = {mode: need(models, mode, options.size, options.steps) for mode in MODES}
+    width, height = options.size
+    estimated = Work(2, width * height, half(width) * half(height)).memory(overlapped=True)
     shown = "peak on the GPU" if options.device.type == "cuda" else "weights on the device"
     Report(
         name=name_for("peak_memory", options),
@@ -126,11 +128,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "adapter, GB": size_of(models.adapter) / GIGABYTE,
             "recorded beyond SDXL alone, GB": (seen(needed[RECORDED]) - seen(needed[ALONE])) / GIGABYTE,
             "lockstep beyond SDXL alone, GB": (seen(needed[LOCKSTEP]) - seen(needed[ALONE])) / GIGABYTE,
+            "estimated for a joint step beside the weights, GB": estimated / GIGABYTE,
+            **measured_beside_weights(needed),
             "recorded features, MB for each CFG half and step": needed[RECORDED].host / 2e6,
         },
         plot=Plot("GB", {shown: [bar(mode, seen(found)) for mode, found in needed.items()]}),
         not_run={} if options.device.type == "cuda" else {"peak on the GPU": "needs a GPU"},
     ).publish(options.out)
+
+
+def measured_beside_weights(needed: Mapping[str, Needed]) -> dict[str, float]:
+    """What a joint step made in passing, to hold the estimate against; nothing where that is not known."""
+    lockstep = needed[LOCKSTEP]
+    if lockstep.peak is None:
+        return {}
+    return {"measured for a joint step beside the weights, GB": (lockstep.peak - lockstep.weights) / GIGABYTE}
 
 
 def seen(needed: Needed) -> int:

@@ -74,7 +74,7 @@ def random_models(dtype: torch.dtype, placement: Placement, small: bool = False)
     )
 
 
-def random_prompts(models: Models, size: tuple[int, int], seed: int = 0) -> tuple[Prompts, Prompts]:
+def random_prompts(models: Models, size: tuple[int, int], seed: int = 0, images: int = 1) -> tuple[Prompts, Prompts]:
     """Of the base and the upgraded model, for one picture of a size (width, height) in pixels."""
     (width, height), device = size, models.placement.device
     generator = torch.Generator().manual_seed(seed)
@@ -85,37 +85,49 @@ def random_prompts(models: Models, size: tuple[int, int], seed: int = 0) -> tupl
     base, upgraded = models.base.unet.config, models.upgraded.unet.config
     pooled = upgraded.projection_class_embeddings_input_dim - 6 * upgraded.addition_time_embed_dim
     return (
-        Prompts(noise(1, TOKENS, base.cross_attention_dim), noise(1, TOKENS, base.cross_attention_dim)),
+        Prompts(noise(images, TOKENS, base.cross_attention_dim), noise(images, TOKENS, base.cross_attention_dim)),
         Prompts(
-            noise(1, TOKENS, upgraded.cross_attention_dim),
-            noise(1, TOKENS, upgraded.cross_attention_dim),
-            noise(1, pooled),
-            noise(1, pooled),
-            torch.tensor([[height, width, 0, 0, height, width]], device=device),
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, pooled),
+            noise(images, pooled),
+            torch.tensor([[height, width, 0, 0, height, width]] * images, device=device),
         ),
     )
 
 
 def random_request(
-    models: Models, size: tuple[int, int], settings: Settings, steps: int, sampler: str = "Euler", seed: int = 0
+    models: Models,
+    size: tuple[int, int],
+    settings: Settings,
+    steps: int,
+    sampler: str = "Euler",
+    seed: int = 0,
+    images: int = 1,
 ) -> Request:
-    """One picture with classifier-free guidance, its prompts random.
+    """A batch of pictures with classifier-free guidance, their prompts random.
 
     Args:
         models: those that are asked.
         size: width and height of the picture in pixels.
     """
     (width, height), (base_width, base_height) = size, map(half, size)
-    base, upgraded = random_prompts(models, size, seed)
+    base, upgraded = random_prompts(models, size, seed, images)
+    sizes = latent_size(base_width, base_height), latent_size(width, height)
     return Request(
         base={**base.arguments(), "guidance_scale": GUIDANCE, "width": base_width, "height": base_height},
         upgraded={**upgraded.arguments(), "guidance_scale": GUIDANCE, "width": width, "height": height},
         settings=settings,
         steps=steps,
         noise=NoisePerImage(
-            [Noise.seeded(seed, seed, latent_size(base_width, base_height), latent_size(width, height))]
+            [
+                Noise.seeded(
+                    seed + image, seed + image, latent_size(base_width, base_height), latent_size(width, height)
+                )
+                for image in range(images)
+            ]
         ),
-        images=1,
+        images=images,
         size=size,
         base_size=(base_width, base_height),
         sampler=sampler,

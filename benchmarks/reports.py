@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
 from .timing import PROCESSOR, WALL, Spread, Turns
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 RESULTS = Path(__file__).parent / "results"
+CALLS_ON_A_GPU = 20
+"""So many that what starts and ends the queue does not count."""
 ROW_HEIGHT, WIDTH = 0.32, 8
 """Of the plot, in inches."""
 
@@ -87,6 +85,15 @@ class Plot:
     mark: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, path: Path, title: str) -> None:
+        """Draw it; nothing where matplotlib is not installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            print("no plot: matplotlib is not installed")
+            return
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
         height = sum(1.6 + ROW_HEIGHT * len(bars) for bars in self.groups.values())
         figure, all_axes = pyplot.subplots(
             len(self.groups),
@@ -101,7 +108,7 @@ class Plot:
         figure.savefig(path, dpi=80)
         pyplot.close(figure)
 
-    def _draw(self, axes: pyplot.Axes, group: str, bars: Sequence[Bar]) -> None:
+    def _draw(self, axes: Any, group: str, bars: Sequence[Bar]) -> None:
         lengths = [bar.length for bar in bars]
         whiskers = [[x.median - x.lower for x in lengths], [x.upper - x.median for x in lengths]]
         drawn = axes.barh([bar.label for bar in bars], [x.median for x in lengths], xerr=whiskers, color="tab:blue")
@@ -141,10 +148,14 @@ class Report:
 
     def publish(self, folder: Path) -> None:
         """Print the table; write JSON and plot into the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
         print(self.text())
-        (folder / f"{self.name}.json").write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+        self.write(folder)
         self.plot.write(folder / f"{self.name}.png", self.question)
+
+    def write(self, folder: Path) -> None:
+        """Write the JSON, as after each case: what has been measured stays, should a later case fail."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
 
     def content(self) -> dict[str, Any]:
         """Everything that goes into the JSON."""
@@ -208,6 +219,7 @@ def parser_for(description: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", type=torch.device, default=torch.device(best), help="default here: %(default)s")
     parser.add_argument("--rounds", type=int, default=rounds, help="that count (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those (default: %(default)s)")
+    parser.add_argument("--calls", type=int, help="between two looks at the clock (default: 20, on the CPU 1)")
     parser.add_argument(
         "--clock",
         choices=(WALL, PROCESSOR),
@@ -221,7 +233,8 @@ def parser_for(description: str, rounds: int) -> argparse.ArgumentParser:
 
 def turns_of(options: argparse.Namespace) -> Turns:
     """How the command line asks works to be timed."""
-    return Turns(options.device, options.rounds, options.warm_up, options.clock)
+    calls = options.calls or (CALLS_ON_A_GPU if options.device.type == "cuda" else 1)
+    return Turns(options.device, options.rounds, options.warm_up, options.clock, calls)
 
 
 def name_for(benchmark: str, options: argparse.Namespace, *more: str) -> str:

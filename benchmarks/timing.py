@@ -61,12 +61,14 @@ class Turns:
         rounds: that count.
         warm_up: rounds before those.
         clock: "wall" or "processor".
+        calls: of a work each time it is timed, one right after the other; what is given is the time of one of them.
     """
 
     device: torch.device
     rounds: int
     warm_up: int = 1
     clock: str = WALL
+    calls: int = 1
 
     def times(self, works: Mapping[str, Work]) -> dict[str, Times]:
         """Each work once a round; every other round in reverse order, so that none always follows the same one."""
@@ -81,18 +83,21 @@ class Turns:
     def seconds_of(self, work: Work) -> float:
         """How long a work takes, until its last result is there."""
         if self.device.type == "cuda":
-            return _seconds_on_gpu(work, self.device)
+            return self._seconds_on_gpu(work)
         clock = time.process_time if self.clock == PROCESSOR else time.perf_counter
         begin = clock()
-        work()
-        return clock() - begin
+        self._call(work)
+        return (clock() - begin) / self.calls
 
+    def _seconds_on_gpu(self, work: Work) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        self._call(work)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 / self.calls
 
-def _seconds_on_gpu(work: Work, device: torch.device) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    def _call(self, work: Work) -> None:
+        for _ in range(self.calls):
+            work()

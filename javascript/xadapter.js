@@ -1,54 +1,68 @@
-// Says in plain words, under the two sliders, what the next picture will do and which plugin goes to which model.
+// Asks the server what the next picture will do and which plugin goes to which model, and says so in the accordion.
 (function () {
     "use strict";
 
-    const ID = "script_xadapter_";
-    const PAUSE = 400; // milliseconds without typing before the server is asked
-    let asked = "";
+    const TABS = ["txt2img", "img2img"];
+    const PAUSE = 400; // milliseconds without a change before the server is asked
+    const asked = {};
+    const answers = {};
     let timer;
 
+    function find(id) {
+        return document.getElementById(id);
+    }
+
     function number(id) {
-        const field = gradioApp().querySelector(`#${id} input[type=number]`);
-        return field === null ? NaN : Number(field.value);
+        const field = find(id)?.querySelector("input[type=number]");
+        return field ? field.valueAsNumber : NaN;
     }
 
     function checked(id) {
-        const box = gradioApp().querySelector(`#${id} input[type=checkbox]`);
-        return box !== null && box.checked;
-    }
-
-    // The size that the extension takes for 0: half, as a multiple of 8, at least 64 (settings.py, half).
-    function baseSize(own, target) {
-        return own || Math.max(Math.floor(target / 16) * 8, 64);
-    }
-
-    function explanation() {
-        const steps = number("txt2img_steps");
-        const width = number("txt2img_width");
-        const height = number("txt2img_height");
-        const size = `${baseSize(number(ID + "base_width"), width)}×${baseSize(number(ID + "base_height"), height)}`;
-        if (checked(ID + "single_stage")) {
-            return `SD1.5 at ${size} and SDXL at ${width}×${height} start from noise together, for ${steps} steps.`;
-        }
-        const baseSteps = number(ID + "base_steps") || steps;
-        const joint = Math.min(Math.floor(Math.min(number(ID + "switch_point"), 0.999) * steps) + 1, steps);
-        return `SD1.5 paints ${size} in ${baseSteps} steps; then SDXL paints ${width}×${height} over it in ${joint} ` +
-            `of ${steps} steps, led by SD1.5.`;
+        return find(id)?.querySelector("input[type=checkbox]")?.checked ?? false;
     }
 
     function text(id) {
-        const field = gradioApp().querySelector(`#${id} textarea`);
-        return field === null ? "" : field.value;
+        return find(id)?.querySelector("textarea")?.value ?? "";
     }
 
     function chosen(id) {
-        const field = document.getElementById(id)?.querySelector("input");
-        return field ? field.value : "None";
+        return find(id)?.querySelector("input")?.value ?? "None";
+    }
+
+    // The value of a control of whichever kind, null where there is none.
+    function value(id) {
+        const control = find(id);
+        const field = control?.querySelector("input[type=radio]:checked, input:not([type=radio]), textarea");
+        if (!field) {
+            return null;
+        }
+        if (field.type === "checkbox") {
+            return field.checked;
+        }
+        return control.querySelector("input[type=number]") ? number(id) : field.value;
+    }
+
+    function accordion(tab) {
+        return find(`script_${tab}_xadapter_enabled`);
+    }
+
+    function line(tab, name) {
+        return find(`script_${tab}_xadapter_${name}`);
+    }
+
+    function isTicked(tab) {
+        return checked(`script_${tab}_xadapter_enabled-checkbox`);
+    }
+
+    // X-Adapter's arguments, as the page hands them to the server for a picture.
+    function argumentsOf(tab) {
+        const [, ...others] = line(tab, "forecast").dataset.controls.split(" ");
+        return [isTicked(tab), ...others.map(value)];
     }
 
     // The ControlNet extension's units, in its tabs' order: what it takes over REST, less the images.
-    function units() {
-        const boxes = gradioApp().querySelectorAll("#txt2img_controlnet [id$=_controlnet_enable_checkbox]");
+    function units(tab) {
+        const boxes = document.querySelectorAll(`#${tab}_controlnet [id$=_controlnet_enable_checkbox]`);
         return Array.from(boxes, (box) => {
             const unit = box.id.slice(0, -"_enable_checkbox".length);
             return {
@@ -59,64 +73,134 @@
         });
     }
 
-    function selection() {
-        return JSON.stringify({
-            prompt: text("txt2img_prompt"),
-            negative_prompt: text("txt2img_neg_prompt"),
-            base_prompt: text(ID + "base_prompt"),
-            base_negative_prompt: text(ID + "base_negative_prompt"),
-            units: units(),
-            base_checkpoint: chosen(ID + "base_checkpoint"),
-        });
+    function hires() {
+        return {
+            enable_hr: checked("txt2img_hr-checkbox"),
+            hr_scale: number("txt2img_hr_scale"),
+            hr_resize_x: number("txt2img_hr_resize_x"),
+            hr_resize_y: number("txt2img_hr_resize_y"),
+            hr_second_pass_steps: number("txt2img_hires_steps"),
+        };
+    }
+
+    // What "Resize by" starts from, where that tab is open.
+    function resizing() {
+        const tab = find("img2img_tab_resize_by");
+        if (!tab || getComputedStyle(tab).display === "none") {
+            return {};
+        }
+        const [width, height, scale] = currentImg2imgSourceResolution(0, 0, number("img2img_scale"));
+        return {scale_by: scale, source_width: width, source_height: height};
+    }
+
+    function request(tab) {
+        if (!isTicked(tab)) {
+            return {tab, args: [false]};
+        }
+        return {
+            tab,
+            args: argumentsOf(tab),
+            prompt: text(`${tab}_prompt`),
+            negative_prompt: text(`${tab}_neg_prompt`),
+            units: units(tab),
+            width: number(`${tab}_width`),
+            height: number(`${tab}_height`),
+            steps: number(`${tab}_steps`),
+            denoising_strength: number(`${tab}_denoising_strength`),
+            ...(tab === "txt2img" ? hires() : resizing()),
+        };
+    }
+
+    // A number that is being typed can be none for a moment.
+    function isWhole(request) {
+        return [...Object.values(request), ...request.args].every((part) => !Number.isNaN(part));
     }
 
     // The page's own login (--gradio-auth) is enough; the API's password (--api-auth) is not needed.
-    async function route(body) {
-        const answer = await fetch("./xadapter/v1/route", {
+    async function ask(tab, body) {
+        const answer = await fetch("./xadapter/v1/plan", {
             method: "POST",
             headers: {"Content-Type": "application/json"},
             credentials: "same-origin",
             body: body,
         });
-        const summary = answer.ok ? (await answer.json()).summary : "";
-        const place = gradioApp().querySelector(`#${ID}plugins`);
-        if (place !== null && body === asked) {
-            place.textContent = summary === "" ? "" : `Plugins: ${summary}.`;
+        if (answer.ok && body === asked[tab]) {
+            answers[tab] = await answer.json();
+            show(tab);
         }
     }
 
-    function updatePlugins() {
-        const body = selection();
-        if (body === asked || !checked(ID + "enabled-checkbox")) {
-            return;
+    function show(tab) {
+        const {line: told, problem, base, summary} = answers[tab];
+        line(tab, "forecast").textContent = told;
+        line(tab, "forecast").classList.toggle("xadapter-problem", problem === true);
+        line(tab, "plugins").textContent = summary ? `Plugins: ${summary}.` : "";
+        if (base) {
+            nameBase(tab, base);
         }
-        asked = body;
-        clearTimeout(timer);
-        timer = setTimeout(() => route(body).catch((problem) => console.warn("X-Adapter:", problem)), PAUSE);
     }
 
-    // style.css shows the base's LoRA cards while this class is there.
-    function updateCards() {
-        document.body.classList.toggle("xadapter-on", checked(ID + "enabled-checkbox"));
+    // Labels and tooltips name SD1.5; with a base of another family they name that.
+    function nameBase(tab, name) {
+        const families = new RegExp(line(tab, "forecast").dataset.families, "g");
+        const labels = "label, label > span, [data-testid=block-info], [id$=preset_advice] .prose";
+        for (const part of Array.from(accordion(tab).querySelectorAll(labels)).flatMap((label) => [...label.childNodes])) {
+            if (part.nodeType === Node.TEXT_NODE) {
+                part.data = part.data.replaceAll(families, name);
+            }
+        }
+        for (const attribute of ["title", "placeholder"]) {
+            for (const element of accordion(tab).querySelectorAll(`[${attribute}]`)) {
+                element.setAttribute(attribute, element.getAttribute(attribute).replaceAll(families, name));
+            }
+        }
     }
 
     function update() {
-        updateCards();
-        updateExplanation();
-        updatePlugins();
-    }
-
-    function updateExplanation() {
-        const place = gradioApp().querySelector(`#${ID}explanation`);
-        if (place === null) {
-            return;
-        }
-        const text = explanation();
-        if (!text.includes("NaN") && place.textContent !== text) {
-            place.textContent = text;
+        for (const tab of TABS.filter(accordion)) {
+            // style.css shows the base's LoRA cards while this class is there
+            find(`tab_${tab}`).classList.toggle("xadapter-on", isTicked(tab));
+            const wanted = request(tab);
+            const body = JSON.stringify(wanted);
+            if (body !== asked[tab] && isWhole(wanted)) {
+                asked[tab] = body;
+                ask(tab, body).catch((problem) => console.warn("X-Adapter:", problem));
+            }
         }
     }
 
-    onAfterUiUpdate(update);
-    onUiLoaded(() => gradioApp().addEventListener("input", update));
+    function soon() {
+        clearTimeout(timer);
+        timer = setTimeout(() => {
+            timer = undefined;
+            update();
+        }, PAUSE);
+    }
+
+    // The headers of accordions open by a click alone; here also by Enter and the space bar.
+    function openByKeyboard(header) {
+        const tell = () => header.setAttribute("aria-expanded", header.classList.contains("open"));
+        header.tabIndex = 0;
+        header.setAttribute("role", "button");
+        header.addEventListener("keydown", (event) => {
+            if (event.target === header && ["Enter", " "].includes(event.key)) {
+                event.preventDefault();
+                header.click();
+            }
+        });
+        new MutationObserver(tell).observe(header, {attributes: true, attributeFilter: ["class"]});
+        tell();
+    }
+
+    onUiLoaded(() => {
+        for (const event of ["input", "change", "click"]) {
+            gradioApp().addEventListener(event, soon);
+        }
+        for (const tab of TABS.filter(accordion)) {
+            accordion(tab).querySelectorAll(".label-wrap").forEach(openByKeyboard);
+        }
+        soon();
+    });
+    // the page changes all the time while a picture is made, which must not put the question off
+    onAfterUiUpdate(() => timer === undefined && soon());
 })();

@@ -67,7 +67,7 @@ def detect_checkpoint_family(path: str | os.PathLike[str]) -> CheckpointFamily:
     if layout == SDXL_REFINER_UNET:
         return "sdxl-refiner"
     if layout == SD_UNET:
-        return _sd1_or_sd2(tensors)
+        return family_of_projections(tensors, PROJECTION) or _family_of_text_encoder(tensors)
     return "unknown"
 
 
@@ -98,14 +98,16 @@ def unet_layout(tensors: Mapping[str, TensorInfo]) -> UnetLayout | None:
     return None
 
 
-def _sd1_or_sd2(tensors: Mapping[str, TensorInfo]) -> CheckpointFamily:
-    """SD1 projects into its transformers by 1x1 convolutions (4 dimensions), SD2 by linear layers (2 dimensions)."""
-    dimensions = {len(info.shape) for name, info in tensors.items() if PROJECTION.fullmatch(name)}
-    if dimensions == {4}:
-        return "sd1"
-    if dimensions == {2}:
-        return "sd2"
-    for prefix, family in TEXT_ENCODERS.items():
-        if any(name.startswith(prefix) for name in tensors):
-            return family
-    return "unknown"
+def family_of_projections(tensors: Mapping[str, TensorInfo], projection: re.Pattern[str]) -> CheckpointFamily | None:
+    """SD1 projects into its transformers by 1x1 convolutions (4 dimensions), SD2 by linear layers (2 dimensions).
+
+    Args:
+        projection: matches the names of those layers' weights.
+    """
+    dimensions = {len(info.shape) for name, info in tensors.items() if projection.fullmatch(name)}
+    return {(4,): "sd1", (2,): "sd2"}.get(tuple(dimensions))
+
+
+def _family_of_text_encoder(tensors: Mapping[str, TensorInfo]) -> CheckpointFamily:
+    found = (family for prefix, family in TEXT_ENCODERS.items() if any(name.startswith(prefix) for name in tensors))
+    return next(found, "unknown")

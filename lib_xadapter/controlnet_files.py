@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from .checkpoint_files import SD_UNET, SDXL_UNET, UnetLayout
+from .checkpoint_files import SD_UNET, SDXL_UNET, UnetLayout, family_of_projections
 from .families import FAMILY_OF_CONTEXT_WIDTH
 from .tensor_files import TensorInfo, read_tensor_infos
 
@@ -62,7 +62,8 @@ def control_network(tensors: Tensors) -> ControlFamily | None:
     last_of_sd = 11 if compvis else len(SD_UNET.channels) - 1
     if max(levels, default=0) < last_of_sd:
         return "sdxl" if levels else "unknown"
-    return _sd1_or_sd2(tensors)
+    contexts = (info.shape[-1] for name, info in tensors.items() if CONTEXT_KEY.fullmatch(name))
+    return family_of_projections(tensors, PROJECTION) or _by_width(contexts)
 
 
 def t2i_adapter(tensors: Tensors) -> ControlFamily | None:
@@ -119,16 +120,6 @@ KINDS: tuple[Kind, ...] = (sparse_control, control_network, ip_adapter, t2i_adap
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
-
-
-def _sd1_or_sd2(tensors: Tensors) -> ControlFamily:
-    """SD1 leads into its transformers by 1x1 convolutions (4 dimensions), SD2 by linear layers (2 dimensions)."""
-    dimensions = {len(info.shape) for name, info in tensors.items() if PROJECTION.fullmatch(name)}
-    if dimensions == {4}:
-        return "sd1"
-    if dimensions == {2}:
-        return "sd2"
-    return _by_width(info.shape[-1] for name, info in tensors.items() if CONTEXT_KEY.fullmatch(name))
 
 
 def _by_width(widths: Iterable[int]) -> ControlFamily:

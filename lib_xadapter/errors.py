@@ -15,3 +15,8 @@ class WrongArgument(XAdapterError):
 
 class DoesNotFit(XAdapterError):
     """Models that do not belong together: mapping layers made for other channel counts, an SDXL base, …"""
+
+
+def first_line(error: Exception) -> str:
+    """Of an exception's message; its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

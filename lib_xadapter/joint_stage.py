@@ -72,8 +72,9 @@ class MappedBase:
 
     def _map(self, level: int) -> MappedLevel:
         features, places = self.found.features, self._places
-        feature, time_embedding = take_rows(features.levels[level], places), take_rows(features.time_embedding, places)
-        rows = self.mapping.hidden(level, feature, time_embedding)
+        embedding = features.time_embedding
+        embedding = None if embedding is None else take_rows(embedding, places)
+        rows = self.mapping.hidden(level, take_rows(features.levels[level], places), embedding)
         return MappedLevel(rows, self.overlap.finished() if self.overlap is not None else None)
 
     def _on_side_stream(self) -> AbstractContextManager[None]:

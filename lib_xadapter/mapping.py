@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import DoesNotFit, WrongFile
+from .errors import DoesNotFit, WrongFile, first_line
 from .settings import LEVELS
 from .taps import FUSIONS, POSITIONS, base_modules, base_strides, output_channels, upgraded_modules, upgraded_strides
+from .tensor_files import read_metadata
 
 METADATA = "xadapter."
 """What our keys in a file's metadata begin with."""
@@ -225,14 +226,6 @@ def save_adapter(
             os.remove(unfinished)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts in a `.safetensors` file's header; none in a pickle."""
-    if not os.fspath(path).lower().endswith(".safetensors"):
-        return {}
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
 def _named(metadata: Mapping[str, str], what: str, known: Mapping[str, object], default: str, name: str) -> str:
     chosen = metadata.get(METADATA + what, default)
     if chosen not in known:
@@ -287,7 +280,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # torch's own words would advise to trust the file
-        told = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_sentence(error)}"
+        told = "" if isinstance(error, pickle.UnpicklingError) else f": {first_line(error)}"
         raise WrongFile(f"{name} is cut off, or holds something other than tensors{told or '.'}") from error
     # the WebUI's own torch.load gives None for a pickle that it does not trust
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -359,8 +352,3 @@ def _check_weights(weights: Mapping[str, Tensor], layers: MappingLayers, name: s
             raise WrongFile(f"{name}: '{key}' holds {value.dtype}, expected floating-point numbers.")
         if not bool(torch.isfinite(value).all()):
             raise WrongFile(f"{name}: '{key}' holds NaN or infinite values.")
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .mapping_paths import EagerMapping, MappingPath
+from .memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from .mapping import MappingLayers
@@ -18,90 +21,106 @@ logger = logging.getLogger(__name__)
 MappingChoice = Literal["auto", "eager", "cuda"]
 MAPPING_CHOICES: tuple[MappingChoice, ...] = get_args(MappingChoice)
 
-Result = TypeVar("Result")
+ACCURACY = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""|faster − eager| / |eager|, L2 over a row, up to which two paths agree."""
 
 
-def choose_mapping_path(adapter: MappingLayers, choice: MappingChoice = "auto", fp8: bool = False) -> MappingPath:
+def choose_mapping_path(adapter: MappingLayers, choice: MappingChoice = "auto") -> MappingPath:
     """The path for mapping layers that are where, and in the type that, they will run in.
 
     Args:
         choice: "auto" takes the CUDA path on NVIDIA GPUs from compute capability 7.0 on, in half precision; "cuda" the
             same, but warns where that is impossible, for the picture is the same; "eager" torch's own kernels.
-        fp8: run the wide convolutions in 8 bits, on cards that have them, where Triton is installed.
-
-    Returns:
-        A path that goes on eagerly, with one line in the log, should the faster one fail. It is worth keeping as long
-        as the adapter: what it prepared is found again, and made anew after the adapter was moved.
     """
     eager = EagerMapping(adapter)
     if choice == "eager":
         return eager
     # the WebUI imports this at start-up, where only the one who has a GPU should wait for what belongs to it
-    from .cuda_mapping import CudaMapping, obstacle
-    from .cuda_mapping.eight_bits import eight_bit_obstacle, eight_bit_operations
+    from .cuda_mapping import ChannelsLastMapping, CudaMapping, obstacle
 
     if (reason := obstacle(adapter)) is not None:
         level = logging.WARNING if choice == "cuda" else logging.INFO
         logger.log(level, "The mapping layers run eagerly: %s.", reason)
         return eager
-    path = FallbackMapping(CudaMapping(adapter), eager)
-    if fp8 and (reason := eight_bit_obstacle(adapter)) is not None:
-        logger.warning("The mapping layers run in 16 bits: %s.", reason)
-    elif fp8:
-        path = FallbackMapping(CudaMapping(adapter, eight_bit_operations), path)
-    return path
+    return CheckedMapping([CudaMapping(adapter), ChannelsLastMapping(adapter)], eager)
 
 
-class FallbackMapping:
-    """Takes a path until it fails for the first time, and another one from there on.
+class CheckedMapping:
+    """Takes the fastest path that does what the eager one does.
+
+    Each shape's first result is held against the eager one, row by row, as in the accuracy stated above. A path that
+    differs, or fails, is given up with one line in the log. Where memory does not suffice in passing, the eager path
+    takes over once.
 
     Args:
-        first: what it prepared is released when it fails.
-        other: its failures are the caller's.
+        faster: paths, the fastest first.
+        eager: its failures are the caller's.
     """
 
-    def __init__(self, first: MappingPath, other: MappingPath) -> None:
-        self._first = first
-        self._other = other
-        self._failed = False
+    def __init__(self, faster: Sequence[MappingPath], eager: MappingPath) -> None:
+        self._faster = list(faster)
+        self._eager = eager
+        self._agreed: set[Hashable] = set()
 
     @property
     def adapter(self) -> MappingLayers:
-        return self._other.adapter
+        return self._eager.adapter
 
-    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
-        return self._run(lambda path: path.hidden(level, feature, time_embedding))
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None) -> Tensor:
+        def eagerly(rows: slice) -> Tensor:
+            embedding = None if time_embedding is None else time_embedding[rows]
+            return self._eager.hidden(level, feature[rows], embedding)
+
+        key = ("hidden", level, feature.shape)
+        return self._run(key, lambda path: path.hidden(level, feature, time_embedding), eagerly)
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        return self._run(lambda path: path.residual(level, hidden))
+        return self._eager.residual(level, hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
-        before = feature._version
+        key = ("add", level, feature.shape, feature.stride())
 
         def add(path: MappingPath) -> Tensor:
-            if feature._version != before:
-                raise RuntimeError("an addition of mapping layers failed half-way, and cannot be repeated")
-            return path.add(level, feature, hidden, weight)
+            # until a path has agreed, it writes into a copy
+            place = feature if key in self._agreed else feature.clone()
+            return path.add(level, place, hidden, weight)
 
-        return self._run(add)
+        return self._run(key, add, lambda rows: self._eager.add(level, feature[rows], hidden[rows], weight))
 
-    def release(self) -> None:
-        self._first.release()
-        self._other.release()
-
-    def _run(self, call: Callable[[MappingPath], Result]) -> Result:
-        if not self._failed:
+    def _run(self, key: Hashable, fast: Callable[[MappingPath], Tensor], eagerly: Callable[[slice], Tensor]) -> Tensor:
+        while self._faster:
             try:
-                return call(self._first)
-            # a driver, cuDNN, NVRTC or Triton each fail in ways of their own, and a picture can be had all the same
+                result = fast(self._faster[0])
+                if key not in self._agreed and self._agrees(result, eagerly):
+                    self._agreed.add(key)
+                return result
+            # a driver, cuDNN or NVRTC each fail in ways of their own, and a picture can be had all the same
             except Exception as error:
-                self._failed = True
-                self._first.release()
-                reason = str(error).strip().splitlines() or [""]
-                logger.warning(
-                    "The mapping layers go on without %s: %s: %s",
-                    type(self._first).__name__,
-                    type(error).__name__,
-                    reason[0],
-                )
-        return call(self._other)
+                if is_out_of_memory(error):
+                    logger.debug("The mapping layers run eagerly once: %s", error)
+                    break
+                self._give_up(error)
+        return eagerly(slice(None))
+
+    def _agrees(self, result: Tensor, eagerly: Callable[[slice], Tensor]) -> bool:
+        """Whether a result is the eager one's; not known where that is infinite or no number."""
+        accuracy, sizes = ACCURACY[self.adapter.zero_out[0].weight.dtype], []
+        for row in range(len(result)):
+            expected = eagerly(slice(row, row + 1)).float()
+            distance, size = (float(x.norm()) for x in (result[row : row + 1].float() - expected, expected))
+            if math.isfinite(size) and not distance <= accuracy * size:
+                raise Disagreement(f"it is {distance:g} away from the eager path's {size:g}")
+            sizes.append(size)
+        return all(map(math.isfinite, sizes))
+
+    def _give_up(self, error: Exception) -> None:
+        path = self._faster.pop(0)
+        self._agreed.clear()
+        reason = str(error).strip().splitlines() or [""]
+        logger.warning(
+            "The mapping layers go on without %s: %s: %s", type(path).__name__, type(error).__name__, reason[0]
+        )
+
+
+class Disagreement(Exception):
+    """A path computes something other than the eager one."""

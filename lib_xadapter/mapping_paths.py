@@ -22,13 +22,13 @@ class MappingPath(Protocol):
     def adapter(self) -> MappingLayers:
         """The mapping layers that are run."""
 
-    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None) -> Tensor:
         """What the ResNet blocks of a level give.
 
         Args:
             level: 0, 1 or 2.
             feature: of the base, (rows, in_channels[level], h, w), in any type.
-            time_embedding: of the base, (rows, channels); used by mapping layers with timestep conditioning.
+            time_embedding: of the base, (rows, channels), for mapping layers with timestep conditioning.
 
         Returns:
             (rows, out_channels[level], h, w), twice h and w where the level upsamples; the caller's to keep.
@@ -46,32 +46,20 @@ class MappingPath(Protocol):
             weight: of the level.
         """
 
-    def release(self) -> None:
-        """Give back what was prepared beside the adapter's own weights, as when they leave the GPU.
-
-        The path stays usable: the next call prepares it anew.
-        """
-
 
 class EagerMapping:
     """The mapping layers as torch runs them, on any device and in any type: the reference for every other path."""
 
     def __init__(self, adapter: MappingLayers) -> None:
-        self._adapter = adapter
+        self.adapter = adapter
 
-    @property
-    def adapter(self) -> MappingLayers:
-        return self._adapter
-
-    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
-        weight = self._adapter.zero_out[level].weight
-        return self._adapter.hidden(level, feature.to(weight), time_embedding.to(weight))
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None) -> Tensor:
+        weight = self.adapter.zero_out[level].weight
+        embedding = None if time_embedding is None else time_embedding.to(weight)
+        return self.adapter.hidden(level, feature.to(weight), embedding)
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        return self._adapter.zero_out[level](hidden)
+        return self.adapter.zero_out[level](hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         return feature + weight * self.residual(level, hidden).to(feature)
-
-    def release(self) -> None:
-        """Nothing was prepared."""

@@ -1,4 +1,4 @@
-"""The base's joint stage run before the upgraded model's, its features kept in host memory, to the bit.
+"""The base's joint stage run before the upgraded model's, its features kept in ordinary memory, to the bit.
 
 At 1024 px they are about 10.5 MB an image, CFG half and step in half precision, which UNets run in on a GPU. The two
 models then never need the GPU at the same time, and as long as nothing changes on the base's side, the upgraded model
@@ -8,8 +8,8 @@ can be run again without the base: with another weight, another prompt of its ow
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from .errors import XAdapterError
 from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
+from .memory import free_ram
+from .passage import Passage
 from .taps import BaseFeatures, base_modules, base_strides, output_channels
 from .trajectory import same_level
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What the base's decoder gave at a noise level, in host memory."""
+    """What the base's decoder gave at a noise level, in ordinary memory."""
 
     sigma: float
     found: RowFeatures
@@ -38,8 +40,8 @@ class Recording:
 
     @property
     def size(self) -> int:
-        """Bytes of host memory."""
-        return sum(_room_for(tensor) for step in self.steps for tensor in _tensors(step.found.features))
+        """Bytes of ordinary memory."""
+        return sum(_size(step.found.features) for step in self.steps)
 
 
 def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int], evaluations: int) -> int:
@@ -57,8 +59,66 @@ def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int],
     return rows * numbers * evaluations * next(base_unet.parameters()).element_size()
 
 
+class Recorder:
+    """A source of features that copies them to ordinary memory as they pass.
+
+    Args:
+        source: the base in lockstep.
+        evaluations: those at which the base is going to be run.
+        has_room: whether so many bytes of ordinary memory may be filled, asked before the first copy; if not, none is
+            made.
+        time_embedding: whether the mapping layers use it, so that it is copied, too.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        evaluations: Sequence[Evaluation],
+        has_room: Callable[[int], bool],
+        time_embedding: bool = True,
+    ) -> None:
+        self._source = source
+        self._levels = [evaluation.sigma for evaluation in _distinct(evaluations)]
+        self._has_room, self._time_embedding = has_room, time_embedding
+        self._steps: list[RecordedStep] = []
+        self._passage: Passage | None = None
+
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        """The source's features, as they are."""
+        found = self._source.at(evaluation)
+        if self._is_next(evaluation.sigma):
+            features = found.features if self._time_embedding else replace(found.features, time_embedding=None)
+            self._copy(evaluation.sigma, RowFeatures(features, found.rows))
+        return found
+
+    def recording(self) -> Recording | None:
+        """What was copied; None where that is not every level."""
+        if len(self._steps) != len(self._levels):
+            return None
+        if self._passage is not None:
+            self._passage.finish()
+        return Recording(tuple(self._steps))
+
+    def _is_next(self, sigma: float) -> bool:
+        place = len(self._steps)
+        return place < len(self._levels) and same_level(self._levels[place], sigma)
+
+    def _copy(self, sigma: float, found: RowFeatures) -> None:
+        features = found.features
+        if self._passage is None:
+            if not self._has_room(len(self._levels) * _size(features)):
+                return
+            self._passage = Passage(features.levels[0].device)
+        with self._passage.step():
+            self._steps.append(RecordedStep(sigma, RowFeatures(_moved(features, self._passage.to_host), found.rows)))
+
+
 def record(
-    source: FeatureSource, evaluations: Iterable[Evaluation], each: Callable[[], None] = lambda: None
+    source: FeatureSource,
+    evaluations: Sequence[Evaluation],
+    each: Callable[[], None] = lambda: None,
+    time_embedding: bool = True,
+    reserve: Callable[[int], None] = lambda size: None,
 ) -> Recording:
     """Run the base through evaluations.
 
@@ -66,19 +126,29 @@ def record(
         source: the base in lockstep.
         evaluations: those at which the base is run.
         each: called before each of them.
+        time_embedding: whether the mapping layers use it, so that it is recorded, too.
+        reserve: told, before anything is kept, how many bytes of ordinary memory the recording will fill at most.
     """
-    steps: list[RecordedStep] = []
-    for evaluation in evaluations:
-        if steps and same_level(steps[-1].sigma, evaluation.sigma):
-            continue
+    wanted = _distinct(evaluations)
+
+    def always(size: int) -> bool:
+        reserve(size)
+        return True
+
+    recorder = Recorder(source, wanted, always, time_embedding)
+    for evaluation in wanted:
         each()
-        found = source.at(evaluation)
-        steps.append(RecordedStep(evaluation.sigma, RowFeatures(_moved(found.features, _to_host), found.rows)))
-        device = found.features.time_embedding.device
-    if steps and device.type == "cuda":
-        # the copies are under way until then
-        torch.cuda.synchronize(device)
-    return Recording(tuple(steps))
+        recorder.at(evaluation)
+    return recorder.recording()
+
+
+def _distinct(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Samplers of second order end a step and begin the next at one level."""
+    found: list[Evaluation] = []
+    for evaluation in evaluations:
+        if not found or not same_level(found[-1].sigma, evaluation.sigma):
+            found.append(evaluation)
+    return found
 
 
 class Playback:
@@ -91,7 +161,7 @@ class Playback:
 
     def __init__(self, recording: Recording, device: torch.device | str) -> None:
         self._steps = iter(recording.steps)
-        self._device = device
+        self._passage = Passage(torch.device(device))
         self._latest: tuple[float, RowFeatures] | None = None
 
     def at(self, evaluation: Evaluation) -> RowFeatures:
@@ -109,13 +179,14 @@ class Playback:
                 f"The sampler asks for the noise level {sigma:g}, where "
                 f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded: set 'memory' to 'lockstep'."
             )
-        features = _moved(step.found.features, lambda tensor: tensor.to(self._device, non_blocking=True))
+        with self._passage.step():
+            features = _moved(step.found.features, self._passage.to_device)
         self._latest = (sigma, RowFeatures(features, step.found.rows))
         return self._latest[1]
 
 
 class Sized(Protocol):
-    """Something that fills host memory."""
+    """Something that fills ordinary memory."""
 
     @property
     def size(self) -> int:
@@ -136,9 +207,13 @@ class RecordingCache(Generic[Kept]):
         self._capacity = capacity
         self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
 
+    def has_room(self, size: int) -> bool:
+        """Whether something of this size may be kept, and fits into what is free of ordinary memory."""
+        return size <= min(self._capacity(), free_ram())
+
     @property
     def size(self) -> int:
-        """Bytes of host memory."""
+        """Bytes of ordinary memory."""
         return sum(kept.size for kept in self._kept.values())
 
     def find(self, key: Hashable) -> Kept | None:
@@ -147,29 +222,24 @@ class RecordingCache(Generic[Kept]):
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
+    def make_room(self, size: int) -> None:
+        """Give up as much as has to go before something of this size may come."""
+        capacity = self._capacity()
+        while self._kept and (self.size > capacity or size <= capacity < self.size + size):
+            self._kept.popitem(last=False)
+
     def put(self, key: Hashable, made: Kept) -> None:
         """Put away; what does not fit alone is not kept at all."""
         self._kept.pop(key, None)
-        capacity = self._capacity()
-        if made.size <= capacity:
+        self.make_room(made.size)
+        if made.size <= self._capacity():
             self._kept[key] = made
-        while self.size > capacity:
-            self._kept.popitem(last=False)
 
 
-def _tensors(features: BaseFeatures) -> tuple[Tensor, ...]:
-    return (*features.levels, features.time_embedding)
+def _size(features: BaseFeatures) -> int:
+    return sum(tensor.nbytes for tensor in (*features.levels, features.time_embedding) if tensor is not None)
 
 
 def _moved(features: BaseFeatures, move: Callable[[Tensor], Tensor]) -> BaseFeatures:
-    return BaseFeatures(tuple(map(move, features.levels)), move(features.time_embedding))
-
-
-def _room_for(tensor: Tensor) -> int:
-    """Bytes that a tensor takes: torch gives pinned memory out in powers of two."""
-    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_pinned() else tensor.nbytes
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy to the bit; pinned where it comes from a GPU, so that it can be copied back in passing."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+    embedding = features.time_embedding
+    return BaseFeatures(tuple(map(move, features.levels)), None if embedding is None else move(embedding))

@@ -51,11 +51,11 @@ class BaseFeatures:
 
     Attributes:
         levels: one (rows, channels, h, w) for each tap, finest last.
-        time_embedding: (rows, channels), for mapping layers with timestep conditioning.
+        time_embedding: (rows, channels), for mapping layers with timestep conditioning; None where there are none.
     """
 
     levels: tuple[Tensor, ...]
-    time_embedding: Tensor
+    time_embedding: Tensor | None
 
 
 Fusion = Callable[[Tensor, Tensor, float], Tensor]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import WrongFile
+from .errors import WrongFile, first_line
 
 PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 
@@ -178,7 +178,7 @@ def _pickled_tensors(file: BinaryIO, name: str) -> dict[str, TensorInfo]:
     except OSError:
         raise
     except Exception as error:  # a broken pickle can raise anything
-        raise WrongFile(f"{name} is cut off or is no PyTorch file of tensors: {_first_line(error)}") from error
+        raise WrongFile(f"{name} is cut off or is no PyTorch file of tensors: {first_line(error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
@@ -280,7 +280,3 @@ REBUILDERS = {
     "_rebuild_parameter": _rebuild_parameter,
     "_rebuild_parameter_with_state": _rebuild_parameter,
 }
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

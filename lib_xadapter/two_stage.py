@@ -7,7 +7,9 @@ evaluated too, and its mapped decoder features are added to the upgraded decoder
 stage") there is no picture first, and both models start from noise.
 
 The base never depends on the upgraded model. So its evaluations run either in lockstep, one before each of the upgraded
-model's, or all of them first, recorded, so that the two models need not be on the device together.
+model's, or all of them first, recorded, so that the two models need not be on the device together. And what it made in
+an earlier pass is used again where nothing has changed on its side: stage 1 for as long as its own request is the same,
+its features as long as they are asked for at the same evaluations.
 
 What samples, decodes and moves models is a `Host`: the WebUI or diffusers.
 """
@@ -30,8 +32,9 @@ from .evaluations import Evaluation, GuidanceWindow
 from .feature_sources import BaseDenoiser, FeatureSource, Lockstep
 from .joint_stage import JointStage
 from .mapping_paths import MappingPath
+from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
-from .recording import Playback, Recording, RecordingCache, record
+from .recording import Playback, Recorder, Recording, RecordingCache, record
 from .trajectory import Trajectory, same_level
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,10 @@ class Pass:
         evaluations: the model evaluations that its sampler will make; None where that depends on what the models say.
         recorded: run the base first and the upgraded model afterwards.
         may_record: go on so if the device's memory does not hold both.
-        key: equal for passes with the same base side, whose recording is found again by it; None for none.
+        key: equal for passes with the same stage 1, which is found again by it; None where nothing is to be found.
+        keep: find and keep what the base makes in lockstep, too, as other passes are to come that have use for it.
+        can_resume: the base's joint stage can begin from a stage 1 that was found. Plugins that take something along
+            from their stage 1 must have gone through it.
         solver_order: of the base in the joint stage, as in `Trajectory`.
     """
 
@@ -89,7 +95,14 @@ class Pass:
     recorded: bool = False
     may_record: bool = False
     key: Hashable = None
+    keep: bool = False
+    can_resume: bool = True
     solver_order: int = 2
+
+    @property
+    def recording_key(self) -> Hashable:
+        """Equal for passes in which the base runs through the same joint stage."""
+        return (self.key, self.solver_order, self.uses_time, tuple(self.base_evaluations))
 
     @property
     def base_evaluations(self) -> list[Evaluation]:
@@ -98,26 +111,55 @@ class Pass:
             return []
         return self.coupling.window.base_evaluations(self.evaluations)
 
+    @property
+    def uses_time(self) -> bool:
+        """Whether the mapping layers take the base's time embedding, which is recorded then."""
+        return self.coupling is not None and self.coupling.mapping.adapter.time_channels is not None
+
 
 @dataclass(frozen=True)
-class RecordedBase:
-    """The base's side of a pass.
+class KeptStageOne:
+    """Stage 1 of an earlier pass.
 
     Attributes:
-        stage_one: its picture.
-        recording: its features in the joint stage.
+        stage_one: its latents in host memory.
         remarks: what else the host wants to find again.
     """
 
     stage_one: StageOne
-    recording: Recording
     remarks: Any = None
 
     @property
     def size(self) -> int:
-        """Bytes of memory, nearly all of them the recording's."""
-        pictures = self.stage_one.pictures
-        return self.recording.size + sum(len(image.getbands()) * image.width * image.height for image in pictures)
+        """Bytes of host memory."""
+        pictures, latents = self.stage_one.pictures, self.stage_one.latents
+        pixels = sum(len(image.getbands()) * image.width * image.height for image in pictures)
+        return pixels + (0 if latents is None else latents.nbytes)
+
+
+BaseCache = RecordingCache[KeptStageOne | Recording]
+"""Stages 1 by their key, and features by that of their recording."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What earlier passes made of a pass's base side."""
+
+    stage_one: KeptStageOne | None = None
+    recording: Recording | None = None
+
+    @classmethod
+    def for_pass(cls, plan: Pass, cache: BaseCache) -> Found:
+        """What there is that this pass can use."""
+        kept = cache.find(plan.key) if plan.key is not None else None
+        if kept is None or plan.coupling is None:
+            return cls(kept)
+        recording = cache.find(plan.recording_key) if plan.evaluations is not None else None
+        return cls(kept, recording) if recording is not None or plan.can_resume else cls()
+
+    def is_all(self, plan: Pass) -> bool:
+        """Whether the base need not run."""
+        return self.stage_one is not None and (plan.coupling is None or self.recording is not None)
 
 
 class Host(Protocol[Samples]):
@@ -163,66 +205,121 @@ class Host(Protocol[Samples]):
         """Around the recording of so many evaluations; what it gives is called before each of them."""
 
     def remarks(self) -> Any:
-        """What else is to be kept with a recording, asked for once the base is through."""
+        """What else is to be kept with stage 1, asked for once the base's plugins are closed."""
 
-    def recording_found(self, base: RecordedBase) -> None:
-        """An earlier pass recorded this base side; it is used again."""
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        """Stage 1 is that of an earlier pass."""
+
+    def base_rests(self, kept: KeptStageOne) -> None:
+        """Beside that, the base does not run at all; what its plugins would tell stands in the remarks."""
 
     def notify(self, sentence: str) -> None:
         """Tell the user."""
 
 
-def run(host: Host[Samples], plan: Pass, recordings: RecordingCache[RecordedBase]) -> Samples:
+def run(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     """One pass of the upgraded model.
 
     Args:
         host: has the models.
         plan: what was decided.
-        recordings: of earlier passes.
+        cache: what the base made in earlier passes.
 
     Returns:
         What the host's sampler gives.
     """
     if plan.recorded:
-        return _one_after_the_other(host, plan, recordings)
+        return _one_after_the_other(host, plan, cache)
     try:
-        return _in_lockstep(host, plan)
-    except torch.cuda.OutOfMemoryError as error:
-        if not plan.may_record or plan.evaluations is None:
+        return _in_lockstep(host, plan, cache)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or not plan.may_record or plan.evaluations is None:
             raise
         # what its frames hold is what the next attempt needs
         traceback.clear_frames(error.__traceback__)
     host.notify("both models did not fit into video memory, so memory is 'recorded' for this picture")
-    return _one_after_the_other(host, replace(plan, recorded=True), recordings)
+    return _one_after_the_other(host, replace(plan, recorded=True), cache)
 
 
-def _in_lockstep(host: Host[Samples], plan: Pass) -> Samples:
+def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
+    found = Found.for_pass(plan, cache) if plan.keep else Found()
+    if found.is_all(plan):
+        return _without_base(host, plan, found)
     with host.base_plugins():
-        stage_one = host.sample_base()
+        stage_one = _stage_one(host, found)
         if host.interrupted and stage_one.pictures:
             return host.samples_of_base(stage_one)
-        if plan.coupling is None:
-            return host.sample_upgraded(stage_one, None)
-        with _base_beside(host, plan, stage_one) as source:
-            return _joint_stage(host, plan.coupling, stage_one, source, host.overlap)
+        samples, recording = _beside(host, plan, stage_one, cache)
+    if plan.keep:
+        _keep(host, plan, cache, stage_one, recording)
+    return samples
 
 
-def _one_after_the_other(host: Host[Samples], plan: Pass, recordings: RecordingCache[RecordedBase]) -> Samples:
-    keeps = plan.coupling is not None and plan.key is not None
-    base = recordings.find(plan.key) if keeps else None
-    if base is not None:
-        logger.info("The base's side is that of an earlier picture: its recording is used again")
-        host.recording_found(base)
-    else:
-        base = _record_base(host, plan)
-        if keeps and not host.interrupted:
-            recordings.put(plan.key, base)
+def _beside(host: Host[Samples], plan: Pass, stage_one: StageOne, cache: BaseCache) -> tuple[Samples, Recording | None]:
+    """The upgraded model with the base beside it, and a recording of the base where one is kept."""
+    if plan.coupling is None:
+        return host.sample_upgraded(stage_one, None), None
+    with _base_beside(host, plan, stage_one) as source:
+        if not plan.keep or plan.key is None or plan.evaluations is None:
+            return _joint_stage(host, plan.coupling, stage_one, source, host.overlap), None
+        recorder = Recorder(source, plan.base_evaluations, cache.has_room, plan.uses_time)
+        samples = _joint_stage(host, plan.coupling, stage_one, recorder, host.overlap)
+        return samples, recorder.recording()
+
+
+def _one_after_the_other(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
+    found = Found.for_pass(plan, cache)
+    if not found.is_all(plan):
+        found = _run_base(host, plan, found, cache)
+        host.upgraded_to_device()
+        return _from_base(host, plan, found.stage_one.stage_one, found.recording)
     host.upgraded_to_device()
-    if host.interrupted and base.stage_one.pictures:
-        return host.samples_of_base(base.stage_one)
-    if plan.coupling is None or host.interrupted:
-        return host.sample_upgraded(base.stage_one, None)
-    return _joint_stage(host, plan.coupling, base.stage_one, Playback(base.recording, host.device), None)
+    return _without_base(host, plan, found)
+
+
+def _run_base(host: Host[Any], plan: Pass, found: Found, cache: BaseCache) -> Found:
+    """The base before the upgraded model."""
+    host.base_to_device()
+    with host.base_plugins():
+        stage_one = _stage_one(host, found)
+        goes_on = plan.coupling is not None and not host.interrupted
+        recording = _record_joint_stage(host, plan, stage_one, cache) if goes_on else None
+    _keep(host, plan, cache, stage_one, recording)
+    return Found(KeptStageOne(stage_one), recording)
+
+
+def _without_base(host: Host[Samples], plan: Pass, found: Found) -> Samples:
+    logger.info("The base's side is that of an earlier picture: it is used again")
+    kept = found.stage_one
+    host.stage_one_found(kept)
+    host.base_rests(kept)
+    return _from_base(host, plan, kept.stage_one, found.recording)
+
+
+def _from_base(host: Host[Samples], plan: Pass, stage_one: StageOne, recording: Recording | None) -> Samples:
+    """The upgraded model once the base is through."""
+    if host.interrupted and stage_one.pictures:
+        return host.samples_of_base(stage_one)
+    if plan.coupling is None or recording is None or host.interrupted:
+        return host.sample_upgraded(stage_one, None)
+    return _joint_stage(host, plan.coupling, stage_one, Playback(recording, host.device), None)
+
+
+def _stage_one(host: Host[Any], found: Found) -> StageOne:
+    if found.stage_one is None:
+        return host.sample_base()
+    host.stage_one_found(found.stage_one)
+    return found.stage_one.stage_one
+
+
+def _keep(host: Host[Any], plan: Pass, cache: BaseCache, stage_one: StageOne, recording: Recording | None) -> None:
+    """Put away what the base made, for later passes; nothing of what the user interrupted."""
+    if plan.key is None or host.interrupted:
+        return
+    latents = None if stage_one.latents is None else stage_one.latents.cpu()
+    cache.put(plan.key, KeptStageOne(replace(stage_one, latents=latents), host.remarks()))
+    if recording is not None:
+        cache.put(plan.recording_key, recording)
 
 
 def _joint_stage(
@@ -240,21 +337,17 @@ def _joint_stage(
 def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[Lockstep]:
     """The base at the start of the joint stage: its finished latents, noised again."""
     with host.base_denoiser(stage_one) as denoiser:
-        yield Lockstep(denoiser, Trajectory(host.base_noise(), stage_one.latents, plan.solver_order))
+        noise, latents = host.base_noise(), stage_one.latents
+        clean = None if latents is None else latents.to(noise.device)
+        yield Lockstep(denoiser, Trajectory(noise, clean, plan.solver_order))
 
 
-def _record_base(host: Host[Any], plan: Pass) -> RecordedBase:
-    host.base_to_device()
-    with host.base_plugins():
-        stage_one = host.sample_base()
-        goes_on = plan.coupling is not None and not host.interrupted
-        recording = _record_joint_stage(host, plan, stage_one) if goes_on else Recording(())
-    # the joint stage is through: nothing needs the latents any more
-    return RecordedBase(replace(stage_one, latents=None), recording, host.remarks())
+def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne, cache: BaseCache) -> Recording | None:
+    """The base's features at its planned evaluations; None where the user interrupts.
 
-
-def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne) -> Recording:
-    """The base's features at its planned evaluations; none where the user interrupts."""
+    Raises:
+        XAdapterError: there is not enough ordinary memory for them.
+    """
     evaluations = plan.base_evaluations
     with _base_beside(host, plan, stage_one) as source, host.recording(len(evaluations)) as step:
 
@@ -263,10 +356,18 @@ def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne) -> Rec
                 raise _Interrupted
             step()
 
+        def reserve(size: int) -> None:
+            cache.make_room(size)
+            if (missing := size - free_ram()) > 0:
+                raise XAdapterError(
+                    f"The recording would need {missing / 2**30:.1f} GB more RAM than is free: set 'memory' to "
+                    "'lockstep', or make fewer pictures at once."
+                )
+
         try:
-            return record(source, evaluations, begin_step)
+            return record(source, evaluations, begin_step, plan.uses_time, reserve)
         except _Interrupted:
-            return Recording(())
+            return None
 
 
 class _Interrupted(Exception):

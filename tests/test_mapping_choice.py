@@ -1,4 +1,4 @@
-"""The faster path is taken where it can be; where it cannot, or fails, the picture is made all the same."""
+"""The faster path is taken where it can be; where it cannot, errs or fails, the picture is made all the same."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import pytest
 import torch
 
 from lib_xadapter import cuda_mapping
-from lib_xadapter.cuda_mapping import CudaMapping, eight_bits, obstacle, obstacles
-from lib_xadapter.cuda_mapping.graphs import Captures
-from lib_xadapter.cuda_mapping.operations import TorchOperations
-from lib_xadapter.mapping_choice import FallbackMapping, choose_mapping_path
+from lib_xadapter.cuda_mapping import ChannelsLastMapping, CudaMapping, obstacle, obstacles
+from lib_xadapter.mapping_choice import CheckedMapping, choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping
-from tests.cuda.mappings import NO_TIME, CpuCapturer, OnTheCpu, base_feature, released, upgraded_feature
+from tests.cuda.mappings import base_feature, finish_by_torch, relative_error, released, upgraded_feature
 from tests.small_adapter import AdapterPlan
 
 SHAPE = (2, 3, 5)
+NARROW = AdapterPlan(in_channels=(16, 16, 8), out_channels=(16, 16, 8), blocks=1)
 
 
 def lines(caplog) -> list[tuple[str, str]]:
-    return [(record.levelname, record.getMessage()) for record in caplog.records]
+    return [(record.levelname, record.getMessage()) for record in caplog.records if record.levelno > logging.DEBUG]
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +38,8 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu.capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(obstacles, "NVIDIA", "cpu")
-    monkeypatch.setattr(cuda_mapping, "CudaMapping", lambda adapter, *_: on_the_cpu(adapter))
+    monkeypatch.setattr(cuda_mapping, "CudaMapping", lambda adapter: CudaMapping(adapter, finish_by_torch))
     return gpu
-
-
-def on_the_cpu(adapter, make_operations=lambda dtype: TorchOperations(), capturer=None) -> CudaMapping:
-    return CudaMapping(adapter, make_operations, device=OnTheCpu(lambda: Captures(capturer or CpuCapturer())))
 
 
 @pytest.mark.parametrize(("choice", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
@@ -62,10 +57,14 @@ def test_eager_on_request_needs_no_words(caplog):
 
 
 @pytest.mark.parametrize("choice", ["auto", "cuda"])
-def test_half_precision_on_a_gpu_takes_the_cuda_path(choice, a_gpu, caplog):
-    path = choose_mapping_path(released(torch.float16), choice)
-    assert isinstance(path, FallbackMapping)
-    assert path.hidden(0, base_feature(0, SHAPE), NO_TIME).stride(1) == 1
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_on_a_gpu_takes_the_cuda_path(choice, dtype, a_gpu, caplog):
+    path = choose_mapping_path(released(dtype, NARROW), choice)
+    assert isinstance(path, CheckedMapping)
+    for level in range(3):
+        hidden = path.hidden(level, base_feature(level, SHAPE, NARROW), None)
+        assert hidden.stride(1) == 1
+        path.add(level, upgraded_feature(hidden), hidden, 1.0)
     assert not lines(caplog)
 
 
@@ -93,138 +92,159 @@ def test_layers_that_are_not_on_the_gpu_run_where_they_are(a_gpu, monkeypatch):
     assert obstacle(released(torch.float16)) == "they are on cpu"
 
 
-@pytest.mark.parametrize(
-    ("capability", "triton", "reason"),
-    [((8, 6), "3.1.0", "compute capability 8.9"), ((9, 0), None, "not installed"), ((9, 0), "2.1.0", "not 2.1.0")],
-)
-def test_eight_bits_that_cannot_be_had_become_sixteen(capability, triton, reason, a_gpu, caplog, monkeypatch):
-    a_gpu.capability = capability
-    monkeypatch.setattr(eight_bits, "triton_version", lambda: triton)
-    path = choose_mapping_path(released(torch.float16), fp8=True)
-    assert isinstance(path, FallbackMapping)
-    [(level, sentence)] = lines(caplog)
-    assert level == "WARNING"
-    assert sentence.startswith("The mapping layers run in 16 bits: ") and reason in sentence
-
-
-class Failure(Exception):
-    """Something that no one has foreseen."""
-
-
-class FailingCapturer:
-    """Fails where graphs are captured."""
-
-    def capture(self, blocks, feature):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 126 MiB.")
-
-
-def no_operations(dtype):
-    raise Failure("no NVRTC")
-
-
-class FailingOperations(TorchOperations):
-    """Fail at one of the operations.
+class Failing:
+    """A `Finish` that fails or errs as often as it is told to, and is right from then on.
 
     Args:
-        name: of the operation.
+        how: what happens to the result.
+        times: None for always.
     """
 
-    def __init__(self, name: str) -> None:
-        def fail(*arguments, **options):
-            raise Failure(name)
+    def __init__(self, how, times: int | None = None) -> None:
+        self.how, self.times, self.calls = how, times, 0
 
-        setattr(self, name, fail)
+    def __call__(self, x, bias, residual=None, relu=False):
+        self.calls += 1
+        result = finish_by_torch(x, bias, residual, relu)
+        return result if self.times is not None and self.calls > self.times else self.how(result)
 
 
-STAGES = {
-    "compiling": lambda adapter: on_the_cpu(adapter, no_operations),
-    "capturing": lambda adapter: on_the_cpu(adapter, capturer=FailingCapturer()),
-    **{
-        name: lambda adapter, name=name: on_the_cpu(adapter, lambda dtype: FailingOperations(name))
-        for name in ("convolve", "upsample", "begin", "finish")
-    },
+def raises(error):
+    def fail(result):
+        raise error
+
+    return fail
+
+
+def no_memory():
+    return torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 126 MiB.")
+
+
+ERRORS = {
+    "fails": raises(KeyError("something that no one has foreseen")),
+    "nearly_right": lambda result: result * 1.03,
+    "another_row": lambda result: result.roll(1, 0),
+    "one_pixel": lambda result: result.index_fill(3, torch.tensor([0]), 0),
+    "nan": lambda result: result * float("nan"),
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_whatever_fails_the_eager_layers_take_over_with_one_line(stage, caplog):
-    adapter = released(torch.float64)
+def checked(finish) -> tuple[CheckedMapping, EagerMapping]:
+    """A path with such a kernel, and what it has to compute."""
+    adapter = released(torch.float16, NARROW)
     reference = EagerMapping(copy.deepcopy(adapter))
-    path = FallbackMapping(STAGES[stage](adapter), EagerMapping(adapter))
+    faster = [CudaMapping(adapter, finish), ChannelsLastMapping(adapter)]
+    return CheckedMapping(faster, EagerMapping(adapter)), reference
+
+
+def assert_right(path, reference, level, shape=SHAPE) -> None:
+    feature = base_feature(level, shape, NARROW)
+    expected = reference.hidden(level, feature, None)
+    hidden = path.hidden(level, feature, None)
+    assert relative_error(hidden, expected) < 5e-3
+    upgraded = upgraded_feature(hidden)
+    total = reference.add(level, upgraded.clone(), expected, 0.9)
+    assert relative_error(path.add(level, upgraded, hidden, 0.9), total) < 5e-3
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_kernel_that_fails_or_errs_is_given_up_with_one_line(error, caplog):
+    kernel = Failing(ERRORS[error])
+    path, reference = checked(kernel)
     for level in (2, 1, 0, 2):
-        feature = base_feature(level, SHAPE)
-        hidden = path.hidden(level, feature, NO_TIME)
-        upgraded = upgraded_feature(hidden)
-        expected = reference.add(level, upgraded.clone(), reference.hidden(level, feature, NO_TIME), 0.9)
-        torch.testing.assert_close(path.add(level, upgraded, hidden, 0.9), expected)
+        assert_right(path, reference, level)
     [(level_name, sentence)] = lines(caplog)
     assert level_name == "WARNING"
     assert sentence.startswith("The mapping layers go on without CudaMapping: ")
-    assert "\n" not in sentence
+    calls = kernel.calls
+    assert_right(path, reference, 1, (1, 4, 4))
+    assert kernel.calls == calls
 
 
-@pytest.mark.parametrize("call", ["add", "residual"])
-def test_a_hidden_feature_of_the_path_that_failed_is_used_all_the_same(call, caplog, monkeypatch):
-    adapter = released(torch.float64)
-    first = on_the_cpu(adapter)
-    path = FallbackMapping(first, EagerMapping(adapter))
-    reference = EagerMapping(copy.deepcopy(adapter))
-    hidden = path.hidden(1, base_feature(1, SHAPE), NO_TIME)
-
-    def fail(*arguments):
-        raise Failure
-
-    monkeypatch.setattr(first, call, fail)
-    if call == "residual":
-        torch.testing.assert_close(path.residual(1, hidden), reference.residual(1, hidden))
-    else:
-        feature = upgraded_feature(hidden)
-        torch.testing.assert_close(path.add(1, feature.clone(), hidden, 0.5), reference.add(1, feature, hidden, 0.5))
-    assert lines(caplog) == [("WARNING", "The mapping layers go on without CudaMapping: Failure: ")]
+def test_where_the_layout_fails_too_torchs_own_kernels_are_left(caplog, monkeypatch):
+    path, reference = checked(Failing(ERRORS["fails"]))
+    monkeypatch.setattr(ChannelsLastMapping, "hidden", raises_always)
+    assert_right(path, reference, 1)
+    assert_right(path, reference, 2)
+    assert [sentence.split(":")[0] for _, sentence in lines(caplog)] == [
+        "The mapping layers go on without CudaMapping",
+        "The mapping layers go on without ChannelsLastMapping",
+    ]
 
 
-def test_an_addition_that_failed_half_way_is_not_repeated(monkeypatch):
-    """The bias would be counted twice."""
-    adapter = released(torch.float64)
-    first = on_the_cpu(adapter)
-    path = FallbackMapping(first, EagerMapping(adapter))
-    hidden = path.hidden(1, base_feature(1, SHAPE), NO_TIME)
-    feature = upgraded_feature(hidden)
+def raises_always(*arguments):
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
 
-    def fail_half_way(level, feature, *arguments):
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_an_addition_that_errs_is_given_up_and_the_feature_is_as_it_was(spoil, caplog, monkeypatch):
+    def wrong(self, level, feature, hidden, weight):
         feature.add_(1)
-        raise Failure
+        if spoil:
+            raise RuntimeError("half-way")
+        return feature
 
-    monkeypatch.setattr(first, "add", fail_half_way)
-    with pytest.raises(RuntimeError, match="failed half-way"):
-        path.add(1, feature, hidden, 0.5)
+    monkeypatch.setattr(ChannelsLastMapping, "add", wrong)
+    path, reference = checked(finish_by_torch)
+    assert_right(path, reference, 1)
+    assert_right(path, reference, 0)
+    assert len(lines(caplog)) == 2
 
 
-def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(caplog, monkeypatch):
-    adapter = released()
-    eager = EagerMapping(adapter)
+def test_each_shape_is_checked_once(monkeypatch):
+    path, _reference = checked(finish_by_torch)
+    seen = []
+    eager = path._eager.hidden
+    monkeypatch.setattr(path._eager, "hidden", lambda level, *rest: seen.append(level) or eager(level, *rest))
+    for level, shape in ((0, SHAPE), (0, SHAPE), (1, SHAPE), (0, (3, 4, 4)), (0, SHAPE)):
+        path.hidden(level, base_feature(level, shape, NARROW), None)
+    assert seen == [0] * 2 + [1] * 2 + [0] * 3
 
-    def fail(*arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(eager, "hidden", fail)
-    path = FallbackMapping(on_the_cpu(adapter, capturer=FailingCapturer()), eager)
-    for _ in range(2):
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            path.hidden(0, base_feature(0, SHAPE), NO_TIME)
+def test_once_it_is_checked_the_residual_is_added_into_the_feature_itself():
+    path, _ = checked(finish_by_torch)
+    hidden = path.hidden(1, base_feature(1, SHAPE, NARROW), None)
+    path.add(1, upgraded_feature(hidden), hidden, 1.0)
+    feature = upgraded_feature(hidden)
+    assert path.add(1, feature, hidden, 1.0).data_ptr() == feature.data_ptr()
+
+
+def test_a_kernel_that_is_right_at_first_and_fails_later_is_given_up(caplog):
+    kernel = Failing(lambda result: result, None)
+    path, reference = checked(kernel)
+    assert_right(path, reference, 1)
+    kernel.how = ERRORS["fails"]
+    assert_right(path, reference, 1)
     assert len(lines(caplog)) == 1
 
 
-def test_what_the_failed_path_had_prepared_is_given_back():
-    adapter = released()
-    first = on_the_cpu(adapter, capturer=FailingCapturer())
-    FallbackMapping(first, EagerMapping(adapter)).hidden(0, base_feature(0, SHAPE), NO_TIME)
-    assert first._prepared is None
+@pytest.mark.parametrize(
+    "error",
+    [
+        no_memory(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("The CUDA driver answers CUDA_ERROR_OUT_OF_MEMORY."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_is_short_in_passing_costs_one_step(error, caplog):
+    kernel = Failing(raises(error), times=1)
+    path, reference = checked(kernel)
+    assert_right(path, reference, 1)
+    assert kernel.calls == 1
+    assert_right(path, reference, 1)
+    assert kernel.calls > 1
+    assert not lines(caplog)
 
 
-def test_eight_bits_that_fail_become_sixteen(caplog):
-    adapter = released(torch.float64)
-    sixteen = FallbackMapping(on_the_cpu(adapter), EagerMapping(adapter))
-    path = FallbackMapping(on_the_cpu(adapter, no_operations), sixteen)
-    assert path.hidden(0, base_feature(0, SHAPE), NO_TIME).stride(1) == 1
-    assert len(lines(caplog)) == 1
+def test_memory_that_the_eager_layers_lack_too_is_the_callers_affair(monkeypatch):
+    path, _ = checked(Failing(raises(no_memory())))
+    monkeypatch.setattr(path._eager, "hidden", lambda *arguments: raises(no_memory())(None))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        path.hidden(0, base_feature(0, SHAPE, NARROW), None)
+
+
+def test_numbers_that_are_infinite_eagerly_too_are_no_disagreement(caplog):
+    path, _ = checked(finish_by_torch)
+    path.hidden(1, base_feature(1, SHAPE, NARROW) * float("inf"), None)
+    assert not lines(caplog)

@@ -23,6 +23,9 @@ def at(sigma: float) -> Evaluation:
     return Evaluation(sigma, 0, 0.0)
 
 
+EVALUATIONS = [at(sigma) for sigma in LEVELS]
+
+
 def base(latent: torch.Tensor, evaluation: Evaluation) -> BaseStep:
     sigma = evaluation.sigma
     feature = torch.stack([latent, latent * sigma])[:, 0]
@@ -36,7 +39,7 @@ def lockstep() -> Lockstep:
 
 @pytest.fixture
 def recording() -> Recording:
-    return record(lockstep(), map(at, LEVELS))
+    return record(lockstep(), EVALUATIONS)
 
 
 def test_a_recording_gives_what_the_base_gives_beside_the_upgraded_model(recording):
@@ -56,8 +59,26 @@ def test_it_holds_each_level_once(recording):
 
 def test_each_evaluation_is_announced():
     announced = []
-    record(lockstep(), map(at, LEVELS), lambda: announced.append(1))
+    record(lockstep(), EVALUATIONS, lambda: announced.append(1))
     assert len(announced) == 4
+
+
+def test_the_time_embedding_is_recorded_where_the_mapping_layers_use_it():
+    recording = record(lockstep(), EVALUATIONS, time_embedding=False)
+    assert recording.size == 4 * 3 * (2 * 4 * 3 * 5) * 4
+    assert Playback(recording, "cpu").at(at(9.0)).features.time_embedding is None
+
+
+def test_its_size_is_told_before_anything_is_kept():
+    told = []
+
+    def refuse(size: int) -> None:
+        told.append(size)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        record(lockstep(), [at(sigma) for sigma in (9.0, 4.0, 2.0)], reserve=refuse)
+    assert told == [record(lockstep(), [at(sigma) for sigma in (9.0, 4.0, 2.0)]).size]
 
 
 @pytest.mark.parametrize(("asked", "sentence"), [((8.0,), "8, where 9 was"), ((*LEVELS, 1.0), "1, where nothing")])
@@ -111,3 +132,16 @@ class TestRecordingCache:
         cache.put("b", Thing(10))
         assert cache.find("a") is None
         assert cache.size == 10
+
+    def test_room_is_made_before_the_next_is_recorded(self):
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        for name in "abc":
+            cache.put(name, Thing(10))
+        cache.make_room(15)
+        assert [name for name in "abc" if cache.find(name)] == ["c"]
+
+    def test_what_will_not_be_kept_drives_nothing_away(self):
+        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache.put("a", Thing(10))
+        cache.make_room(31)
+        assert cache.find("a")

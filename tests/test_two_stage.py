@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.recording import RecordingCache
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import BaseFeatures
-from lib_xadapter.two_stage import Coupling, Pass, RecordedBase, StageOne, check_plan, run
+from lib_xadapter.two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, check_plan, run
 
 ROWS = batch_rows([1])
 EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumerate((8.0, 4.0, 2.0, 1.0)))
@@ -29,7 +29,7 @@ EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumera
 class Passing:
     """Mapping layers that give their feature back."""
 
-    adapter = SimpleNamespace(fusion="addition", positions="decoder")
+    adapter = SimpleNamespace(fusion="addition", positions="decoder", time_channels=None)
 
     def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
         return feature
@@ -52,12 +52,14 @@ class SmallHost:
         calls: what was done, in order.
         interrupted_by: the call at which the user wants no more.
         failures: calls that run out of video memory, each once.
+        evaluations: of the upgraded model's sampler.
     """
 
     calls: list[str] = field(default_factory=list)
     interrupted_by: str = ""
     failures: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    evaluations: tuple[Evaluation, ...] = EVALUATIONS
     device: str = "cpu"
     overlap: None = None
 
@@ -92,7 +94,7 @@ class SmallHost:
 
     def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
         x = torch.zeros(2, 4, 2, 2)
-        for evaluation in EVALUATIONS:
+        for evaluation in self.evaluations:
             at_this_level = joint.evaluate(evaluation, ROWS) if joint is not None else None
             self._did(f"upgraded at {evaluation.sigma:g}")
             if at_this_level is not None:
@@ -116,15 +118,22 @@ class SmallHost:
     def remarks(self) -> str:
         return "remarks"
 
-    def recording_found(self, base: RecordedBase) -> None:
-        self._did(f"found with {base.remarks}")
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        self._did(f"found {len(kept.stage_one.pictures)} picture")
+
+    def base_rests(self, kept: KeptStageOne) -> None:
+        self._did(f"the base rests, with {kept.remarks}")
 
     def notify(self, sentence: str) -> None:
         self.told.append(sentence)
 
 
+def base_calls(host: SmallHost) -> list[str]:
+    return [call for call in host.calls if call == "stage 1" or call.startswith("base at")]
+
+
 @pytest.fixture
-def recordings() -> RecordingCache[RecordedBase]:
+def recordings() -> BaseCache:
     return RecordingCache(lambda: 2**20)
 
 
@@ -156,9 +165,85 @@ def test_a_base_side_that_was_recorded_before_does_not_run_again(recordings, cou
     plan = Pass(coupling, EVALUATIONS, recorded=True, key="a")
     first, host = run(SmallHost(), plan, recordings), SmallHost()
     again = run(host, plan, recordings)
-    assert host.calls[:2] == ["found with remarks", "upgraded to device"]
+    assert host.calls[:3] == ["upgraded to device", "found 1 picture", "the base rests, with remarks"]
     assert not any(call.startswith("base at") for call in host.calls)
     assert torch.equal(again, first)
+
+
+class TestASeries:
+    """Passes that keep what the base makes for those to come, as the cells of a plot do, in either memory mode."""
+
+    @pytest.fixture(params=[False, True], ids=["lockstep", "recorded"])
+    def plan(self, coupling, request) -> Pass:
+        return Pass(coupling, EVALUATIONS, recorded=request.param, key="a", keep=True)
+
+    def test_the_base_runs_once(self, recordings, plan):
+        first, host = run(SmallHost(), plan, recordings), SmallHost()
+        assert torch.equal(run(host, plan, recordings), first)
+        assert not base_calls(host)
+
+    def test_another_weight_finds_the_features_and_nothing_else_changes(self, recordings, plan, coupling):
+        run(SmallHost(), plan, recordings)
+        host, other = SmallHost(), replace(plan, coupling=replace(coupling, weights=(0.5, 0.0, 0.0)))
+        found = run(host, other, recordings)
+        assert not base_calls(host)
+        assert torch.equal(found, run(SmallHost(), replace(other, key=None), recordings))
+
+    def test_other_noise_levels_find_stage_1_alone(self, recordings, plan):
+        run(SmallHost(), plan, recordings)
+        host, fewer = SmallHost(evaluations=EVALUATIONS[2:]), replace(plan, evaluations=EVALUATIONS[2:])
+        found = run(host, fewer, recordings)
+        assert base_calls(host) == ["base at 2", "base at 1"]
+        assert torch.equal(found, run(SmallHost(evaluations=EVALUATIONS[2:]), replace(fewer, key=None), recordings))
+
+    def test_without_coupling_stage_1_is_found_and_found_again(self, recordings, plan):
+        run(SmallHost(), replace(plan, coupling=None), recordings)
+        host = SmallHost()
+        run(host, plan, recordings)
+        assert base_calls(host) == [f"base at {sigma}" for sigma in (8, 4, 2, 1)]
+        host = SmallHost()
+        run(host, replace(plan, coupling=None), recordings)
+        assert not base_calls(host)
+
+    def test_a_base_that_cannot_resume_goes_through_both_or_neither(self, recordings, plan, coupling):
+        whole = replace(plan, can_resume=False)
+        run(SmallHost(), replace(whole, coupling=None), recordings)
+        host = SmallHost()
+        run(host, whole, recordings)
+        assert base_calls(host)[0] == "stage 1"
+        for rests in (whole, replace(whole, coupling=None)):
+            host = SmallHost()
+            run(host, rests, recordings)
+            assert not base_calls(host)
+
+    def test_interrupted_nothing_is_kept(self, recordings, plan):
+        run(SmallHost(interrupted_by="upgraded at 2" if not plan.recorded else "base at 4"), plan, recordings)
+        host = SmallHost()
+        run(host, plan, recordings)
+        assert base_calls(host)[0] == "stage 1"
+
+    def test_what_does_not_fit_is_not_copied_and_stage_1_is_kept_all_the_same(self, plan):
+        small = RecordingCache(lambda: 4 * 4 * 2 * 2 + 4 * 2 * 3)
+        first = run(SmallHost(), plan, small)
+        host = SmallHost()
+        assert torch.equal(run(host, plan, small), first)
+        assert base_calls(host) == [f"base at {sigma}" for sigma in (8, 4, 2, 1)]
+
+    def test_levels_that_are_not_known_before_are_not_kept(self, recordings, coupling):
+        plan = Pass(coupling, None, key="a", keep=True)
+        for calls in (5, 4):
+            host = SmallHost()
+            run(host, plan, recordings)
+            assert len(base_calls(host)) == calls
+
+
+def test_in_lockstep_outside_a_series_nothing_is_kept_or_found(recordings, coupling):
+    run(SmallHost(), Pass(coupling, EVALUATIONS, recorded=True, key="a"), recordings)
+    before, host = recordings.size, SmallHost()
+    run(host, Pass(coupling, EVALUATIONS, key="a"), recordings)
+    run(SmallHost(), Pass(coupling, EVALUATIONS, key="b"), recordings)
+    assert base_calls(host)[0] == "stage 1"
+    assert recordings.size == before
 
 
 def test_what_has_no_key_is_never_found(recordings, coupling):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
-from lib_xadapter.wrapping import wrapped
+from lib_xadapter.wrapping import copied_as_it_was, wrapped
 
 
 class Owner:
@@ -47,3 +49,26 @@ def test_it_is_put_back_after_an_error(owner):
     with pytest.raises(ValueError), wrapped(owner, "method", tenfold):
         raise ValueError
     assert owner.method(1) == 1
+
+
+class TestCopies:
+    """A copy made while the owner is wrapped is as the owner was, and the owner goes on as it is."""
+
+    def test_a_copy_has_its_own_method(self, owner):
+        owner.number = 3
+        with copied_as_it_was(owner), wrapped(owner, "method", tenfold):
+            copied = copy.copy(owner)
+            assert copied.method(1) == 1
+            assert owner.method(1) == 10
+        assert vars(copied) == vars(owner) == {"number": 3}
+
+    def test_what_somebody_else_put_there_before_is_copied(self, owner):
+        owner.method = theirs = lambda number: number + 1
+        with copied_as_it_was(owner), wrapped(owner, "method", tenfold), wrapped(owner, "method", tenfold):
+            assert copy.copy(owner).method is theirs
+
+    def test_afterwards_it_is_copied_as_any_object(self, owner):
+        with copied_as_it_was(owner):
+            pass
+        owner.number = 3
+        assert vars(copy.copy(owner)) == {"number": 3}

@@ -1,6 +1,6 @@
 """The mapping layers on NVIDIA GPUs."""
 
 from .obstacles import obstacle
-from .path import CudaMapping
+from .path import ChannelsLastMapping, CudaMapping
 
-__all__ = ["CudaMapping", "obstacle"]
+__all__ = ["ChannelsLastMapping", "CudaMapping", "obstacle"]

@@ -13,8 +13,6 @@ __device__ __forceinline__ unsigned to_bits(float value) {
     return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
-#define ONE 0x3f80u
-
 #else
 
 #ifdef __CUDACC__
@@ -33,8 +31,6 @@ __device__ __forceinline__ unsigned to_bits(float value) {
 
 #endif
 
-#define ONE 0x3c00u
-
 #endif
 
 __device__ __forceinline__ float finished(float convolution, float bias, float residual, int relu) {
@@ -49,23 +45,14 @@ __device__ __forceinline__ unsigned finished_pair(unsigned convolution, unsigned
     return to_bits(low) | to_bits(high) << 16;
 }
 
-// out may be convolution or residual. `bias` and `residual` may be null. Where `out_vectors` is `vectors` + 1, eight
-// further channels follow in `out`: a one and seven zeros, for the bias of the matrix product that reads it.
-extern "C" __global__ void finish(uint4* out, const uint4* convolution, const uint4* bias, const uint4* residual,
-                                  int relu, unsigned pixels, unsigned vectors, unsigned out_vectors) {
+// In place: `x` holds `count` vectors of eight channels, `vectors` of them a pixel. `residual` may be null.
+extern "C" __global__ void finish(uint4* x, const uint4* bias, const uint4* residual, int relu, unsigned count,
+                                  unsigned vectors) {
     const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
-    if (place >= pixels * out_vectors) return;
-    const unsigned pixel = place / out_vectors;
-    const unsigned vector = place - pixel * out_vectors;
-    if (vector >= vectors) {
-        out[place] = make_uint4(ONE, 0u, 0u, 0u);
-        return;
-    }
-    const unsigned source = pixel * vectors + vector;
-    const uint4 zero = make_uint4(0u, 0u, 0u, 0u);
-    const uint4 c = convolution[source];
-    const uint4 b = bias ? bias[vector] : zero;
-    const uint4 r = residual ? residual[source] : zero;
-    out[place] = make_uint4(finished_pair(c.x, b.x, r.x, relu), finished_pair(c.y, b.y, r.y, relu),
-                            finished_pair(c.z, b.z, r.z, relu), finished_pair(c.w, b.w, r.w, relu));
+    if (place >= count) return;
+    const uint4 c = x[place];
+    const uint4 b = bias[place % vectors];
+    const uint4 r = residual ? residual[place] : make_uint4(0u, 0u, 0u, 0u);
+    x[place] = make_uint4(finished_pair(c.x, b.x, r.x, relu), finished_pair(c.y, b.y, r.y, relu),
+                          finished_pair(c.z, b.z, r.z, relu), finished_pair(c.w, b.w, r.w, relu));
 }

@@ -11,6 +11,7 @@ import ctypes.util
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,18 +21,39 @@ class NvrtcError(RuntimeError):
     """A kernel cannot be compiled, loaded or launched."""
 
 
-def compile_kernels(source: str, architecture: str, definitions: Sequence[str] = ()) -> bytes:
-    """Machine code of a CUDA C++ source.
+def compile_kernels(source: str, capability: tuple[int, int], definitions: Sequence[str] = ()) -> bytes:
+    """Code for cards of a compute capability, out of CUDA C++.
+
+    Machine code, which no driver of such a card is too old for. Where NVRTC is older than the card, PTX of the newest
+    architecture that it knows, which the driver translates.
 
     Args:
         source: self-contained, with kernels declared `extern "C"`.
-        architecture: a real one, "sm_86"; no driver is too old for machine code of its own card.
+        capability: (8, 6), …
         definitions: macros that are defined.
 
     Raises:
-        NvrtcError: there is no NVRTC, it does not know the architecture, or the source is wrong.
+        NvrtcError: there is no NVRTC, it has given the card up, or the source is wrong.
     """
     library = _nvrtc()
+    card = 10 * capability[0] + capability[1]
+    known = [architecture for architecture in _architectures(library) if architecture <= card]
+    if not known:
+        raise NvrtcError(f"This NVRTC compiles no more for compute capability {capability[0]}.{capability[1]}.")
+    if max(known) == card:
+        return _compile(library, source, f"sm_{card}", definitions, "CUBIN")
+    return _compile(library, source, f"compute_{max(known)}", definitions, "PTX")
+
+
+def _architectures(library: ctypes.CDLL) -> Sequence[int]:
+    count = ctypes.c_int()
+    _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    architectures = (ctypes.c_int * count.value)()
+    _check(library, library.nvrtcGetSupportedArchs(architectures))
+    return list(architectures)
+
+
+def _compile(library: ctypes.CDLL, source: str, architecture: str, definitions: Sequence[str], kind: str) -> bytes:
     program = ctypes.c_void_p()
     _check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None))
     try:
@@ -40,36 +62,38 @@ def compile_kernels(source: str, architecture: str, definitions: Sequence[str] =
         if library.nvrtcCompileProgram(program, len(options), encoded):
             raise NvrtcError(f"NVRTC does not compile for {architecture}: {_log(library, program)}")
         size = ctypes.c_size_t()
-        _check(library, library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        _check(library, getattr(library, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
         code = ctypes.create_string_buffer(size.value)
-        _check(library, library.nvrtcGetCUBIN(program, code))
+        _check(library, getattr(library, f"nvrtcGet{kind}")(program, code))
         return code.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 class Kernel:
-    """A kernel on the current device, out of machine code for it.
+    """A kernel on a device, out of code for it.
 
     Raises:
         NvrtcError: the driver does not take the code.
     """
 
-    def __init__(self, code: bytes, name: str) -> None:
+    def __init__(self, code: bytes, name: str, device: torch.device) -> None:
         self._driver = _driver()
+        self._device = device
         module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
-        _make_context()
-        self._check(self._driver.cuModuleLoadData(ctypes.byref(module), code))
-        self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        with _context_of(device):
+            self._check(self._driver.cuModuleLoadData(ctypes.byref(module), code))
+            self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
 
     def launch(self, blocks: int, threads: int, *arguments: ctypes._SimpleCData) -> None:
-        """Start the kernel on the current stream, in one dimension, with ctypes values as its arguments."""
+        """Start the kernel on the device's current stream, in one dimension, with ctypes values as its arguments."""
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(
-            self._driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses, None)
-        )
+        with torch.cuda.device(self._device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            self._check(
+                self._driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses, None)
+            )
 
     def _check(self, result: int) -> None:
         if not result:
@@ -113,9 +137,12 @@ def _nvrtc() -> ctypes.CDLL:
     raise NvrtcError("There is no NVRTC library beside torch.")
 
 
-def _make_context() -> None:
-    """A thread that has not used CUDA yet has no context that code could be loaded into."""
-    torch.zeros(1, device="cuda")
+@contextmanager
+def _context_of(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device):
+        # a thread that has not used CUDA yet has no context that code could be loaded into
+        torch.zeros(1, device=device)
+        yield
 
 
 def _driver() -> ctypes.CDLL:

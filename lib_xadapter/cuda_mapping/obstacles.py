@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..mapping import BlockLayout, MappingLayers
-from .cuda_operations import CHANNELS_PER_THREAD
+from .finish import CHANNELS_PER_THREAD
 
 NVIDIA = "cuda"
 """How torch calls the devices that this is about."""

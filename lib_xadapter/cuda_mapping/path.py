@@ -1,155 +1,104 @@
-"""Mapping layers on an NVIDIA GPU: a mapping path of prepared weights, fused operations and CUDA graphs."""
+"""The mapping layers on an NVIDIA GPU, in half precision: channels-last, as tensor cores read, and in few passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..mapping import MappingLayers
-from . import output
-from .cuda_operations import CudaOperations
-from .graphs import Blocks, Captures, GraphCapturer, Uncaptured
-from .levels import run_blocks
-from .operations import Operations, Unfinished
-from .weights import LevelWeights, addresses, prepare
-
-MakeOperations = Callable[[torch.dtype], Operations]
+from ..mapping import MappingLayers, ResNetBlock
+from .finish import Finish, FinishKernel
 
 
-class Runner(Protocol):
-    """Runs the blocks of a level: from a capture, or one after the other."""
-
-    def run(self, level: int, blocks: Blocks, feature: Tensor, like: Tensor) -> Unfinished:
-        """The blocks on a feature, brought to the device and type of `like`."""
-
-
-class Device(Protocol):
-    """What the path has of the device it runs on."""
-
-    def here(self) -> AbstractContextManager[None]:
-        """Around everything that is run there."""
-
-    def turn(self) -> AbstractContextManager[None]:
-        """The same, around what writes into memory of the path's own: one after the other, whichever the stream."""
-
-    def wait(self) -> None:
-        """Until all that was run there is done."""
-
-    def runner(self) -> Runner:
-        """A new one."""
-
-
-class CudaDevice:
-    """One GPU, whose runs wait for one another on whichever streams they are called.
+class ChannelsLastMapping:
+    """cuDNN's convolutions in channels-last, and an output product that adds straight into the upgraded feature.
 
     Args:
-        device: "cuda:0", …
-        graphs: record CUDA graphs; they need torch's own allocator.
+        adapter: its convolutions become channels-last where they lie, and stay so wherever it is moved.
     """
 
-    def __init__(self, device: torch.device, graphs: bool = True) -> None:
-        self._device = device
-        self._graphs = graphs and torch.cuda.get_allocator_backend() == "native"
-        self._done = torch.cuda.Event()
+    def __init__(self, adapter: MappingLayers) -> None:
+        self.adapter = adapter.to(memory_format=torch.channels_last)
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        with torch.cuda.device(self._device), torch.autocast("cuda", enabled=False):
-            yield
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        with self.here():
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)
-            yield
-            self._done.record(stream)
-
-    def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def runner(self) -> Runner:
-        return Captures(GraphCapturer()) if self._graphs else Uncaptured()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What belongs to the adapter's weights as they lie now."""
-
-    addresses: tuple[int, ...]
-    levels: tuple[LevelWeights, ...]
-    operations: Operations
-    runner: Runner
-
-
-class CudaMapping:
-    """The mapping layers by cuDNN, cuBLAS and a kernel of our own, in half precision.
-
-    A level's blocks are replayed from a CUDA graph; its last addition runs outside of it, into new memory. So a hidden
-    feature is the caller's like any tensor: the next call, on the same level or another, does not touch it.
-
-    Args:
-        adapter: on an NVIDIA GPU, in half precision, as `obstacle` asks for; its convolutions become channels-last.
-        make_operations: what the blocks are computed by; made anew whenever the adapter was moved.
-        graphs: record CUDA graphs.
-        device: for tests.
-    """
-
-    def __init__(
-        self,
-        adapter: MappingLayers,
-        make_operations: MakeOperations = CudaOperations,
-        graphs: bool = True,
-        device: Device | None = None,
-    ) -> None:
-        self._adapter = adapter
-        self._make_operations = make_operations
-        self._device = device or CudaDevice(adapter.zero_out[0].weight.device, graphs)
-        self._prepared: Prepared | None = None
-
-    @property
-    def adapter(self) -> MappingLayers:
-        return self._adapter
-
-    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
-        with self._device.turn():
-            prepared = self._prepare()
-            weights = prepared.levels[level]
-            blocks = partial(run_blocks, prepared.operations, weights)
-            unfinished = prepared.runner.run(level, blocks, feature, like=weights.output)
-            return prepared.operations.finish(unfinished)
+    def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None) -> Tensor:
+        with _as_it_is():
+            x = feature.to(self.adapter.zero_out[level].weight).contiguous(memory_format=torch.channels_last)
+            for block in self.adapter.blocks(level):
+                x = self._run(block, x)
+            return x
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        with self._device.here():
-            return output.residual(self._usable().levels[level].output, hidden)
+        with _as_it_is():
+            return self.adapter.zero_out[level](hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
-        if not output.can_add(feature, hidden):
+        if not _can_add(feature, hidden):
             return feature + weight * self.residual(level, hidden).to(feature)
-        with self._device.here():
-            return output.add_residual(self._usable().levels[level].output, feature, hidden, weight)
+        with _as_it_is():
+            output, bias = self.adapter.zero_out[level].weight[:, :, 0, 0], self.adapter.zero_out[level].bias
+            if feature.is_contiguous():
+                rows = output.expand(len(feature), *output.shape)
+                feature.flatten(2).baddbmm_(rows, _pixels(hidden).transpose(1, 2), alpha=weight)
+            else:
+                _pixels(feature).flatten(0, 1).addmm_(_pixels(hidden).flatten(0, 1), output.T, alpha=weight)
+            # the product first: where it fails, nothing has been written
+            return feature.add_(bias[:, None, None], alpha=weight)
 
-    def release(self) -> None:
-        if self._prepared is not None:
-            # a graph must not be destroyed while it runs
-            self._device.wait()
-            self._prepared = None
+    def _run(self, block: ResNetBlock, x: Tensor) -> Tensor:
+        return block(x)
 
-    def _usable(self) -> Prepared:
-        """Output convolutions are copies: they hold wherever the adapter was moved to since."""
-        return self._prepared or self._prepare()
 
-    def _prepare(self) -> Prepared:
-        if self._prepared is None or self._prepared.addresses != addresses(self._adapter):
-            self.release()
-            with torch.inference_mode(False), torch.no_grad():
-                levels = prepare(self._adapter)
-            operations = self._make_operations(levels[0].output.dtype)
-            self._prepared = Prepared(addresses(self._adapter), levels, operations, self._device.runner())
-        return self._prepared
+class CudaMapping(ChannelsLastMapping):
+    """The same, with what follows a convolution in one pass of a kernel of our own.
+
+    Args:
+        adapter: on an NVIDIA GPU, in half precision, as `obstacle` asks for.
+        finish: for tests.
+    """
+
+    def __init__(self, adapter: MappingLayers, finish: Finish | None = None) -> None:
+        super().__init__(adapter)
+        if finish is not None:
+            self._finish = finish
+
+    @cached_property
+    def _finish(self) -> Finish:
+        weight = self.adapter.zero_out[0].weight
+        return FinishKernel(weight.device, weight.dtype)
+
+    def _run(self, block: ResNetBlock, x: Tensor) -> Tensor:
+        if block.up_opt is not None:
+            op = block.up_opt.op
+            x = self._finish(functional.conv_transpose2d(x, op.weight, None, 2, 1, output_padding=1), op.bias)
+        if block.in_conv is not None:
+            x = self._finish(_convolved(x, block.in_conv), block.in_conv.bias)
+        h = self._finish(_convolved(x, block.block1), block.block1.bias, relu=True)
+        return self._finish(_convolved(h, block.block2), block.block2.bias, residual=x)
+
+
+def _convolved(x: Tensor, layer: torch.nn.Conv2d) -> Tensor:
+    return functional.conv2d(x, layer.weight, None, padding=layer.padding)
+
+
+def _pixels(feature: Tensor) -> Tensor:
+    """A feature as (rows, pixels, channels), the same memory where it is channels-last."""
+    return feature.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _can_add(feature: Tensor, hidden: Tensor) -> bool:
+    return (
+        (feature.dtype, feature.device, feature.shape) == (hidden.dtype, hidden.device, hidden.shape)
+        and (feature.is_contiguous() or feature.is_contiguous(memory_format=torch.channels_last))
+        and not feature.requires_grad
+    )
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    """While open, operations run in the type of what they are given, and leave nothing for a gradient."""
+    with torch.no_grad(), torch.autocast("cuda", enabled=False):
+        yield

@@ -451,7 +451,9 @@ class XAdapterPipeline:
             memory = RECORDED
         elif memory == AUTO and torch.device(placement.device).type != "cuda":
             memory = LOCKSTEP
-        models = Models(self.base, self.upgraded, self.adapter, placement).share_the_device(memory)
+        models = Models(self.base, self.upgraded, self.adapter, placement)
+        work = TwoStages(models, self._rules).work(request)
+        models = models.share_the_device(memory, work)
         if memory == AUTO and models.placement.low_memory:
             memory = RECORDED
         return models, replace(request, settings=replace(request.settings, memory=memory))

@@ -101,6 +101,9 @@ class GuidedUnet:
         rows = latent.repeat(len(self.rows) // len(latent), 1, 1, 1).to(weight)
         tokens = self._prompts.tokens().to(weight)
         added = self._prompts.added()
+        if not isinstance(timestep, Tensor):
+            # diffusers would copy a number to the GPU, and wait for that
+            timestep = torch.full((), timestep, dtype=torch.float32, device=rows.device)
         output = self._unet(
             rows,
             timestep,
@@ -114,7 +117,7 @@ class GuidedUnet:
         cond, uncond = output.chunk(2)
         return uncond + self._cfg_scale * (cond - uncond)
 
-    def _control_residuals(self, rows: Tensor, timestep: float | Tensor, tokens: Tensor) -> dict[str, object]:
+    def _control_residuals(self, rows: Tensor, timestep: Tensor, tokens: Tensor) -> dict[str, object]:
         if not self._controls:
             return {}
         down, middle = zip(*(_lead(control, rows, timestep, tokens) for control in self._controls), strict=True)
@@ -124,7 +127,7 @@ class GuidedUnet:
         }
 
 
-def _lead(control: Control, rows: Tensor, timestep: float | Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+def _lead(control: Control, rows: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
     return control.net(
         rows,
         timestep,

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def generate(options: argparse.Namespace, asked: Asked) -> int:
     """Load, make and save what was asked for."""
     placement = choose_placement(options.device, options.dtype, options.low_memory)
-    placement = replace(placement, mapping=options.mapping, fp8=options.fp8)
+    placement = replace(placement, mapping=options.mapping)
     models = load_models(asked.files, placement, options.tokenizer)
     there = texts_in(options.out) if options.resume else set()
     rules = RELEASED_RULES if options.reference else WEBUI_RULES

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..mapping import MappingLayers
 from ..mapping_choice import MappingChoice
-from ..memory import fits_together
+from ..memory import Work, fits_together, make_room
 from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
 from .noise_schedule import NoiseSchedule
@@ -33,14 +33,13 @@ class Placement:
         device: where they run.
         dtype: of everything but the VAEs, which overflow in float16 and stay in float32.
         low_memory: whether they are on the device only while they are needed.
-        mapping, fp8: how the mapping layers run, as in `mapping_choice`.
+        mapping: how the mapping layers run, as in `mapping_choice`.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     low_memory: bool = False
     mapping: MappingChoice = "auto"
-    fp8: bool = False
 
     @contextmanager
     def holding(self, *modules: nn.Module | None) -> Iterator[None]:
@@ -74,16 +73,26 @@ class Models:
     adapter: MappingLayers | None = None
     placement: Placement = field(default_factory=Placement)
 
-    def share_the_device(self, memory: str) -> Models:
+    def share_the_device(self, memory: str, work: Work) -> Models:
         """These models, of which base and upgraded one are never on the device together if memory wants it so.
 
         Args:
             memory: as in `Settings`; "auto" looks at what is free.
+            work: of a joint step.
         """
-        together = (*parts_at_work(self.base), self.adapter, *parts_at_work(self.upgraded))
-        if memory == LOCKSTEP or (memory == AUTO and fits_together(together, self.placement.device)):
+        if memory == LOCKSTEP or (memory == AUTO and self.fit_together(work.memory(overlapped=False))):
             return self
         return replace(self, placement=replace(self.placement, low_memory=True))
+
+    def fit_together(self, working: int) -> bool:
+        """Whether the UNets and the mapping layers can be on the device at once, with so many bytes to work in."""
+        together = (*parts_at_work(self.base), self.adapter, *parts_at_work(self.upgraded))
+        return fits_together(together, self.placement.device, working)
+
+    def make_room(self, needed: int) -> None:
+        """UNets leave a GPU on which fewer bytes are free; who holds them next brings them back."""
+        parts = (*parts_at_work(self.base), *parts_at_work(self.upgraded))
+        make_room(needed, self.placement.device, [part for part in parts if not moves_by_itself(part)])
 
     def check(self) -> None:
         """Raises: DoesNotFit: the adapter was made for other models."""

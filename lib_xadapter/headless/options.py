@@ -186,7 +186,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=MAPPING_CHOICES[0],
         help="how the mapping layers run: by torch's kernels, by kernels of our own on an NVIDIA GPU, or auto",
     )
-    machine.add_argument("--fp8", action="store_true", help="the mapping layers in 8 bits, on cards that have them")
     machine.add_argument("--resume", action="store_true", help="leave out pictures that --out has already")
     machine.add_argument(
         "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"

@@ -24,13 +24,15 @@ from ..feature_sources import BaseDenoiser, BaseStep
 from ..joint_stage import JointStage
 from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
+from ..memory import Work, decoding_memory
 from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
 from ..trajectory import same_level
-from ..two_stage import Coupling, Pass, RecordedBase, StageOne, run
+from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
+from .job import LATENT_PIXEL
 from .models import Models, noise_schedule_of, parts_at_work
 from .pictures import Painted, encoded, start_of, to_latents, to_pictures
 from .sampler_table import sampler_named
@@ -200,7 +202,7 @@ class Request:
         return self.settings.switch_point if self.painted is None else self.painted.strength
 
 
-Recordings = RecordingCache[RecordedBase]
+Recordings = BaseCache
 
 Progress = Callable[[str, int, int], None]
 """(what is under way, steps done, steps in all) → None; called before each step and after the last."""
@@ -399,14 +401,10 @@ class TwoStages:
             What the upgraded pipeline gives as images: latents, unless `output_type` says otherwise.
         """
         start = start if isinstance(start, Start) else Start(start)
-        with ExitStack() as scope:
-            plan = self._plan(request, steps)
-            if plan.coupling is not None and self.placement.low_memory:
-                scope.callback(self._mapping.release)
-            host = DiffusersHost(self, request, finished, start, steps, each_step, output_type)
-            return run(host, plan, recordings if recordings is not None else RecordingCache(lambda: 0))
+        host = DiffusersHost(self, request, finished, start, steps, each_step, output_type)
+        return run(host, self.plan(request, steps), recordings if recordings is not None else RecordingCache(lambda: 0))
 
-    def _plan(self, request: Request, steps: Steps) -> Pass:
+    def plan(self, request: Request, steps: Steps) -> Pass:
         settings = request.settings
         coupling = None
         if self.models.adapter is not None and any(settings.weights):
@@ -426,7 +424,7 @@ class TwoStages:
     def _mapping(self) -> MappingPath:
         """How the mapping layers run, which depends on where they are then."""
         with self.placement.holding(self.models.adapter):
-            return choose_mapping_path(self.models.adapter, self.placement.mapping, self.placement.fp8)
+            return choose_mapping_path(self.models.adapter, self.placement.mapping)
 
     @functools.cached_property
     def side_stream(self) -> SideStream | None:
@@ -490,7 +488,14 @@ class TwoStages:
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)
 
+    def work(self, request: Request, rows: int = 2) -> Work:
+        """What a joint step computes."""
+        (width, height), (base_width, base_height) = request.size, request.base_size
+        controls = len(parts_at_work(self.models.base)) - 1
+        return Work(rows * request.images, width * height, base_width * base_height, controls)
+
     def _decoded(self, pipeline: Any, latents: Tensor) -> list[Image.Image]:
+        self.models.make_room(decoding_memory(LATENT_PIXEL**2 * latents[0, 0].numel()))
         with self.placement.holding(pipeline.vae):
             pictures = to_pictures(pipeline.vae, latents, self.rules.to_whole)
         pipeline.maybe_free_model_hooks()
@@ -565,7 +570,9 @@ class DiffusersHost:
 
     @property
     def overlap(self) -> SideStream | None:
-        return self._stages.side_stream
+        needed = self._stages.work(self._request).memory(overlapped=True)
+        fits = self._stages.models.fit_together(needed)
+        return self._stages.side_stream if fits else None
 
     def base_plugins(self) -> AbstractContextManager[None]:
         """They are the base pipeline's own."""
@@ -645,7 +652,10 @@ class DiffusersHost:
     def remarks(self) -> None:
         """Nothing."""
 
-    def recording_found(self, base: RecordedBase) -> None:
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        """Its picture is shown once for all passes."""
+
+    def base_rests(self, kept: KeptStageOne) -> None:
         """Nothing is shown of it."""
 
     def notify(self, sentence: str) -> None:

@@ -34,15 +34,12 @@ def add_options() -> None:
         ).info(
             "eager: torch's kernels; cuda: kernels for NVIDIA cards from the 20 series and V100 on; auto: whichever can"
         ),
-        "xadapter_fp8": shared.OptionInfo(False, "Mapping layers in 8 bits").info(
-            "on NVIDIA cards from the 40 series on, under Linux; less exact"
-        ),
         "xadapter_recordings": shared.OptionInfo(
             2.0,
             "Memory for recordings of the SD1.5 model, in GB of RAM",
             gr.Slider,
             {"minimum": 0.0, "maximum": 64.0, "step": 0.5},
-        ).info("kept with 'Memory: recorded' for when only SDXL's side changes; 50 steps at 1024 px take about 1.6 GB"),
+        ).info("kept with 'Memory: recorded' for when only SDXL's side changes; 50 steps at 1024 px take about 1.1 GB"),
     }
     for key, option in options.items():
         option.section = SECTION
@@ -67,8 +64,3 @@ def recordings_capacity() -> int:
 def mapping_choice() -> MappingChoice:
     """How the mapping layers run."""
     return shared.opts.data.get("xadapter_mapping", MAPPING_CHOICES[0])
-
-
-def fp8() -> bool:
-    """Whether the mapping layers may run in 8 bits."""
-    return shared.opts.data.get("xadapter_fp8", False)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from modules import script_callbacks, scripts
-from modules.processing import Processed, StableDiffusionProcessing
+from modules.processing import Processed, StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
+from .finished_picture import told_by_finished_picture
 from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
 from .page.rest import add_routes
+from .plots.axes import add_axes
+from .plots.cells import is_one_of_several, own_infotext, with_cell
 from .versions import warn_of_others
 
 if TYPE_CHECKING:
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "xadapter_job"
 """Where a processing object keeps X-Adapter's part in its job."""
+MAKES_PICTURES = "process_images_inner"
+"""The WebUI's function that makes a processing object's pictures."""
 
 
 class XAdapter(scripts.Script):
@@ -29,7 +35,7 @@ class XAdapter(scripts.Script):
     create_group = False
 
     def __init__(self) -> None:
-        self._job: Job | None = None
+        self._jobs: list[Job] = []
         # by then every extension has registered its pages, in whichever order the WebUI asks them
         self.on_before_component(lambda _: exchange_page(), elem_id="txt2img_prompt")
 
@@ -40,29 +46,35 @@ class XAdapter(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[gr.components.Component]:
-        built = panel.build(self.elem_id)
+        built = panel.build(self.elem_id, is_img2img)
         self.infotext_fields = built.paste_fields
-        self.paste_field_names = []
+        self.paste_field_names = built.sent_fields
         return built.controls
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
+        values = with_cell(p, values)
         # exceptions are swallowed here, so that arguments are read in the job itself
-        first = values[0] if values else None
-        enabled = first.get("enabled", True) if isinstance(first, Mapping) else first
+        first, told = values[0] if values else None, told_by_finished_picture(p)
+        enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
         if enabled is None or enabled is False:
             return
         # whoever leaves X-Adapter unticked does not wait for what it is made of
         from .base.models import loaded_models
         from .job.job import Job
 
-        # a job of a script that never closed its processing object
-        self._end_earlier_job()
-        self._job = Job(p, loaded_models(), lambda: panel.read_controls(values))
-        setattr(p, ATTRIBUTE, self._job)
+        outer = jobs_under_way()
+        self._end_others(outer)
+        p.extra_generation_params = own_infotext(p)
+        job = Job(p, loaded_models(), lambda: {**panel.read_controls(values), **told}, is_inner=bool(outer))
+        self._jobs.append(job)
+        setattr(p, ATTRIBUTE, job)
 
-    def _end_earlier_job(self) -> None:
-        if self._job is not None:
-            self._job.end()
+    def _end_others(self, outer: Sequence[Job]) -> None:
+        """End the jobs of scripts that never closed their processing objects."""
+        for job in self._jobs:
+            if job not in outer:
+                job.end()
+        self._jobs = [job for job in self._jobs if job in outer]
 
     def process_before_every_sampling(self, p: StableDiffusionProcessing, *values: Any, **tensors: Any) -> None:
         if job := _job_of(p):
@@ -73,21 +85,32 @@ class XAdapter(scripts.Script):
         if job is None:
             return
         job.end()
+        if isinstance(p, StableDiffusionProcessingImg2Img) and is_one_of_several(p):
+            # the tab's scripts put all that they are given together as one picture
+            return
         shown = job.base_pictures if job.settings.return_base_image else []
-        for place, picture in enumerate(shown):
-            infotext = processed.infotexts[min(processed.index_of_first_image + place, len(processed.infotexts) - 1)]
-            picture.info["parameters"] = infotext
+        for picture in shown:
             processed.images.append(picture)
-            processed.infotexts.append(infotext)
+            processed.infotexts.append(picture.info["parameters"])
         processed.images += job.detected_maps
 
 
 def _job_of(p: StableDiffusionProcessing) -> Job | None:
-    return getattr(p, ATTRIBUTE, None)
+    job = getattr(p, ATTRIBUTE, None)
+    # a copy of a processing object has the attribute, too
+    return job if job is not None and job.p is p else None
+
+
+def jobs_under_way() -> list[Job]:
+    """Those whose pictures the WebUI is making further up the call stack, where somebody makes one in their midst."""
+    frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == MAKES_PICTURES]
+    found = [_job_of(frame.f_locals["p"]) for frame in frames if "p" in frame.f_locals]
+    return [job for job in found if job is not None]
 
 
 def register() -> None:
-    """Tell the WebUI about the settings page and the routes."""
+    """Tell the WebUI about the settings page, the routes and the axes of the X/Y/Z plot."""
+    script_callbacks.on_before_ui(add_axes)
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_app_started(add_routes)
     script_callbacks.on_app_started(lambda *_: warn_of_others())

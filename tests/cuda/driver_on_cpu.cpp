@@ -62,9 +62,8 @@ int cuLaunchKernel(void* function, unsigned blocks, unsigned, unsigned, unsigned
             threadIdx = {thread, 0, 0};
             reinterpret_cast<decltype(&finish)>(function)(
                 argument<uint4*>(arguments, 0), argument<const uint4*>(arguments, 1),
-                argument<const uint4*>(arguments, 2), argument<const uint4*>(arguments, 3),
-                argument<int>(arguments, 4), argument<unsigned>(arguments, 5), argument<unsigned>(arguments, 6),
-                argument<unsigned>(arguments, 7));
+                argument<const uint4*>(arguments, 2), argument<int>(arguments, 3), argument<unsigned>(arguments, 4),
+                argument<unsigned>(arguments, 5));
         }
     return 0;
 }

@@ -1,17 +1,13 @@
-"""Mapping layers for tests of their CUDA path, and a device for it that is the CPU."""
+"""Mapping layers for tests of their CUDA path, and its kernel as torch computes it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lib_xadapter.cuda_mapping.graphs import Blocks, Capture, Uncaptured
-from lib_xadapter.cuda_mapping.operations import Unfinished
-from lib_xadapter.cuda_mapping.path import Runner
 from lib_xadapter.mapping import MappingLayers, read_layout
 from tests.seeded import seeded
 from tests.small_adapter import AdapterPlan
@@ -21,8 +17,6 @@ SHAPES = [(1, 4, 4), (2, 3, 5), (3, 7, 2), (8, 2, 3), (1, 1, 6), (2, 1, 1)]
 
 SCALES = (1, 2, 2)
 """The base's features of each level beside those of level 0."""
-
-NO_TIME = torch.zeros(1, 1)
 
 
 def released(dtype: torch.dtype = torch.float32, plan: AdapterPlan | None = None) -> MappingLayers:
@@ -58,42 +52,8 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-class OnTheCpu:
-    """The CPU where the CUDA path expects a GPU."""
-
-    def __init__(self, make_runner: Callable[[], Runner] = Uncaptured) -> None:
-        self._make_runner = make_runner
-        self.runners_made = 0
-
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        yield
-
-    turn = here
-
-    def wait(self) -> None:
-        """Everything is done."""
-
-    def runner(self) -> Runner:
-        self.runners_made += 1
-        return self._make_runner()
-
-
-class CpuCapturer:
-    """Records as a CUDA graph does: results of a shape come back in the same memory every time."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def capture(self, blocks: Blocks, feature: Tensor) -> Capture:
-        self.captured += 1
-        place = torch.empty_like(feature)
-        unfinished = blocks(feature)
-        sums = Unfinished(unfinished.convolution.clone(), unfinished.bias, unfinished.residual.clone())
-
-        def replay() -> None:
-            again = blocks(place)
-            sums.convolution.copy_(again.convolution)
-            sums.residual.copy_(again.residual)
-
-        return Capture(place, replay, sums)
+def finish_by_torch(x: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """What `finish.cu` computes, on any device and in any type."""
+    x = x + bias[:, None, None]
+    x = x if residual is None else x + residual
+    return functional.relu(x) if relu else x

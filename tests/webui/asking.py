@@ -10,6 +10,8 @@ from .conftest import PLAIN
 from .server import BASE_CHECKPOINT, Answer, WebUIServer
 
 TITLE = "X-Adapter"
+STRENGTH = 0.6
+"""Denoising strength where a request does not say it."""
 HALF = {"width": PLAIN["width"] // 2, "height": PLAIN["height"] // 2}
 USE_BASE = {"override_settings": {"sd_model_checkpoint": BASE_CHECKPOINT}}
 
@@ -43,3 +45,12 @@ def base_alone(server: WebUIServer, **request: Any) -> Image.Image:
 def sdedit(server: WebUIServer, start: Image.Image, strength: float, **request: Any) -> Image.Image:
     """What the WebUI's own img2img tab gives for a picture, "just resize"."""
     return made(server.img2img(start, **{**PLAIN, **request}, denoising_strength=strength)).image
+
+
+def over(server: WebUIServer, start: Image.Image, given: dict[str, Any] | None = None, **request: Any) -> Answer:
+    """A request of the img2img tab, with X-Adapter's arguments where there are any."""
+    asked = {**PLAIN, "denoising_strength": STRENGTH, "do_not_save_grid": True, **request}
+    if given is not None:
+        others = asked.pop("alwayson_scripts", {})
+        asked["alwayson_scripts"] = {**others, **arguments(**given)["alwayson_scripts"]}
+    return made(server.img2img(start, **asked))

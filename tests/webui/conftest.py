@@ -32,6 +32,17 @@ def grey_levels_apart(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(difference).max())
 
 
+def mean_difference(one: Image.Image, other: Image.Image) -> float:
+    """Of all channels of all pixels, 0..255: tells which of two pictures a third one is nearer to."""
+    assert (one.size, one.mode) == (other.size, other.mode)
+    return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
+
+
+def is_between(picture: Image.Image, one: Image.Image, other: Image.Image) -> bool:
+    """Whether a picture is nearer to each of the two than they are to each other, and equal to neither."""
+    return all(0 < mean_difference(picture, end) < mean_difference(one, other) for end in (one, other))
+
+
 def same_bytes(one: Image.Image, other: Image.Image) -> bool:
     """Whether the two have the same pixels, to the bit."""
     return (one.size, one.mode, one.tobytes()) == (other.size, other.mode, other.tobytes())

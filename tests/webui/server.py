@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ class WebUIServer:
                 start_new_session=True,
             )
         try:
-            self.wait_until_up(timeout)
+            self.wait_until(self.is_up, timeout)
         except BaseException:
             self.close()
             raise
@@ -287,9 +287,9 @@ class WebUIServer:
         place = ["--data-dir", str(self.data), "--port", str(self.port)]
         return [str(self.installation.python), "launch.py", *FLAGS, *place, *asked_for, *self.flags]
 
-    def wait_until_up(self, timeout: float) -> None:
+    def wait_until(self, is_so: Callable[[], bool], timeout: float) -> None:
         latest = time.monotonic() + timeout
-        while not self.is_up():
+        while not is_so():
             if self.process.poll() is not None:
                 raise WebUIError(f"the WebUI ended with status {self.process.returncode}:\n{tail(self.log)}")
             if time.monotonic() > latest:
@@ -300,6 +300,12 @@ class WebUIServer:
         # Not asked before it says so itself: a request between gradio's start and the API's ends the WebUI, with
         # "Cannot add middleware after an application has started".
         return SAYS_IT_IS_UP in self.log and self.state()["checkpoint"] is not None
+
+    def reload_ui(self, timeout: float = 300) -> None:
+        """As the button does: extensions are loaded anew, the process and its models stay."""
+        started = self.log.count(SAYS_IT_IS_UP)
+        self.probed(self.post("/probe/reload"))
+        self.wait_until(lambda: self.log.count(SAYS_IT_IS_UP) > started and self.is_up(), timeout)
 
     def close(self) -> None:
         """End the process and what it started; a server that is closed already stays closed."""
@@ -360,18 +366,21 @@ class WebUIServer:
         """The rooms of X-Adapter that the WebUI has imported so far."""
         return {name.removeprefix("lib_xadapter.") for name in self.probed(self.get("/probe/imported"))}
 
-    def recorded(self) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
-        """The UNet calls made inside, oldest first, there once the context is left."""
-        return self.recording("/probe/calls")
+    def recorded(self, progress: bool = False) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+        """The UNet calls made inside, oldest first, there once the context is left.
+
+        With `progress`, each has under "said" what the progress route says at that moment.
+        """
+        return self.recording("/probe/calls", progress)
 
     def recorded_samplings(self) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
         """The samplings inside, oldest first, there once the context is left: see Sampling in probe.py."""
         return self.recording("/probe/samplings")
 
     @contextlib.contextmanager
-    def recording(self, route: str) -> Iterator[list[dict[str, Any]]]:
+    def recording(self, route: str, progress: bool = False) -> Iterator[list[dict[str, Any]]]:
         records: list[dict[str, Any]] = []
-        self.probed(self.post("/probe/reset"))
+        self.probed(self.post("/probe/reset", {"progress": progress}))
         try:
             yield records
         finally:

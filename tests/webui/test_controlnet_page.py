@@ -13,7 +13,7 @@ from . import test_page
 from .asking import made
 from .conftest import PLAIN, grey_levels_apart
 from .server import WebUIServer
-from .test_page import ID, ask_for, enable, generate
+from .test_page import ID, ask_for, choose, enable, generate, wait_for_line
 from .units import T2I_OF_SDXL, T2I_WITHOUT_NAME, ask, final, picture, unit
 
 PANEL = "#txt2img_controlnet"
@@ -40,11 +40,6 @@ def open_unit(page: Any, number: int) -> None:
     page.locator(f"{PANEL}_tabs > .tab-nav button", has_text=f"ControlNet Unit {number}").click()
 
 
-def choose(page: Any, dropdown: str, name: str) -> None:
-    page.locator(f"{dropdown} input").click()
-    page.locator(f"{dropdown} ul.options li", has_text=re.compile(rf"^\W*{re.escape(name)}( \[|\s*$)")).click()
-
-
 def set_up(page: Any, number: int, model: str) -> None:
     """Upload a picture, which ticks "Enable", and choose a model."""
     prefix = unit_of(page, number)
@@ -56,10 +51,8 @@ def set_up(page: Any, number: int, model: str) -> None:
     choose(page, f"{prefix}_controlnet_model_dropdown", model)
 
 
-def wait_for_line(page: Any, text: str) -> None:
-    page.wait_for_function(
-        "([id, text]) => document.querySelector(id).textContent.includes(text)", arg=[f"{ID}plugins", text]
-    )
+def wait_for_plugins(page: Any, text: str) -> None:
+    wait_for_line(page, text, f"{ID}plugins")
 
 
 def shown(page: Any) -> list[Image.Image]:
@@ -74,13 +67,13 @@ def test_the_line_says_where_each_enabled_unit_will_go(page):
     enable(page)
     open_panel(page)
     set_up(page, 0, T2I_WITHOUT_NAME)
-    wait_for_line(page, f"ControlNet unit 0 {T2I_WITHOUT_NAME} [")
+    wait_for_plugins(page, f"ControlNet unit 0 {T2I_WITHOUT_NAME} [")
     assert page.locator(f"{ID}plugins").inner_text().endswith("] to SD1.5.")
     open_unit(page, 1)
     set_up(page, 1, T2I_OF_SDXL)
-    wait_for_line(page, f"to SD1.5; ControlNet unit 1 {T2I_OF_SDXL} [")
+    wait_for_plugins(page, f"to SD1.5; ControlNet unit 1 {T2I_OF_SDXL} [")
     choose(page, f"{unit_of(page, 1)}_controlnet_model_dropdown", "None")
-    wait_for_line(page, "ControlNet unit 1 none to neither model (is enabled and has no model)")
+    wait_for_plugins(page, "ControlNet unit 1 none to neither model (is enabled and has no model)")
     page.locator(f"{unit_of(page, 1)}_controlnet_enable_checkbox input").click()
     page.wait_for_function("id => !document.querySelector(id).textContent.includes('unit 1')", arg=f"{ID}plugins")
 
@@ -90,7 +83,7 @@ def test_a_unit_of_the_panel_makes_the_picture_that_rest_makes(page, webui):
     enable(page)
     open_panel(page)
     set_up(page, 0, T2I_WITHOUT_NAME)
-    wait_for_line(page, "to SD1.5")
+    wait_for_plugins(page, "to SD1.5")
     log = generate(page)
     assert re.search(rf"X-Adapter plugins: ControlNet unit 0 {T2I_WITHOUT_NAME} \[\w+\] to SD1.5", log)
     assert re.search(rf"X-Adapter: ControlNet unit 0 {T2I_WITHOUT_NAME} \[\w+\] to SD1.5\.", log)

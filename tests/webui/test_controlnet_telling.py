@@ -23,7 +23,7 @@ UNITS = [LINES, {**LINES, "enabled": False}, LINES_XL]
 
 
 def route(server: WebUIServer, units: list, **prompts: str) -> dict:
-    reply = server.post("/xadapter/v1/route", {**prompts, "units": units})
+    reply = server.post("/xadapter/v1/plan", {**prompts, "units": units})
     assert reply.status == 200, reply.content
     return reply.content
 
@@ -84,7 +84,7 @@ class TestBeforeARun:
 
     def test_another_shape_of_request_is_refused(self, controlnet_webui):
         for units in ("lines", ["lines"], {"0": LINES}):
-            assert controlnet_webui.post("/xadapter/v1/route", {"units": units}).status == 422
+            assert controlnet_webui.post("/xadapter/v1/plan", {"units": units}).status == 422
 
 
 class TestAfterARun:

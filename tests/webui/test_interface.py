@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 
 import lib_xadapter
+from lib_xadapter.settings import arguments as settings_table
 
 from .asking import TITLE, arguments, made, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
@@ -67,23 +68,27 @@ class TestRoutes:
                 for route in ("models", "schema", "version"):
                     assert server.get(f"/xadapter/v1/{route}").status == 401
                 # who may see the page may ask what the page asks
-                assert server.post("/xadapter/v1/route", {}).status == 200
+                assert server.post("/xadapter/v1/plan", {}).status == 200
             server.credentials = "user:secret"
 
     def test_the_pages_own_route_takes_the_pages_login(self, start_webui):
         with start_webui("login", credentials="user:secret", flags=["--gradio-auth", "me:mine"]) as server:
-            assert server.post("/xadapter/v1/route", {}).status == 200
+            assert server.post("/xadapter/v1/plan", {}).status == 200
             server.credentials = None
-            assert server.post("/xadapter/v1/route", {}).status == 401
+            assert server.post("/xadapter/v1/plan", {}).status == 401
             headers = {"Content-Type": "application/json", "Cookie": login_cookie(server, "me", "mine")}
-            for route, content, status in (("route", b"{}", 200), ("models", None, 401)):
+            for route, content, status in (("plan", b"{}", 200), ("models", None, 401)):
                 asked = Request(f"{server.url}/xadapter/v1/{route}", content, headers)
                 assert server.ask(asked, timeout=60).status == status
 
-    def test_the_script_is_listed_for_txt2img_alone(self, webui):
+    def test_the_script_is_listed_for_both_tabs_with_the_same_arguments(self, webui):
         scripts = webui.get("/sdapi/v1/scripts").content
-        assert TITLE.lower() in scripts["txt2img"]
-        assert TITLE.lower() not in scripts["img2img"]
+        assert all(TITLE.lower() in scripts[tab] for tab in ("txt2img", "img2img"))
+        listed = [script for script in webui.get("/sdapi/v1/script-info").content if script["name"] == TITLE.lower()]
+        assert sorted(script["is_img2img"] for script in listed) == [False, True]
+        labels = [[argument["label"] for argument in script["args"]] for script in listed]
+        assert labels[0] == labels[1]
+        assert labels[0][: len(settings_table())] == [row.label for row in settings_table().values()]
 
 
 class TestPositionalArguments:

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from .asking import TITLE, arguments, made, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
+from .asking import TITLE, arguments, made, plain, sdedit, with_xadapter
+from .conftest import PLAIN, grey_levels_apart, is_blank, mean_difference, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT
 
 LOCKSTEP, RECORDED = {"memory": "lockstep"}, {"memory": "recorded"}
@@ -37,20 +37,86 @@ def test_a_checkpoint_chosen_during_a_job_is_loaded_after_it(webui, memory, plac
         webui.post("/sdapi/v1/options", {"sd_model_checkpoint": UPGRADED_CHECKPOINT})
 
 
+class TestOptions:
+    """Settings are the user's: none is another one while a job runs."""
+
+    @pytest.mark.parametrize("place", ["base_unet", "upgraded_unet", "vae_decode", "vae_encode"])
+    def test_what_is_saved_during_a_job_is_what_was_set(self, webui, place):
+        file = webui.data / "config.json"
+        webui.post("/sdapi/v1/options", {"samples_filename_pattern": place})
+        before = file.read_bytes()
+        assert place.encode() in before
+        file.unlink()
+        with webui.fault(place, error="save"):
+            with_xadapter(webui, LOCKSTEP, prompt="a cat <lora:style15:1>")
+        assert file.read_bytes() == before
+
+
 class TestPromptSchedules:
-    """In a single stage the base's prompts change as far along as they would alone."""
+    """The base's prompts change as far along in the joint stage as they would alone."""
 
     @pytest.mark.parametrize("memory", [LOCKSTEP, RECORDED], ids=lambda memory: memory["memory"])
-    def test_a_single_stage_follows_them(self, webui, memory):
+    @pytest.mark.parametrize("single_stage", [False, True], ids=["two stages", "a single stage"])
+    def test_the_later_the_change_the_nearer_to_the_first_word(self, webui, memory, single_stage):
         def picture(base_prompt):
-            given = {**memory, "single_stage": True, "base_prompt": base_prompt}
+            given = {**memory, "single_stage": single_stage, "base_prompt": base_prompt}
             return with_xadapter(webui, given).image
 
-        red, blue, changing = picture("a red cat"), picture("a blue cat"), picture("a [red:blue:0.5] cat")
+        red, blue = picture("a red cat"), picture("a blue cat")
         assert same_bytes(picture("a [red:blue:50] cat"), red)
         assert same_bytes(picture("a [red:blue:0] cat"), blue)
-        assert not same_bytes(changing, red)
-        assert not same_bytes(changing, blue)
+        soon, late = picture("a [red:blue:2] cat"), picture("a [red:blue:4] cat")
+        assert 0 < mean_difference(late, red) < mean_difference(soon, red)
+        assert 0 < mean_difference(soon, blue) < mean_difference(late, blue)
+
+
+class TestRefiner:
+    """It takes over from SDXL, with the base beside it as before."""
+
+    @pytest.fixture
+    def refiner(self, webui, models):
+        """Another SDXL checkpoint, from the middle of sampling on."""
+        source = models / "models/Stable-diffusion" / UPGRADED_CHECKPOINT
+        target = webui.data / "models/Stable-diffusion/refiner.safetensors"
+        weights = load_file(source)
+        weights["model.diffusion_model.out.2.weight"] = -weights["model.diffusion_model.out.2.weight"]
+        save_file(weights, target)
+        shutil.copy(source.with_suffix(".yaml"), target.with_suffix(".yaml"))
+        webui.post("/sdapi/v1/refresh-checkpoints")
+        yield {"refiner_checkpoint": "refiner", "refiner_switch_at": 0.5}
+        target.unlink()
+        target.with_suffix(".yaml").unlink()
+        webui.post("/sdapi/v1/refresh-checkpoints")
+
+    def test_it_goes_on_where_sdxl_stops(self, webui, refiner):
+        ours, start = with_xadapter(webui, {"weight": 0, "return_base_image": True}, **refiner).images
+        assert grey_levels_apart(ours, sdedit(webui, start, 0.8, **refiner)) <= 1
+        assert grey_levels_apart(ours, sdedit(webui, start, 0.8)) > 1
+
+    def test_the_base_guides_both(self, webui, refiner):
+        beside, recorded = (with_xadapter(webui, memory, **refiner) for memory in (LOCKSTEP, RECORDED))
+        assert "Refiner: refiner" in beside.infotexts[0]
+        assert same_bytes(beside.image, recorded.image)
+        assert grey_levels_apart(beside.image, with_xadapter(webui, {"weight": 0}, **refiner).image) > 1
+        assert webui.state()["hooks"] == []
+
+    def test_from_the_beginning_on_it_is_the_upgraded_model(self, webui, refiner):
+        taking_over = with_xadapter(webui, **{**refiner, "refiner_switch_at": 0.0}).image
+        selected = with_xadapter(webui, override_settings={"sd_model_checkpoint": "refiner.safetensors"}).image
+        assert grey_levels_apart(taking_over, selected) <= 1
+
+
+class TestReloadUI:
+    """Extensions are loaded anew, while the process goes on."""
+
+    def test_pictures_and_models_are_as_before(self, start_webui):
+        with start_webui("reloaded") as server:
+            before, usual = plain(server), with_xadapter(server).image
+            state = server.state()
+            server.reload_ui()
+            assert same_bytes(plain(server), before)
+            assert same_bytes(with_xadapter(server).image, usual)
+            assert server.state() == state
 
 
 class TestTooLittleVideoMemory:
@@ -117,7 +183,7 @@ class TestFailuresOfTheWebUI:
         state = webui.state()
         assert not [model for model in state["live_models"] if model.startswith("LatentDiffusion")]
         assert state["hooks"] == []
-        assert grey_levels_apart(plain(webui), before) <= 1
+        assert same_bytes(plain(webui), before)
 
 
 class TestOverwrittenCheckpoint:

@@ -153,8 +153,8 @@ class TestTelling:
         answer = both_pictures(server, "a cat <lora:strange:1> <lora:style15:1>")
         assert "X-Adapter plugins: LoRA style15 to SD1.5; LoRA strange to neither model" in answer.infotexts[0]
 
-    def route(self, server, **prompts):
-        return server.post("/xadapter/v1/route", prompts).content
+    def route(self, server, prompt, **arguments):
+        return server.post("/xadapter/v1/plan", {"prompt": prompt, "args": [arguments]}).content
 
     def test_the_route_splits_as_the_run_does(self, server):
         split = self.route(server, prompt=self.PROMPT)
@@ -186,4 +186,4 @@ class TestTelling:
         assert self.route(server, prompt="a cat")["summary"] == "LoRA style15 to SD1.5"
 
     def test_another_shape_of_request_is_refused(self, server):
-        assert server.post("/xadapter/v1/route", {"prompt": ["a cat"]}).status == 422
+        assert server.post("/xadapter/v1/plan", {"prompt": ["a cat"]}).status == 422

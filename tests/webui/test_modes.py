@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import pytest
 
@@ -11,6 +11,7 @@ from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import decode_image
 
 LATENT_SCALE = 8
+BASE, SDXL = "LatentDiffusion", "DiffusionEngine"
 
 
 @pytest.mark.parametrize("flag", ["--medvram", "--lowvram"])
@@ -32,7 +33,7 @@ def test_nothing_is_imported_before_it_is_used(start_webui):
     host = {"webui.job.job", "webui.base.models", "webui.base.base_units", "webui.sampling.coupling"}
     with start_webui("untouched") as server:
         made(server.txt2img(**PLAIN, **arguments(enabled=False)))
-        server.post("/xadapter/v1/route", {"prompt": "a cat <lora:style15:1>"})
+        server.post("/xadapter/v1/plan", {"prompt": "a cat <lora:style15:1>", "args": [False]})
         assert "webui.page.panel" in server.imported()
         assert not server.imported() & (core | host)
         with_xadapter(server)
@@ -67,28 +68,29 @@ def test_adapters_are_found_in_the_folder_of_the_settings(webui, models, tmp_pat
 
 class TestProgress:
     @pytest.fixture(scope="class")
-    def watched(self, webui):
-        """What the progress route said while two pictures were made."""
+    def calls(self, webui):
+        """The calls of the UNets for two pictures, and what the progress route said at each."""
         webui.post("/sdapi/v1/options", {"show_progress_every_n_steps": 1})
-        seen = []
-        with ThreadPoolExecutor(1) as pool:
-            job = pool.submit(with_xadapter, webui, steps=12, n_iter=2)
-            while not job.done():
-                seen.append(webui.get("/sdapi/v1/progress").content)
-        assert job.result().status == 200
-        return seen
+        with webui.recorded(progress=True) as calls:
+            with_xadapter(webui, n_iter=2)
+        return calls
 
-    def test_each_stage_counts_as_a_job(self, watched):
-        counts = {said["state"]["job_count"] for said in watched if said["state"]["job_no"] > 0}
-        assert counts - {0} == {4}
-        assert {said["state"]["job_no"] for said in watched} >= {0, 1, 2, 3}
+    @pytest.fixture(scope="class")
+    def jobs(self, calls):
+        """The calls of each job, as the route counts them."""
+        return [list(job) for _, job in groupby(calls, key=lambda call: call["said"]["state"]["job_no"])]
 
-    def test_progress_never_goes_back(self, watched):
-        running = [said["progress"] for said in watched if said["state"]["job_count"] > 0]
-        assert running == sorted(running)
+    def test_each_stage_counts_as_a_job(self, calls, jobs):
+        assert {call["said"]["state"]["job_count"] for call in calls} == {4}
+        assert [{call["model"] for call in job} for job in jobs] == [{BASE}, {BASE, SDXL}] * 2
 
-    def test_each_stage_shows_its_own_picture(self, watched):
-        sizes = {decode_image(said["current_image"]).size for said in watched if said["current_image"]}
+    def test_progress_never_goes_back(self, calls):
+        said = [call["said"]["progress"] for call in calls]
+        assert said == sorted(said)
+        assert 0 < said[0] < 0.25 < 0.75 < said[-1] < 1
+
+    def test_each_stage_shows_its_own_picture(self, jobs):
+        sizes = [decode_image(job[-1]["said"]["current_image"]).size for job in jobs]
         upgraded = (PLAIN["width"] // LATENT_SCALE, PLAIN["height"] // LATENT_SCALE)
         base = (upgraded[0] // 2, upgraded[1] // 2)
-        assert sizes == {base, upgraded}
+        assert sizes == [base, upgraded] * 2

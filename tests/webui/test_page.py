@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import shutil
 
 import pytest
+from PIL import Image
 
+from lib_xadapter.settings import arguments as arguments_of_the_table
+
+from .asking import with_xadapter
 from .conftest import PLAIN
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
-ID = "#script_xadapter_"
+ID = "#script_txt2img_xadapter_"
+IMG2IMG = "#script_img2img_xadapter_"
 PATIENCE = 180_000
 """Milliseconds for a picture on a slow machine."""
+ONLY_IN_TXT2IMG = ("base_start", "single_stage", "hires")
 LOOK = 30_000
 """Milliseconds for what the page does by itself."""
 
@@ -53,17 +61,36 @@ def fill(page, selector: str, value: object) -> None:
     field.blur()
 
 
-def ask_for(page) -> None:
+def ask_for(page, tab: str = "txt2img") -> None:
     """The request of the other tests, on the page."""
-    fill(page, "#txt2img_prompt", PLAIN["prompt"])
+    fill(page, f"#{tab}_prompt", PLAIN["prompt"])
     for name in ("width", "height", "steps"):
-        fill(page, f"#txt2img_{name}", PLAIN[name])
-    fill(page, "#txt2img_seed", PLAIN["seed"])
+        fill(page, f"#{tab}_{name}", PLAIN[name])
+    fill(page, f"#{tab}_seed", PLAIN["seed"])
 
 
-def enable(page) -> None:
-    page.locator(f"{ID}enabled .label-wrap").first.click()
-    page.wait_for_selector(f"{ID}switch_point", state="visible")
+def enable(page, prefix: str = ID) -> None:
+    page.locator(f"{prefix}enabled .label-wrap").first.click()
+    page.wait_for_selector(f"{prefix}switch_point", state="visible")
+
+
+def wait_for_line(page, text: str, line: str = f"{ID}forecast") -> None:
+    """Until the server has answered, and the page shows it."""
+    page.wait_for_function("([id, text]) => document.querySelector(id).textContent.includes(text)", arg=[line, text])
+
+
+def open_img2img(page) -> None:
+    page.locator("#tabs > .tab-nav button", has_text=re.compile(r"^\s*img2img\s*$")).click()
+    page.wait_for_selector(f"{IMG2IMG}enabled", state="visible")
+
+
+def choose(page, dropdown: str, name: str) -> None:
+    page.locator(f"{dropdown} input").click()
+    page.locator(f"{dropdown} ul.options li", has_text=re.compile(rf"^\W*{re.escape(name)}( \[|\s*$)")).click()
+
+
+def tick(page, checkbox: str) -> None:
+    page.locator(f"{checkbox} input[type=checkbox]").click()
 
 
 def generate(page) -> str:
@@ -73,14 +100,14 @@ def generate(page) -> str:
     return "".join(page.locator(f"#html_{part}_txt2img").first.inner_text() for part in ("info", "log"))
 
 
-def value(page, name: str) -> str:
-    return page.locator(f"{ID}{name} input, {ID}{name} textarea").first.input_value()
+def value(page, name: str, prefix: str = ID) -> str:
+    return page.locator(f"{prefix}{name} input, {prefix}{name} textarea").first.input_value()
 
 
 def test_open_tick_set_generate_and_read_back(page, tmp_path):
     ask_for(page)
     enable(page)
-    assert "SD1.5 paints 128×128 in 6 steps; then SDXL paints 256×256" in page.locator(f"{ID}explanation").inner_text()
+    wait_for_line(page, "SD1.5 (128×128) samples 6 steps from noise. Then SD1.5 (128×128) and SDXL (256×256)")
     fill(page, f"{ID}switch_point", 0.6)
     fill(page, f"{ID}weight", 1.25)
     page.locator(f"{ID}more .label-wrap").first.click()
@@ -132,17 +159,17 @@ def test_tooltips_say_what_the_switch_point_does(page):
     assert "denoising strength" in titled.get_attribute("title")
 
 
-def open_tab(page, name: str) -> None:
-    page.locator("#txt2img_extra_tabs > .tab-nav button", has_text=re.compile(f"^\\s*{name}\\s*$")).click()
+def open_tab(page, name: str, tab: str = "txt2img") -> None:
+    page.locator(f"#{tab}_extra_tabs > .tab-nav button", has_text=re.compile(f"^\\s*{name}\\s*$")).click()
 
 
-def lora_card(page, name: str):
-    return page.locator(f"#txt2img_lora_cards .card[data-name='{name}']")
+def lora_card(page, name: str, tab: str = "txt2img"):
+    return page.locator(f"#{tab}_lora_cards .card[data-name='{name}']")
 
 
-def mark(page, name: str) -> str:
+def mark(page, name: str, tab: str = "txt2img") -> str:
     """What style.css writes onto a card."""
-    return lora_card(page, name).evaluate("card => getComputedStyle(card, '::before').content")
+    return lora_card(page, name, tab).evaluate("card => getComputedStyle(card, '::before').content")
 
 
 def test_loras_of_the_base_have_cards_while_it_is_ticked(page):
@@ -158,7 +185,20 @@ def test_loras_of_the_base_have_cards_while_it_is_ticked(page):
     page.wait_for_function("() => opts.extra_networks_default_multiplier !== undefined")
     lora_card(page, "style15").click()
     assert "<lora:style15:1>" in page.locator("#txt2img_prompt textarea").input_value()
-    assert page.locator("#img2img_lora_cards .card[data-name='style15']").count() == 0
+
+
+def test_each_tab_shows_them_by_its_own_tick(page):
+    enable(page)
+    open_img2img(page)
+    open_tab(page, "Lora", "img2img")
+    lora_card(page, "stylexl", "img2img").wait_for(state="visible")
+    assert lora_card(page, "style15", "img2img").is_hidden()
+    assert mark(page, "stylexl", "img2img") == "none"
+    open_tab(page, "Generation", "img2img")
+    enable(page, IMG2IMG)
+    open_tab(page, "Lora", "img2img")
+    lora_card(page, "style15", "img2img").wait_for(state="visible")
+    assert mark(page, "style15", "img2img") == '"SD1.5"'
 
 
 def test_the_page_says_where_each_plugin_will_go_and_where_it_went(page):
@@ -166,7 +206,7 @@ def test_the_page_says_where_each_plugin_will_go_and_where_it_went(page):
     enable(page)
     fill(page, "#txt2img_prompt", "a base15 cat <lora:style15:1> <lora:stylexl:0.5> <lora:<b>bold</b>:1>")
     split = "LoRA style15 to SD1.5; LoRA stylexl to SDXL"
-    page.wait_for_function(f"document.querySelector('{ID}plugins').textContent.includes('{split}')")
+    wait_for_line(page, split, f"{ID}plugins")
     assert "LoRA <b to neither model" in page.locator(f"{ID}plugins").inner_text()
     assert page.locator(f"{ID}plugins b").count() == 0
     fill(page, "#txt2img_prompt", "a base15 cat <lora:style15:1> <lora:stylexl:0.5>")
@@ -184,5 +224,214 @@ def test_the_line_needs_the_pages_login_and_no_api_password(browser, start_webui
         open_page(page, server)
         enable(page)
         fill(page, "#txt2img_prompt", "a cat <lora:style15:1>")
-        line = "Plugins: LoRA style15 to SD1.5."
-        page.wait_for_function(f"document.querySelector('{ID}plugins').textContent === '{line}'")
+        wait_for_line(page, "Plugins: LoRA style15 to SD1.5.", f"{ID}plugins")
+
+
+class TestTheLine:
+    """What it says is the server's matter (test_forecast.py); here, that it follows the page."""
+
+    def test_it_follows_every_control_of_txt2img(self, page):
+        ask_for(page)
+        enable(page)
+        wait_for_line(page, "sample the last 5 of 6 steps together over that picture (switch point 0.8).")
+        fill(page, f"{ID}switch_point", 0.5)
+        wait_for_line(page, "the last 4 of 6 steps together over that picture (switch point 0.5).")
+        page.locator(f"{ID}more .label-wrap").first.click()
+        fill(page, f"{ID}base_width", 192)
+        wait_for_line(page, "SD1.5 (192×128)")
+        page.locator(f"{ID}memory label", has_text="recorded").click()
+        wait_for_line(page, "Memory: recorded.")
+        choose(page, f"{ID}adapter", "None")
+        wait_for_line(page, "Then SDXL (256×256) samples")
+        tick(page, f"{ID}single_stage")
+        wait_for_line(page, "SDXL (256×256) samples 6 steps from noise.")
+        fill(page, f"{ID}guidance_start", 0.6)
+        fill(page, f"{ID}guidance_end", 0.5)
+        wait_for_line(page, "'guidance_start' is 0.6, after 'guidance_end' at 0.5.")
+        assert "xadapter-problem" in page.locator(f"{ID}forecast").get_attribute("class")
+
+    def test_it_follows_hires_fix(self, page):
+        ask_for(page)
+        enable(page)
+        page.locator("#txt2img_hr .label-wrap").first.click()
+        page.wait_for_selector("#txt2img_hr_scale", state="visible")
+        fill(page, "#txt2img_hr_scale", 1.5)
+        fill(page, "#txt2img_hires_steps", 4)
+        wait_for_line(page, "Hires. fix: SD1.5 (192×192) and SDXL (384×384) sample 4 steps together")
+        page.locator(f"{ID}more .label-wrap").first.click()
+        tick(page, f"{ID}hires")
+        wait_for_line(page, "Hires. fix: SDXL (384×384) samples 4 steps")
+
+    def test_it_follows_img2img(self, page):
+        open_img2img(page)
+        ask_for(page, "img2img")
+        enable(page, IMG2IMG)
+        line = f"{IMG2IMG}forecast"
+        wait_for_line(page, "SD1.5 (128×128) and SDXL (256×256) sample the last 5 of 6 steps together", line)
+        fill(page, "#img2img_denoising_strength", 0.5)
+        wait_for_line(page, "the last 4 of 6 steps together over the given picture (denoising strength 0.5).", line)
+        page.locator(f"{IMG2IMG}img2img_start label", has_text="base").click()
+        wait_for_line(page, "SD1.5 (128×128) samples the last 4 of 6 steps over the given picture", line)
+        give_picture(page, 400, 320)
+        page.locator("#img2img_tabs_resize > .tab-nav button", has_text="Resize by").click()
+        fill(page, "#img2img_scale", 2)
+        wait_for_line(page, "SD1.5 (400×320) and SDXL (800×640)", line)
+
+    def test_it_says_when_the_accordion_is_open_and_not_ticked(self, page):
+        enable(page)
+        page.locator(f"{ID}enabled-visible-checkbox").click()
+        wait_for_line(page, "not ticked")
+        assert page.locator(f"{ID}forecast").is_visible()
+
+
+def give_picture(page, width: int, height: int, place: str = "#img2img_image") -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(png, format="PNG")
+    upload = {"name": "given.png", "mimeType": "image/png", "buffer": png.getvalue()}
+    page.locator(f"{place} input[type=file]").set_input_files(upload)
+    page.wait_for_function(f"document.querySelector('{place} img')?.naturalWidth === {width}")
+
+
+class TestBothTabs:
+    def test_each_shows_the_controls_that_are_of_use_in_it(self, page):
+        enable(page)
+        page.locator(f"{ID}more .label-wrap").first.click()
+        assert page.locator(f"{ID}img2img_start").is_hidden()
+        assert all(page.locator(f"{ID}{name}").is_visible() for name in ONLY_IN_TXT2IMG)
+        open_img2img(page)
+        enable(page, IMG2IMG)
+        page.locator(f"{IMG2IMG}more .label-wrap").first.click()
+        assert page.locator(f"{IMG2IMG}img2img_start").is_visible()
+        assert all(page.locator(f"{IMG2IMG}{name}").is_hidden() for name in ONLY_IN_TXT2IMG)
+
+    def test_send_to_img2img_carries_it_along(self, page):
+        ask_for(page)
+        enable(page)
+        fill(page, f"{ID}switch_point", 0.6)
+        fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
+        fill(page, f"{ID}weight_1", 0.5)
+        generate(page)
+        page.locator("#txt2img_send_to_img2img").click()
+        page.wait_for_selector(f"{IMG2IMG}switch_point", state="visible")
+        assert page.locator(f"{IMG2IMG}enabled-checkbox input").is_checked()
+        page.wait_for_function(f"document.querySelector('{IMG2IMG}base_prompt textarea').value !== ''")
+        carried = {name: value(page, name, IMG2IMG) for name in ("switch_point", "base_prompt", "weight", "weight_1")}
+        assert carried == {"switch_point": "0.6", "base_prompt": "a dog, (soft:1.2)", "weight": "1", "weight_1": "0.5"}
+
+    def test_an_infotext_pastes_into_img2img(self, page, webui):
+        given = {"switch_point": 0.6, "weight": 0.5, "base_prompt": "a dog"}
+        infotext = with_xadapter(webui, given, steps=1).infotexts[0]
+        open_img2img(page)
+        fill(page, "#img2img_prompt", infotext)
+        page.locator("#img2img_tools #paste").click()
+        page.wait_for_selector(f"{IMG2IMG}switch_point", state="visible")
+        page.wait_for_function(f"document.querySelector('{IMG2IMG}base_prompt textarea').value !== ''")
+        assert {name: value(page, name, IMG2IMG) for name in given} == {
+            "switch_point": "0.6",
+            "weight": "0.5",
+            "base_prompt": "a dog",
+        }
+        assert value(page, "base_checkpoint", IMG2IMG) == "tiny15.safetensors"
+
+
+def test_each_tab_has_its_own_saved_defaults(browser, start_webui, tmp_path):
+    saved = {"txt2img": 0.3, "img2img": 0.9}
+    config = {f"customscript/xadapter.py/{tab}/Switch point/value": value for tab, value in saved.items()}
+    (tmp_path / "ui-config.json").write_text(json.dumps(config))
+    with start_webui("defaults", flags=["--ui-config-file", str(tmp_path / "ui-config.json")]) as server:
+        page = browser.new_page()
+        open_page(page, server)
+        assert {tab: float(value(page, "switch_point", f"#script_{tab}_xadapter_")) for tab in saved} == saved
+
+
+def test_labels_and_tooltips_name_the_bases_family(page):
+    family = "SD2"
+
+    def answer(route) -> None:
+        route.fulfill(json={"line": f"{family} samples.", "base": family, "summary": ""})
+
+    page.route("**/xadapter/v1/plan", answer)
+    enable(page)
+    wait_for_line(page, "SD2 samples.")
+    page.locator(f"{ID}more .label-wrap").first.click()
+    accordion = page.locator(f"{ID}enabled")
+    for label in ("SD2 checkpoint", "SD2 prompt", "SD2 width", "SD2 starts from", "Show the SD2 picture"):
+        assert label in accordion.inner_text()
+    assert "SD1.5" not in accordion.inner_text()
+    told = accordion.locator("[title], [placeholder]").evaluate_all(
+        "all => all.map(one => one.title + one.placeholder)"
+    )
+    assert any("SD2" in text for text in told)
+    assert not any("SD1.5" in text for text in told)
+    family = "SD1.5"
+    fill(page, f"{ID}switch_point", 0.5)
+    wait_for_line(page, "SD1.5 samples.")
+    assert "SD1.5 prompt" in accordion.inner_text()
+    assert "SD2" not in accordion.inner_text()
+
+
+def test_stage_ones_picture_shows_its_own_text(page):
+    ask_for(page)
+    enable(page)
+    page.locator(f"{ID}more .label-wrap").first.click()
+    tick(page, f"{ID}return_base_image")
+    assert "X-Adapter version" in generate(page)
+    page.locator("#txt2img_gallery .thumbnail-item").nth(1).click()
+    page.wait_for_function("document.querySelector('#html_info_txt2img').textContent.includes('Model: tiny15')")
+    assert "X-Adapter" not in page.locator("#html_info_txt2img").inner_text()
+
+
+REACHED = """() => {
+    const reached = document.activeElement.closest("[id^='script_']");
+    return [document.activeElement.tagName, reached === null ? "" : reached.id];
+}"""
+
+
+@pytest.mark.parametrize("prefix", [ID, IMG2IMG], ids=["txt2img", "img2img"])
+def test_every_control_is_reached_by_keyboard(page, prefix):
+    if prefix == IMG2IMG:
+        open_img2img(page)
+    page.locator(f"{prefix}enabled .label-wrap").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"{prefix}switch_point", state="visible")
+    assert page.locator(f"{prefix}enabled-checkbox input").is_checked()
+    page.locator(f"{prefix}more .label-wrap").first.focus()
+    page.keyboard.press("Space")
+    page.wait_for_selector(f"{prefix}base_prompt", state="visible")
+    page.locator(f"{prefix}enabled .label-wrap").first.focus()
+    reached = set()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate(REACHED)[1])
+    hidden = ONLY_IN_TXT2IMG if prefix == IMG2IMG else ("img2img_start",)
+    levels = {f"weight_{level}" for level in range(3)}
+    names = {"preset", *levels, *arguments_of_the_table()} - {"enabled", *hidden}
+    missed = {name for name in names if f"{prefix[1:]}{name}" not in reached}
+    assert not missed
+
+
+CONTRAST = """line => {
+    const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+    const linear = part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+    let behind = line;
+    while (behind.parentElement && (channels(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) {
+        behind = behind.parentElement;
+    }
+    const pair = [getComputedStyle(line).color, getComputedStyle(behind).backgroundColor].map(channels).map(luminance);
+    return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+}"""
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_lines_can_be_read_in_both_themes(page, webui, theme):
+    """4.5 to 1 is what WCAG asks of text."""
+    page.goto(f"{webui.url}/?__theme={theme}", timeout=PATIENCE)
+    page.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
+    enable(page)
+    wait_for_line(page, "samples")
+    assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5
+    fill(page, f"{ID}guidance_start", 1)
+    fill(page, f"{ID}guidance_end", 0.5)
+    wait_for_line(page, "'guidance_start' is 1")
+    assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5

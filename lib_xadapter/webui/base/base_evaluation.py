@@ -68,7 +68,7 @@ class BaseEvaluation:
                     for rows, given in self._calls(len(images), cond, uncond)
                 ]
             )
-        guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
+            guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
         if self._is_masked:
             levels = latent.new_full((len(latent),), sigma)
             guided = self._blending.at_step(self._job, self._guidance, guided, levels)

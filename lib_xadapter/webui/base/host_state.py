@@ -28,6 +28,8 @@ HIJACK_FIELDS = (
     "extra_generation_params",
 )
 VAE_FIELDS = ("base_vae", "loaded_vae_file", "checkpoint_info")
+NEUTRAL_PROMPT = "lib_neutral_prompt.global_state"
+"""Where sd-webui-neutral-prompt keeps how the prompts that were encoded last are to be composed."""
 DEVICE_FIELDS = ("fp8", "dtype_unet", "unet_needs_upcast")
 
 
@@ -120,6 +122,8 @@ def current_model_places() -> Iterator[Place]:
     yield Contents(sd_models.model_data.loaded_sd_models)
     for owner, names in ((sd_hijack.model_hijack, HIJACK_FIELDS), (sd_vae, VAE_FIELDS), (devices, DEVICE_FIELDS)):
         yield from (Attribute(owner, name) for name in names)
+    if composing := sys.modules.get(NEUTRAL_PROMPT):
+        yield Attribute(composing, "prompt_exprs")
     yield Attribute(sd_unet, "original_forward")
     yield Attribute(shared, "parallel_processing_allowed")
     yield Contents(shared.loaded_hypernetworks)

@@ -15,11 +15,11 @@ from modules import devices, lowvram, sd_models, shared
 from ...mapping import load_adapter
 from ...mapping_choice import MappingChoice, choose_mapping_path
 from ...mapping_paths import MappingPath
-from ...memory import WORKING_MEMORY, free_memory, missing_from
+from ...memory import ONE_PICTURE, Work, decoding_memory, free_memory, missing_from
 from ...overlap import SideStream
 from ...recording import RecordingCache
 from ...settings import AUTO, RECORDED
-from ...two_stage import RecordedBase
+from ...two_stage import BaseCache
 from .. import options
 from .base_model import BaseModel, file_state, load_base_model
 
@@ -29,6 +29,9 @@ ATTRIBUTE = "xadapter_models"
 LARGEST_BASE = 1_300_000_000
 """Parameters of SD2.1 with its text encoder and VAE; SD1.5 has 1.07 billion."""
 
+CONTROLNET = 361_300_000
+"""Parameters of a ControlNet for SD1.5."""
+
 
 @dataclass(frozen=True)
 class MappingOnDisk:
@@ -37,14 +40,13 @@ class MappingOnDisk:
     path: Path
     modified: float
     choice: MappingChoice
-    fp8: bool
 
 
 class Models:
     """The base and the mapping layers that are loaded, for both tabs: see `loaded_models`."""
 
     def __init__(self) -> None:
-        self.recordings: RecordingCache[RecordedBase] = RecordingCache(options.recordings_capacity)
+        self.recordings: BaseCache = RecordingCache(options.recordings_capacity)
         """Of the base in earlier jobs."""
         self._base: BaseModel | None = None
         self._mapping: tuple[MappingOnDisk, MappingPath] | None = None
@@ -70,21 +72,24 @@ class Models:
 
     def mapping(self, path: Path) -> MappingPath:
         """The mapping layers of a file, on the GPU, in the UNets' number type, run as the user wants."""
-        wanted = MappingOnDisk(path, os.path.getmtime(path), options.mapping_choice(), options.fp8())
+        wanted = MappingOnDisk(path, os.path.getmtime(path), options.mapping_choice())
         if self._mapping is None or self._mapping[0] != wanted:
-            self._drop_mapping()
+            self._mapping = None
             adapter = load_adapter(path, devices.device, devices.dtype_unet)
-            self._mapping = (wanted, choose_mapping_path(adapter, wanted.choice, wanted.fp8))
+            self._mapping = (wanted, choose_mapping_path(adapter, wanted.choice))
         self._mapping[1].adapter.to(devices.device, devices.dtype_unet)
         return self._mapping[1]
 
-    def is_sequential(self, memory: str, info: sd_models.CheckpointInfo, adapter: Path | None) -> bool:
+    def is_sequential(
+        self, memory: str, info: sd_models.CheckpointInfo, adapter: Path | None, work: Work = ONE_PICTURE
+    ) -> bool:
         """Whether base and SDXL are on the GPU one after the other.
 
         Args:
             memory: as in `Settings`; "auto" looks at what is free.
             info: the base's checkpoint.
             adapter: the adapter's file, where there is one.
+            work: of a joint step.
         """
         if memory != AUTO:
             return memory == RECORDED
@@ -96,7 +101,21 @@ class Models:
         missing = _size_of_file(info) if loaded is None else missing_from(loaded, devices.device)
         if adapter is not None and self._mapping is None:
             missing += os.path.getsize(adapter)
-        return missing + WORKING_MEMORY > free_memory(devices.device)
+        missing += work.controlnets * CONTROLNET * _bytes_per_parameter()
+        return missing + work.memory(overlapped=False) > free_memory(devices.device)
+
+    def overlap(self, work: Work) -> SideStream | None:
+        """Where the base runs beside SDXL, both on the GPU; None without a GPU, or where memory is tight."""
+        if self.side_stream is None or work.memory(overlapped=True) > free_memory(devices.device):
+            return None
+        return self.side_stream
+
+    def make_room_to_decode(self, pixels: int) -> None:
+        """The base leaves a GPU on which SDXL's pictures, of so many pixels, could not be decoded beside it."""
+        if self._base is None or devices.device.type != "cuda":
+            return
+        if free_memory(devices.device) < decoding_memory(pixels):
+            self._base.to_ram()
 
     def base_to_device(self) -> None:
         """SDXL leaves the GPU to the base."""
@@ -112,13 +131,11 @@ class Models:
     def rest(self) -> None:
         """What happens after a job: stay, move to RAM, or go."""
         if options.keeping() == options.UNLOAD:
-            self._base = None
-            self._drop_mapping()
+            self._base = self._mapping = None
         elif options.keeping() == options.KEEP_IN_RAM:
             if self._base is not None:
                 self._base.to_ram()
             if self._mapping is not None:
-                self._mapping[1].release()
                 self._mapping[1].adapter.to(devices.cpu)
         devices.torch_gc()
 
@@ -126,11 +143,6 @@ class Models:
     def side_stream(self) -> SideStream | None:
         """Where the base runs beside SDXL; one for all pictures, as torch keeps memory for each stream."""
         return SideStream(devices.device) if devices.device.type == "cuda" else None
-
-    def _drop_mapping(self) -> None:
-        if self._mapping is not None:
-            self._mapping[1].release()
-        self._mapping = None
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
         return self._base is not None and self._base.file == file_state(info.filename)
@@ -155,5 +167,8 @@ def upgraded_in_ram() -> Iterator[None]:
 
 def _size_of_file(info: sd_models.CheckpointInfo) -> int:
     """Bytes that a checkpoint will take; files can hold more than the model (EMA weights, optimizer states)."""
-    per_parameter = torch.finfo(devices.dtype_unet).bits // 8
-    return min(os.path.getsize(info.filename), LARGEST_BASE * per_parameter)
+    return min(os.path.getsize(info.filename), LARGEST_BASE * _bytes_per_parameter())
+
+
+def _bytes_per_parameter() -> int:
+    return torch.finfo(devices.dtype_unet).bits // 8

@@ -29,11 +29,12 @@ from ...infotext import write_infotext
 from ...settings import Settings
 from ...tried_versions import difference
 from ...two_stage import Pass, run
-from ...wrapping import wrapped
+from ...wrapping import copied_as_it_was, wrapped
 from ..base import plugins
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
 from ..base.models import Models
+from ..plots.cells import is_one_of_several
 from ..sampling import switch
 from ..sampling.samplings import Sampling, Start
 from ..sampling.seeded import nothing_drawn
@@ -55,10 +56,15 @@ class Job:
         p: the WebUI's processing object.
         models: what is loaded.
         arguments: the arguments as the page or the REST object gave them; read when the job starts.
+        is_inner: whether it is made in the midst of another one, which goes on with the models afterwards.
     """
 
     def __init__(
-        self, p: StableDiffusionProcessing, models: Models, arguments: Callable[[], Mapping[str, Any]]
+        self,
+        p: StableDiffusionProcessing,
+        models: Models,
+        arguments: Callable[[], Mapping[str, Any]],
+        is_inner: bool = False,
     ) -> None:
         self.base_pictures: list[Image.Image] = []
         self.detected_maps: list[Image.Image] = []
@@ -66,15 +72,23 @@ class Job:
         self.settings = Settings()
         self._p = p
         self._models = models
+        self._is_inner = is_inner
         self._units = read_units(p)
         self._scope = ExitStack()
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._caches: dict[Sampling, PromptCaches] = {}
         self._scope.enter_context(self._units.taken_out())
+        # other extensions make pictures of their own with a copy, in the middle of the job
+        self._scope.enter_context(copied_as_it_was(p))
         self._wrap(p, "init", partial(self._begin, arguments))
         # the WebUI closes its processing object whatever happens
         self._wrap(p, "close", self._close)
+
+    @property
+    def p(self) -> StableDiffusionProcessing:
+        """The WebUI's processing object."""
+        return self._p
 
     def end(self, keep_base: bool = True) -> None:
         """Put everything back and let the models rest; nothing where that is done.
@@ -93,7 +107,8 @@ class Job:
         try:
             self._scope.close()
         finally:
-            self._models.rest()
+            if not self._is_inner:
+                self._models.rest()
 
     def before_sampling(self) -> None:
         """The WebUI has a sampler and is about to call it. Raises nothing."""
@@ -182,14 +197,18 @@ class Job:
         return plan(self._p, request, planned.sampling)
 
     def _plan(self, request: Request, planned: PlannedSampling, batch: Batch) -> Pass:
-        may_record = request.may_record(planned)
-        made = Pass(planned.coupling, planned.evaluations, planned.recorded, may_record)
+        made = Pass(
+            planned.coupling,
+            planned.evaluations,
+            planned.recorded,
+            may_record=request.may_record(planned),
+            keep=is_one_of_several(self._p),
+            can_resume=not self._units.of_base,
+        )
         # what SDXL made in a first pass is never made again in another job
-        is_known = planned.coupling is not None and planned.evaluations is not None and not planned.sampling.is_hires
-        if not is_known or not (planned.recorded or may_record):
+        if planned.sampling.is_hires or not (made.recorded or made.may_record or made.keep):
             return made
-        levels = [evaluation.sigma for evaluation in made.base_evaluations]
-        key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, levels, self._p)
+        key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, self._p)
         return replace(made, key=key)
 
     # ---- manners

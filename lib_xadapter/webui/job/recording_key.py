@@ -1,4 +1,4 @@
-"""The key under which a recording of the base is found again.
+"""The key under which what the base made is found again.
 
 The base never depends on SDXL. As long as nothing that it does depend on has changed, what it made in an earlier job is
 what it would make again.
@@ -6,7 +6,7 @@ what it would make again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from modules import sd_vae, shared
@@ -36,10 +36,11 @@ def key_of(
     settings: Settings,
     networks: plugins.NetworkData,
     units: BaseUnits,
-    levels: Sequence[float],
     p: StableDiffusionProcessing,
 ) -> str | None:
-    """A key for all that the base's side depends on; None where something of it cannot be compared.
+    """A key for all that the base's side depends on, apart from the noise levels of the joint stage.
+
+    None where something of it cannot be compared.
 
     Args:
         base: the base model.
@@ -47,7 +48,6 @@ def key_of(
         settings: of X-Adapter.
         networks: the base's LoRAs.
         units: the base's ControlNet units.
-        levels: noise levels at which it is recorded.
         p: SDXL's processing object, for what other extensions were told.
     """
     options = {name: value for name, value in shared.opts.data.items() if concerns_base(name)}
@@ -68,7 +68,6 @@ def key_of(
             "options": options,
             "token merging": p.get_token_merging_ratio(),
             "other extensions": told_to_others(p),
-            "levels": levels,
         }
     )
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modules import processing, sd_models, sd_unet, shared
-from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
+from modules import processing, sd_models, sd_samplers, sd_unet, shared
+from modules.processing import StableDiffusionProcessing
 from torch import nn
 
-from ...errors import DoesNotFit, WrongArgument
+from ...errors import DoesNotFit
 from ...evaluations import Evaluation, GuidanceWindow
 from ...memory import free_ram
 from ...recording import expected_size
-from ...settings import AUTO, BASE, NOISE, Settings, read_settings
+from ...settings import AUTO, Settings, read_settings
 from ...taps import check_fit
 from ...two_stage import Coupling
 from .. import model_files
@@ -27,9 +27,12 @@ from ..base.base_units import BaseUnits
 from ..base.models import Models
 from ..base.stage_one import check_start
 from ..sampling.sampling_plan import planned_evaluations
-from ..sampling.samplings import Sampling, Start, hires_sampling, samplings_of, steps_over_picture
+from ..sampling.samplings import Sampling, Start, check_tab, hires_sampling, samplings_of, stage_one_steps
 
 logger = logging.getLogger(__name__)
+
+TILED_DIFFUSION = "tilediffusion.py"
+"""The script of multidiffusion-upscaler-for-automatic1111, which puts a function of its own in place of the WebUI's."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,10 @@ class Request:
 
     def base_steps(self, p: StableDiffusionProcessing, planned: PlannedSampling) -> list[int]:
         """Steps of each of the base's jobs in the progress bar: stage 1 and the recording, as far as there are any."""
-        stage_one = [self._stage_one_steps(p)] if planned.sampling.start is Start.BASE else []
+        stage_one = [stage_one_steps(p, self.settings)] if planned.sampling.start is Start.BASE else []
         if not planned.recorded or planned.coupling is None:
             return stage_one
         return [*stage_one, len(planned.coupling.window.base_evaluations(planned.evaluations or ()))]
-
-    def _stage_one_steps(self, p: StableDiffusionProcessing) -> int:
-        if not isinstance(p, StableDiffusionProcessingImg2Img):
-            return self.settings.base_steps or p.steps
-        return steps_over_picture(p, p.denoising_strength, self.settings.base_steps or p.steps)
 
 
 def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, arguments: Mapping[str, Any]) -> Request:
@@ -175,13 +173,11 @@ def refuse_what_cannot_work(p: StableDiffusionProcessing, settings: Settings) ->
             "X-Adapter needs the models' own UNets: set 'SD Unet' to None in Settings (a replacement, such as "
             "TensorRT, is active)."
         )
-    if isinstance(p, StableDiffusionProcessingImg2Img):
-        if settings.base_start != NOISE:
-            raise WrongArgument(
-                f"'base_start' is '{settings.base_start}', but in img2img the base starts from the given picture."
-            )
-        if settings.single_stage and settings.img2img_start == BASE:
-            raise WrongArgument("'img2img_start' is 'base', but a single stage has no picture of the base.")
+    if sd_samplers.create_sampler.__module__ == TILED_DIFFUSION:
+        raise DoesNotFit(
+            "X-Adapter needs SDXL's picture whole, Tiled Diffusion gives it to SDXL in tiles: switch one of them off."
+        )
+    check_tab(p, settings)
 
 
 def notify(p: StableDiffusionProcessing, sentence: str) -> None:

@@ -20,8 +20,9 @@ from ...joint_stage import JointStage
 from ...overlap import Overlap
 from ...settings import BASE_NOISE_SEED
 from ...taps import read_features
-from ...two_stage import RecordedBase, StageOne
+from ...two_stage import KeptStageOne, StageOne
 from ..base.base_evaluation import BaseEvaluation
+from ..base.base_infotext import base_infotexts
 from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
 from ..base.hooked_units import HookedUnits
@@ -149,6 +150,9 @@ class WebUIHost:
         made = sample_base(base, base_p, self._units, self._hooked, start, self._blending)
         # a second attempt, where memory did not suffice for the first, takes the place of its pictures
         self.base_pictures[:] = finished(base_p, made.pictures)
+        texts = base_infotexts(base_p, base, self._batch.networks)
+        for picture, text in zip(self.base_pictures, texts, strict=True):
+            picture.info["parameters"] = text
         if not self.interrupted:
             shared.state.nextjob()
         return made
@@ -250,17 +254,20 @@ class WebUIHost:
             state.nextjob()
 
     def remarks(self) -> Remarks:
-        return Remarks(
-            self._encodings[-1], tuple(picture.copy() for picture in self.base_pictures), tuple(self._detected_maps)
-        )
+        return Remarks(self._encodings[-1], tuple(self.base_pictures), tuple(self._detected_maps))
 
-    def recording_found(self, base: RecordedBase) -> None:
-        remarks: Remarks = base.remarks
+    def stage_one_found(self, kept: KeptStageOne) -> None:
+        remarks: Remarks = kept.remarks
+        self.base_pictures[:] = remarks.base_pictures
+        if self._planned.sampling.start is Start.BASE:
+            shared.state.nextjob()
+
+    def base_rests(self, kept: KeptStageOne) -> None:
+        remarks: Remarks = kept.remarks
         self._report(remarks.encoding)
-        # their texts are written into them
-        self.base_pictures[:] = [picture.copy() for picture in remarks.base_pictures]
         self._detected_maps[:] = self._detected_maps or remarks.detected_maps
-        for _ in self._request.base_steps(self._p, self._planned):
+        if self._planned.recorded and self._planned.coupling is not None:
+            # that of the recording
             shared.state.nextjob()
 
     def notify(self, sentence: str) -> None:

@@ -2,7 +2,7 @@
 
 The page of the built-in Lora extension is exchanged for one that lists them too. It marks every card with its model, as
 one of the card's `data-sort-` attributes; style.css shows the marks, and the cards that were hidden before, only while
-X-Adapter is ticked in txt2img (xadapter.js).
+X-Adapter is ticked in the same tab (xadapter.js).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ MODEL_MARK = "xadapter-model"
 """Sort key whose value is the model of the card's LoRA: sd1, sd2, sdxl or unknown."""
 ADDED_MARK = "xadapter-added"
 """Sort key of the cards that the WebUI would not show."""
-TAB = "txt2img"
 
 
 def exchange_page() -> None:
@@ -49,23 +48,11 @@ def _page_of_both_models(hosts_page: type) -> type:
                 item["sort_keys"] |= {MODEL_MARK: model} | ({ADDED_MARK: "yes"} if added else {})
             return item
 
-        def create_item_html(self, tabname: str, item: dict[str, Any], template: str | None = None) -> Any:
-            if template and not _belongs_into(tabname, item):
-                return ""
-            return super().create_item_html(tabname, item, template)
-
         def create_tree_file_item_html(self, tabname: str, file_path: str, item: dict[str, Any]) -> str:
-            if not _belongs_into(tabname, item):
-                return ""
             entry = super().create_tree_file_item_html(tabname, file_path, item)
             return entry.replace("<li ", "<li data-xadapter-added ", 1) if ADDED_MARK in item["sort_keys"] else entry
 
     return LorasOfBothModels
-
-
-def _belongs_into(tabname: str, item: dict[str, Any]) -> bool:
-    """X-Adapter has no part in img2img, where the cards are the WebUI's own."""
-    return tabname == TAB or ADDED_MARK not in item["sort_keys"]
 
 
 def _model_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The accordion in txt2img: one control for each argument of the table, in its order."""
+"""The accordion in txt2img and img2img: one control for each argument of the table, in its order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
+from ...errors import XAdapterError
+from ...families import BASE_FAMILIES, FAMILY_NAMES
 from ...infotext import read_infotext, written_names
 from ...presets import PRESETS
 from ...settings import LEVELS, Argument, arguments, defaults
@@ -19,6 +21,8 @@ from .. import model_files
 
 ElemId = Callable[[str], str]
 NO_ADAPTER = "None"
+ONLY_IN_IMG2IMG, ONLY_IN_TXT2IMG = ("img2img_start",), ("base_start", "single_stage", "hires")
+"""Arguments that mean something in one tab alone; in the other their control is hidden, and nothing sets it."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,61 @@ class Panel:
     Attributes:
         controls: in the order of the positional arguments.
         paste_fields: how pasting an infotext sets each of them.
+        sent_fields: those that "Send to img2img" copies from tab to tab, by what pasting makes of them.
     """
 
     controls: list[gr.components.Component]
     paste_fields: list[PasteField]
+    sent_fields: list[Pasted]
 
 
-def build(elem_id: ElemId) -> Panel:
+@dataclass(frozen=True)
+class Pasted:
+    """The value of a control as a parsed infotext has it, None where it says nothing.
+
+    Equal ones in two tabs are copied from one to the other.
+
+    Attributes:
+        name: of the argument.
+        level: of the weight, where the control is that of one level.
+    """
+
+    name: str
+    level: int | None = None
+
+    def __call__(self, parameters: Mapping[str, Any]) -> Any:
+        read = read_infotext(parameters)
+        if self.name == "enabled":
+            return read is not None
+        if read is None:
+            return None
+        value = read[self.name]
+        if self.name == "base_checkpoint":
+            return _title(value)
+        if self.level is not None:
+            return value[self.level] if isinstance(value, tuple) else 1.0
+        return 1.0 if isinstance(value, tuple) else value
+
+
+def build(elem_id: ElemId, is_img2img: bool) -> Panel:
     """Make the accordion. The API calls this again for the defaults, so it changes nothing outside."""
     table = arguments()
     made: dict[str, gr.components.Component] = {}
+    hidden = ONLY_IN_TXT2IMG if is_img2img else ONLY_IN_IMG2IMG
 
     def add(*names: str) -> None:
-        made.update({name: _control(name, table[name], elem_id(name)) for name in names})
+        made.update({name: _control(name, table[name], elem_id(name), name not in hidden) for name in names})
 
     with InputAccordion(False, label=table["enabled"].label, elem_id=elem_id("enabled")) as enabled:
         made["enabled"] = enabled
         with gr.Row():
             made["base_checkpoint"] = _base_checkpoint(table["base_checkpoint"], elem_id)
             made["adapter"] = _adapter(table["adapter"], elem_id)
+        with gr.Row(visible=is_img2img):
+            add("img2img_start")
         with gr.Row():
             add("switch_point", "weight")
-        # xadapter.js fills both
-        gr.HTML(
-            f"<p id='{elem_id('explanation')}' class='xadapter-explanation'></p>"
-            f"<p id='{elem_id('plugins')}' class='xadapter-explanation'></p>"
-        )
+        gr.HTML(_lines(elem_id, [*table, *(f"weight_{level}" for level in range(LEVELS))]))
         _presets(made["switch_point"], made["weight"], elem_id)
         with gr.Accordion("More settings", open=False, elem_id=elem_id("more")):
             add("base_prompt", "base_negative_prompt")
@@ -70,13 +103,27 @@ def build(elem_id: ElemId) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
-                add("img2img_start", "hires")
+                add("cond_only", "return_base_image")
             with gr.Row():
-                add("cond_only", "single_stage", "return_base_image")
-    ordered = [made[name] for name in table]
-    pasting = [PasteField(made[name], _pasted(name)) for name in ("enabled", *written_names())]
-    pasting += [PasteField(control, _pasted_level(level)) for level, control in enumerate(levels)]
-    return Panel([*ordered, *levels], pasting)
+                add("single_stage", "hires")
+    pasted = {Pasted(name): made[name] for name in ("enabled", *written_names()) if name not in hidden}
+    pasted |= {Pasted("weight", level): control for level, control in enumerate(levels)}
+    sent = [field for field in pasted if field.name not in (*ONLY_IN_IMG2IMG, *ONLY_IN_TXT2IMG)]
+    pasting = [PasteField(control, field) for field, control in pasted.items()]
+    return Panel([*(made[name] for name in table), *levels], pasting, sent)
+
+
+def _lines(elem_id: ElemId, names: Sequence[str]) -> str:
+    """Where xadapter.js writes what the server tells before a run.
+
+    With the ids of the controls that it reads for that, and the names of families that labels can have.
+    """
+    controls = " ".join(elem_id(name) for name in names)
+    families = "|".join(FAMILY_NAMES[family] for family in BASE_FAMILIES)
+    return (
+        f"<p id='{elem_id('forecast')}' class='xadapter-line' aria-live='polite' data-controls='{controls}' "
+        f"data-families='{families}'></p><p id='{elem_id('plugins')}' class='xadapter-line' aria-live='polite'></p>"
+    )
 
 
 def read_controls(values: Sequence[Any]) -> dict[str, Any]:
@@ -94,9 +141,9 @@ def read_controls(values: Sequence[Any]) -> dict[str, Any]:
     return {**given, **first} if isinstance(first, Mapping) else {**given, "enabled": first}
 
 
-def _control(name: str, row: Argument, elem_id: str) -> gr.components.Component:
+def _control(name: str, row: Argument, elem_id: str, visible: bool) -> gr.components.Component:
     default = defaults()[name]
-    common = {"label": row.label, "elem_id": elem_id, "tooltip": row.tooltip}
+    common = {"label": row.label, "elem_id": elem_id, "tooltip": row.tooltip, "visible": visible}
     if isinstance(default, bool):
         return gr.Checkbox(value=default, **common)
     if row.choices:
@@ -153,6 +200,14 @@ def _dropdown(
     return dropdown
 
 
+def _title(name: str) -> str:
+    """As the list of checkpoints has it; the name itself where there is none of that name."""
+    try:
+        return model_files.find_base_checkpoint(name).title
+    except XAdapterError:
+        return name
+
+
 def _presets(switch_point: gr.Slider, weight: gr.Slider, elem_id: ElemId) -> None:
     """The paper's settings for each kind of plugin; choosing one moves the two sliders."""
     presets = {preset.name: preset for preset in PRESETS}
@@ -172,27 +227,3 @@ def _presets(switch_point: gr.Slider, weight: gr.Slider, elem_id: ElemId) -> Non
         return preset.switch_point, preset.weight, preset.advice
 
     choice.input(chosen, inputs=[choice], outputs=[switch_point, weight, advice], show_progress=False)
-
-
-def _pasted(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    def value(parameters: Mapping[str, Any]) -> Any:
-        read = read_infotext(parameters)
-        if name == "enabled":
-            return read is not None
-        if read is None:
-            return None
-        if name == "weight" and isinstance(read["weight"], tuple):
-            return 1.0
-        return read[name]
-
-    return value
-
-
-def _pasted_level(level: int) -> Callable[[Mapping[str, Any]], Any]:
-    def value(parameters: Mapping[str, Any]) -> Any:
-        read = read_infotext(parameters)
-        if read is None:
-            return None
-        return read["weight"][level] if isinstance(read["weight"], tuple) else 1.0
-
-    return value

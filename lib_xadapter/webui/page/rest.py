@@ -11,12 +11,14 @@ import gradio as gr
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
-from pydantic import BaseModel
 
 from ... import __version__
-from ...settings import json_schema
+from ...errors import XAdapterError
+from ...families import FAMILY_NAMES
+from ...settings import Settings, json_schema, read_settings
 from .. import model_files
-from . import routing
+from . import panel, routing
+from .forecast import NOT_TICKED, Asked, Forecast, memory_mode
 
 PREFIX = "/xadapter/v1"
 
@@ -27,30 +29,38 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     def add(path: str, answer: Callable[[], dict[str, Any]]) -> None:
         app.add_api_route(PREFIX + path, answer, methods=["GET"], dependencies=_authentication())
 
-    app.add_api_route(PREFIX + "/route", _route, methods=["POST"], dependencies=_authentication_of_the_page(app))
+    app.add_api_route(PREFIX + "/plan", _plan, methods=["POST"], dependencies=_authentication_of_the_page(app))
     add("/version", lambda: {"version": __version__})
     add("/schema", json_schema)
     add("/models", _models)
 
 
-class Selection(BaseModel):
-    """What the page is about to ask for: prompts, and units as the ControlNet extension takes them."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    base_prompt: str = ""
-    base_negative_prompt: str = ""
-    units: list[dict[str, Any]] = []
-    base_checkpoint: str = ""
-
-
-def _route(selection: Selection) -> dict[str, Any]:
-    """Where each plugin would go, one object for each, and all of them in one line."""
-    prompts = selection.prompt, selection.negative_prompt, selection.base_prompt, selection.base_negative_prompt
-    family = model_files.expected_base_family(selection.base_checkpoint)
-    expected = [*routing.expected(*prompts), *routing.expected_units(selection.units)]
+def _plan(asked: Asked) -> dict[str, Any]:
+    """What a tab is about to do, and which plugin would go to which model: in data, and each in one line."""
+    try:
+        settings = read_settings(panel.read_controls(asked.args))
+    except XAdapterError as problem:
+        return {"line": str(problem), "problem": True}
+    if not settings.enabled:
+        return {"line": NOT_TICKED}
+    family = model_files.expected_base_family(settings.base_checkpoint)
+    prompts = asked.prompt, asked.negative_prompt, settings.base_prompt, settings.base_negative_prompt
+    expected = [*routing.expected(*prompts), *routing.expected_units(asked.units)]
     routes = [routing.with_base(route, family) for route in expected]
-    return {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
+    plugins = {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
+    return {"base": FAMILY_NAMES[family], **_forecast(asked, settings, FAMILY_NAMES[family]), **plugins}
+
+
+def _forecast(asked: Asked, settings: Settings, base_name: str) -> dict[str, Any]:
+    # whoever leaves X-Adapter unticked does not wait for what it is made of
+    from ..base.models import loaded_models
+
+    try:
+        forecast, memory = Forecast.of(asked, settings), memory_mode(loaded_models(), settings)
+    except XAdapterError as problem:
+        return {"line": str(problem), "problem": True}
+    passes = [asdict(one) for one in forecast.passes]
+    return {"line": forecast.told(base_name, memory), "passes": passes, "memory": memory}
 
 
 def _models() -> dict[str, list[str]]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from modules import sd_samplers, sd_samplers_common
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
-from ...settings import BASE, Settings
+from ...errors import WrongArgument
+from ...settings import BASE, NOISE, Settings
 
 
 class Start(enum.Enum):
@@ -72,6 +73,30 @@ def steps_over_picture(p: StableDiffusionProcessing, strength: float, steps: int
     asked.denoising_strength, asked.steps = strength, steps
     _, last = sd_samplers_common.setup_img2img_steps(asked, steps if is_hires else None)
     return last + 1
+
+
+def check_tab(p: StableDiffusionProcessing, settings: Settings) -> None:
+    """Whether the arguments go with the tab.
+
+    Raises:
+        WrongArgument: one does not.
+    """
+    if not isinstance(p, StableDiffusionProcessingImg2Img):
+        return
+    if settings.base_start != NOISE:
+        raise WrongArgument(
+            f"'base_start' is '{settings.base_start}', but in img2img the base starts from the given picture."
+        )
+    if settings.single_stage and settings.img2img_start == BASE:
+        raise WrongArgument("'img2img_start' is 'base', but a single stage has no picture of the base.")
+
+
+def stage_one_steps(p: StableDiffusionProcessing, settings: Settings) -> int:
+    """How many steps the base takes for its own picture."""
+    steps = settings.base_steps or p.steps
+    if not isinstance(p, StableDiffusionProcessingImg2Img):
+        return steps
+    return steps_over_picture(p, p.denoising_strength, steps)
 
 
 def first_sampling(p: StableDiffusionProcessing, settings: Settings) -> Sampling:

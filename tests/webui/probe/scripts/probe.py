@@ -4,13 +4,16 @@ An extension for tests only. While it neither records nor holds an armed fault, 
 
     GET  /probe/imported  X-Adapter's modules that have been imported
     GET  /probe/state   what is loaded, hooked and selected
-    POST /probe/reset   forget the UNet calls and samplings, and record from now on
+    POST /probe/reset   forget the UNet calls and samplings, and record from now on; {"progress": true} adds to each
+                        call what the progress route says then
     GET  /probe/calls   the recorded UNet calls, oldest first
     GET  /probe/samplings  the recorded samplings, oldest first
     POST /probe/stop    record no more
+    POST /probe/reload  reload the UI, as the button at the bottom of the page does
     POST /probe/arm     {"where": one of PLACES, "after": calls that pass first, "error": one of ERRORS}
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
     POST /probe/pretend {"what": one of `pretences`, null for nothing any more}
+    GET  /probe/axes    of the X/Y/Z plot, in its order
     GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
@@ -36,6 +39,7 @@ from modules import (
     devices,
     extensions,
     script_callbacks,
+    scripts,
     sd_models,
     sd_samplers_common,
     sd_unet,
@@ -89,6 +93,7 @@ def choose_base_checkpoint() -> None:
 
 ERRORS = {
     "choose": choose_base_checkpoint,
+    "save": lambda: shared.opts.save(shared.config_filename),
     "RuntimeError": raise_runtime_error,
     "OutOfMemoryError": raise_out_of_memory,
     "interrupt": shared.state.interrupt,
@@ -139,7 +144,9 @@ class Probe:
     The places it watches are replaced only while it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[], dict[str, Any]]) -> None:
+        self.progress = progress
+        self.asks_for_progress = False
         self.calls: list[dict[str, Any]] = []
         self.samplings: list[Sampling] = []
         self.under_way = Sampling()
@@ -200,7 +207,8 @@ class Probe:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.fire(place)
             if self.recording and place in UNETS:
-                self.calls.append(describe_unet_call(place, *args, **kwargs))
+                said = {"said": self.progress()} if self.asks_for_progress else {}
+                self.calls.append(describe_unet_call(place, *args, **kwargs) | said)
             return original(*args, **kwargs)
 
         return call
@@ -309,7 +317,11 @@ def tensors_unlike_the_file(model: torch.nn.Module) -> list[str]:
 
 
 def add_routes(_: object, app: fastapi.FastAPI) -> None:
-    probe = Probe()
+    def progress() -> dict[str, Any]:
+        route = next(route for route in app.routes if route.path == "/sdapi/v1/progress")
+        return route.endpoint(SimpleNamespace(skip_current_image=False)).dict()
+
+    probe = Probe(progress)
     script_callbacks.on_script_unloaded(lambda: (probe.record(False), probe.arm(None), probe.pretend(None)))
 
     @app.get("/probe/calls")
@@ -321,13 +333,17 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         return [sampling.as_json() for sampling in probe.samplings]
 
     @app.post("/probe/reset")
-    def reset() -> None:
-        probe.calls, probe.samplings = [], []
+    def reset(progress: bool = fastapi.Body(False, embed=True)) -> None:
+        probe.calls, probe.samplings, probe.asks_for_progress = [], [], progress
         probe.record(True)
 
     @app.post("/probe/stop")
     def stop() -> None:
         probe.record(False)
+
+    @app.post("/probe/reload")
+    def reload() -> None:
+        shared.state.request_restart()
 
     @app.post("/probe/arm")
     def arm(
@@ -348,6 +364,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         probe.pretend(what)
 
     app.get("/probe/state")(state)
+    app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
     app.get("/probe/imported")(imported)
 
@@ -355,6 +372,15 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
 def imported() -> list[str]:
     """X-Adapter's modules that have been imported so far."""
     return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
+
+
+def axes() -> list[str]:
+    """Of the X/Y/Z plot, by the numbers that it takes over REST."""
+    return [option.label for option in the_plot().current_axis_options]
+
+
+def the_plot() -> scripts.Script:
+    return next(script for script in scripts.scripts_txt2img.selectable_scripts if script.title() == "X/Y/Z plot")
 
 
 def exit_with_the_tests() -> None:

@@ -1,0 +1,148 @@
+"""The WebUI's own scripts with X-Adapter ticked, and pictures that other extensions make in the middle of a job."""
+
+from __future__ import annotations
+
+import pytest
+
+from .asking import TITLE, arguments, made, plain, with_xadapter
+from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .plotting import calls_of, scripted
+
+INNER_SEED = 123
+LOCKSTEP, RECORDED = {"memory": "lockstep"}, {"memory": "recorded"}
+BOTH = pytest.mark.parametrize("memory", [LOCKSTEP, RECORDED], ids=lambda memory: memory["memory"])
+
+
+class TestPromptMatrix:
+    @BOTH
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_each_picture_has_its_prompt_and_its_lora(self, webui, memory, batch_size):
+        prompt = "a cat|<lora:style15:1>|in a boat"
+        answer = made(
+            scripted(
+                webui,
+                "prompt matrix",
+                [False, False, "positive", "comma", 0],
+                memory,
+                prompt=prompt,
+                batch_size=batch_size,
+                do_not_save_grid=True,
+            )
+        )
+        first = answer.info["index_of_first_image"]
+        pictures, prompts = answer.images[first:], answer.info["all_prompts"]
+        assert len(pictures) == 4
+        # the WebUI takes the LoRAs of a batch's first prompt for all of it
+        alone = [with_xadapter(webui, memory, prompt=each).image for each in prompts] if batch_size == 1 else []
+        for picture, expected in zip(pictures, alone, strict=False):
+            assert grey_levels_apart(picture, expected) <= 1
+        assert len({picture.tobytes() for picture in pictures}) == (4 if batch_size == 1 else len({*pictures}))
+
+
+class TestPromptsFromFile:
+    def test_each_line_is_a_picture_with_its_own_settings(self, webui):
+        lines = 'a dog\n--prompt "a horse <lora:style15:1>" --seed 5 --steps 4 --width 320\na cat AND a boat'
+        answer = made(scripted(webui, "prompts from file or textbox", [False, False, "start", lines], {}))
+        expected = [
+            with_xadapter(webui, prompt="a dog"),
+            with_xadapter(webui, prompt="a horse <lora:style15:1>", seed=5, steps=4, width=320),
+            with_xadapter(webui, prompt="a cat AND a boat"),
+        ]
+        assert len(answer.images) == 3
+        for picture, other in zip(answer.images, expected, strict=True):
+            assert same_bytes(picture, other.image)
+        assert "style15" in answer.infotexts[1]
+        assert "style15" not in answer.infotexts[2]
+
+    def test_the_same_base_prompt_lets_the_base_run_once(self, webui):
+        given = {"base_prompt": "a dog", **LOCKSTEP}
+        lines = "a red cat\na blue cat"
+        with webui.recorded() as calls:
+            made(scripted(webui, "prompts from file or textbox", [False, False, "start", lines], given, seed=300))
+        count = calls_of(calls)
+        assert count["LatentDiffusion"] == PLAIN["steps"] + count["DiffusionEngine"] // 2
+
+
+SCRIPTS_OF_IMG2IMG = {
+    "loopback": [2, 0.5, "Linear", "None"],
+    "sd upscale": ["", 64, "lanczos", 1.5],
+    "outpainting mk2": ["", 64, 8, ["left"], 1.0, 0.05],
+    "poor man's outpainting": [64, 4, 0, ["down"]],
+}
+
+
+@pytest.fixture(scope="module")
+def start(webui):
+    """A picture to paint over."""
+    return plain(webui, seed=500)
+
+
+@pytest.mark.parametrize("script", SCRIPTS_OF_IMG2IMG)
+class TestScriptsOfImg2img:
+    def made_by(self, webui, start, script, given):
+        ticked = arguments(**given) if given is not None else {}
+        asked = {**PLAIN, **ticked, "script_name": script, "script_args": SCRIPTS_OF_IMG2IMG[script]}
+        return made(webui.img2img(start, **asked, denoising_strength=0.5)).images[-1]
+
+    def test_at_weight_0_it_is_the_script_alone_and_the_adapter_changes_it(self, webui, start, script):
+        alone = self.made_by(webui, start, script, None)
+        assert same_bytes(self.made_by(webui, start, script, {"weight": 0}), alone)
+        assert grey_levels_apart(self.made_by(webui, start, script, {}), alone) > 1
+        assert webui.state()["hooks"] == []
+
+    def test_pictures_of_the_base_are_not_taken_for_a_part_of_it(self, webui, start, script):
+        given = {"img2img_start": "base", "weight": 0.5}
+        shown = self.made_by(webui, start, script, {**given, "return_base_image": True})
+        assert same_bytes(shown, self.made_by(webui, start, script, given))
+
+
+class TestPicturesInsideAJob:
+    """Another extension copies the processing object and makes a picture with it, while the job is under way."""
+
+    @pytest.fixture(params=["Keep on the GPU", "Unload after each job"])
+    def keeping(self, webui, request):
+        webui.post("/sdapi/v1/options", {"xadapter_keep_models": request.param})
+        yield
+        webui.post("/sdapi/v1/options", {"xadapter_keep_models": "Keep on the GPU"})
+
+    def with_inner(self, webui, kind, given, **request):
+        asked = {TITLE: {"args": [given]}, "Inner": {"args": [kind]}}
+        return made(webui.txt2img(**{**PLAIN, **request}, alwayson_scripts=asked))
+
+    @BOTH
+    @pytest.mark.parametrize("kind", ["without scripts", "unticked"])
+    def test_it_is_a_plain_picture_and_the_job_goes_on(self, webui, keeping, memory, kind):
+        expected = [with_xadapter(webui, memory, seed=seed) for seed in (400, 401)]
+        inner = plain(webui, seed=INNER_SEED)
+        answer = self.with_inner(webui, kind, memory, seed=400, n_iter=2, do_not_save_grid=True)
+        first = answer.info["index_of_first_image"]
+        assert [
+            grey_levels_apart(one, other.image) <= 1
+            for one, other in zip(answer.images[first : first + 2], expected, strict=True)
+        ] == [True, True]
+        assert all(same_bytes(picture, inner) for picture in answer.images[first + 2 :])
+        assert len(answer.images) == first + 4
+        assert answer.infotexts[first] == expected[0].infotexts[0]
+        assert webui.state()["hooks"] == []
+
+    @BOTH
+    def test_it_is_made_with_xadapter_if_it_asks_for_it(self, webui, keeping, memory):
+        expected = [with_xadapter(webui, memory, seed=seed).image for seed in (410, 411)]
+        inner = with_xadapter(webui, memory, seed=INNER_SEED).image
+        answer = self.with_inner(webui, "ticked", memory, seed=410, n_iter=2, do_not_save_grid=True)
+        first = answer.info["index_of_first_image"]
+        for one, other in zip(answer.images[first:], [*expected, inner, inner], strict=True):
+            assert grey_levels_apart(one, other) <= 1
+        assert webui.state()["hooks"] == []
+
+    def test_a_job_that_another_left_open_is_ended_by_the_next(self, webui):
+        with webui.fault("vae_decode", after=1):
+            failed = webui.txt2img(
+                **{**PLAIN, "seed": 420},
+                **arguments(),
+                script_name="prompts from file or textbox",
+                script_args=[False, False, "start", "a cat"],
+            )
+        assert failed.status == 500
+        assert same_bytes(with_xadapter(webui, seed=421).image, with_xadapter(webui, LOCKSTEP, seed=421).image)
+        assert webui.state()["hooks"] == []
