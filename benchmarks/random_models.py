@@ -119,14 +119,7 @@ def random_request(
         upgraded={**upgraded.arguments(), "guidance_scale": GUIDANCE, "width": width, "height": height},
         settings=settings,
         steps=steps,
-        noise=NoisePerImage(
-            [
-                Noise.seeded(
-                    seed + image, seed + image, latent_size(base_width, base_height), latent_size(width, height)
-                )
-                for image in range(images)
-            ]
-        ),
+        noise=NoisePerImage([Noise.seeded(seed + image, seed + image, *sizes) for image in range(images)]),
         images=images,
         size=size,
         base_size=(base_width, base_height),
