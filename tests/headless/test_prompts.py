@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -118,11 +119,12 @@ def test_attention_shifts_and_keeps_the_mean(models):
     torch.testing.assert_close(plain.mean(), shifted.mean())
 
 
-def test_clip_skip_is_that_of_diffusers(models):
-    """Which counts from the last layer but one, as 1."""
-    pipeline = models.base
-    theirs, _ = pipeline.encode_prompt("a cat", "cpu", 1, False, clip_skip=1)
-    torch.testing.assert_close(told_to_base(models, Wanted("a cat", ""), clip_skip=2).conds[0].at(0).tokens, theirs)
+def test_clip_skip_is_the_encoder_without_its_last_layers(models):
+    shorter = copy.deepcopy(models.base.text_encoder)
+    layers = getattr(shorter, "text_model", shorter).encoder.layers
+    del layers[-1]
+    without = encode("a cat", models.base.tokenizer, shorter, penultimate=False).tokens
+    torch.testing.assert_close(told_to_base(models, Wanted("a cat", ""), clip_skip=2).conds[0].at(0).tokens, without)
 
 
 def test_sdxl_is_told_what_diffusers_tells_it(models):
