@@ -101,9 +101,9 @@ class GuidedUnet:
         rows = latent.repeat(len(self.rows) // len(latent), 1, 1, 1).to(weight)
         tokens = self._prompts.tokens().to(weight)
         added = self._prompts.added()
-        if not isinstance(timestep, Tensor):
-            # diffusers would copy a number to the GPU, and wait for that
-            timestep = torch.full((), timestep, dtype=torch.float32, device=rows.device)
+        if not isinstance(timestep, Tensor) or timestep.device != rows.device:
+            # diffusers would copy it to the GPU, and wait for that
+            timestep = torch.full((), float(timestep), dtype=torch.float32, device=rows.device)
         output = self._unet(
             rows,
             timestep,

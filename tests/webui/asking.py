@@ -10,6 +10,8 @@ from .conftest import PLAIN
 from .server import BASE_CHECKPOINT, Answer, WebUIServer
 
 TITLE = "X-Adapter"
+BASE, UPGRADED = "LatentDiffusion", "DiffusionEngine"
+"""What the probe calls the two models."""
 STRENGTH = 0.6
 """Denoising strength where a request does not say it."""
 HALF = {"width": PLAIN["width"] // 2, "height": PLAIN["height"] // 2}

@@ -12,7 +12,6 @@ from .server import Answer, WebUIServer
 
 PLOT = "x/y/z plot"
 PREFIX = "[X-Adapter] "
-BASE, UPGRADED = "LatentDiffusion", "DiffusionEngine"
 
 
 def axis_labels(server: WebUIServer) -> list[str]:

@@ -51,7 +51,9 @@ class TestPictures:
         assert grey_levels_apart(pictures[1], base_alone(webui, seed=61, prompt=STYLE)) <= 1
 
     def test_each_has_an_infotext_of_its_own(self, webui, usual):
-        grid, _, carried_over, adapted, alone = usual.infotexts
+        grid, base, carried_over, adapted, alone = usual.infotexts
+        assert "Size: 128x128" in base
+        assert "Model: tiny15" in base
         assert "Script: X-Adapter: compare" in grid.replace('"', "")
         assert "X-Adapter adapter: None" in carried_over
         assert adapted == with_xadapter(webui, {"memory": "lockstep"}, seed=60).infotexts[0]

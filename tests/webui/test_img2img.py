@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from .asking import HALF, STRENGTH, arguments, made, over, plain
+from .asking import BASE, HALF, STRENGTH, UPGRADED, arguments, made, over, plain
 from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
 from .server import WebUIServer
 from .units import picture
@@ -82,7 +82,7 @@ class TestGivenPicture:
         with server.recorded() as calls:
             over(server, start, MEMORY[0])
         steps = int(STRENGTH * PLAIN["steps"]) + 1
-        assert [call["model"] for call in calls] == ["base", "upgraded"] * steps
+        assert [call["model"] for call in calls] == [BASE, UPGRADED] * steps
 
     def test_both_models_are_at_the_same_timestep(self, server, start):
         with server.recorded() as calls:
@@ -157,8 +157,8 @@ class TestBasesPicture:
             over(server, start, {**FROM_BASE, **memory, "switch_point": 0.5})
         stage_one, joint = int(STRENGTH * PLAIN["steps"]) + 1, int(0.5 * PLAIN["steps"]) + 1
         models = [call["model"] for call in calls]
-        assert models[:stage_one] == ["base"] * stage_one
-        assert sorted(models[stage_one:]) == ["base"] * joint + ["upgraded"] * joint
+        assert models[:stage_one] == [BASE] * stage_one
+        assert sorted(models[stage_one:]) == [BASE] * joint + [UPGRADED] * joint
 
     def test_a_single_stage_contradicts_it(self, server, start):
         answer = server.img2img(start, **PLAIN, **arguments(**FROM_BASE, single_stage=True))

@@ -130,7 +130,7 @@ class TestInfotext:
 
     def test_what_an_older_version_left_out_is_what_it_meant_then(self, webui):
         older = with_xadapter(webui, {"switch_point": 0.35})
-        left_out = older.infotexts[0].replace("X-Adapter switch point: 0.35, ", "")
+        left_out = older.infotexts[0].replace(", X-Adapter switch point: 0.35", "")
         assert left_out != older.infotexts[0]
         with webui.pretending("a later default"):
             again = made(webui.txt2img(infotext=left_out))

@@ -23,7 +23,7 @@ IMG2IMG = "#script_img2img_xadapter_"
 PATIENCE = 180_000
 """Milliseconds for a picture on a slow machine."""
 ONLY_IN_TXT2IMG = ("base_start", "single_stage", "hires")
-LOOK = 30_000
+LOOK = 90_000
 """Milliseconds for what the page does by itself."""
 
 
@@ -49,9 +49,13 @@ def page(browser, webui):
 
 def open_page(page, server) -> None:
     page.set_default_timeout(LOOK)
-    page.goto(server.url, timeout=PATIENCE)
-    page.wait_for_selector("#txt2img_generate")
-    page.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
+    load(page, server.url)
+
+
+def load(page, address: str) -> None:
+    page.goto(address, timeout=PATIENCE)
+    page.wait_for_selector("#txt2img_generate", timeout=PATIENCE)
+    page.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null", timeout=PATIENCE)
 
 
 def fill(page, selector: str, value: object) -> None:
@@ -426,8 +430,7 @@ CONTRAST = """line => {
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_lines_can_be_read_in_both_themes(page, webui, theme):
     """4.5 to 1 is what WCAG asks of text."""
-    page.goto(f"{webui.url}/?__theme={theme}", timeout=PATIENCE)
-    page.wait_for_function("typeof uiCurrentTab !== 'undefined' && uiCurrentTab !== null")
+    load(page, f"{webui.url}/?__theme={theme}")
     enable(page)
     wait_for_line(page, "samples")
     assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5

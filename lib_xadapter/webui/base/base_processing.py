@@ -7,6 +7,7 @@ Hires. fix.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from modules.processing import (
 from PIL import Image
 from torch import Tensor
 
+from ...memory import Work
 from ...settings import SAME_SEED, Settings, half
 from ...wrapping import wrapped
 from ..sampling.samplings import total_steps
@@ -158,6 +160,24 @@ def base_hires_size(settings: Settings, p: StableDiffusionProcessingTxt2Img) -> 
     own_width = settings.base_width * width // p.width // 8 * 8
     own_height = settings.base_height * height // p.height // 8 * 8
     return own_width or half(width), own_height or half(height)
+
+
+def largest_work(p: StableDiffusionProcessing, settings: Settings, controlnets: int) -> Work:
+    """What the largest joint steps of a job compute, before the processing object has been set up.
+
+    Args:
+        p: SDXL's processing object.
+        settings: of X-Adapter.
+        controlnets: that are at work on the base.
+    """
+    size, of_base = (p.width, p.height), base_size(settings, p.width, p.height)
+    if getattr(p, "enable_hr", False) and settings.hires:
+        enlarged = copy.copy(p)
+        # the WebUI writes into it what it computes
+        enlarged.extra_generation_params = {}
+        enlarged.calculate_target_resolution()
+        size, of_base = hires_size(enlarged), base_hires_size(settings, enlarged)
+    return Work(2 * p.batch_size, math.prod(size), math.prod(of_base), controlnets)
 
 
 def size_of(job: StableDiffusionProcessing) -> tuple[int, int]:

@@ -15,14 +15,14 @@ from torch import nn
 
 from ...errors import DoesNotFit
 from ...evaluations import Evaluation, GuidanceWindow
-from ...memory import free_ram
+from ...memory import Work, free_ram
 from ...recording import expected_size
 from ...settings import AUTO, Settings, read_settings
 from ...taps import check_fit
 from ...two_stage import Coupling
 from .. import model_files
 from ..base.base_model import BaseModel
-from ..base.base_processing import base_hires_size, base_size
+from ..base.base_processing import base_hires_size, base_size, largest_work
 from ..base.base_units import BaseUnits
 from ..base.models import Models
 from ..base.stage_one import check_start
@@ -61,6 +61,7 @@ class Request:
         base: the base model, loaded.
         coupling: how its features enter SDXL; None where nothing but its picture is carried over.
         sequential: base and SDXL are on the GPU one after the other.
+        work: of its largest joint steps.
         samplings: those of SDXL, in their order.
     """
 
@@ -68,6 +69,7 @@ class Request:
     base: BaseModel
     coupling: Coupling | None
     sequential: bool
+    work: Work
     samplings: tuple[PlannedSampling, ...]
 
     def planned(self, is_hires: bool) -> PlannedSampling | None:
@@ -97,7 +99,8 @@ def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, argum
     info = model_files.find_base_checkpoint(settings.base_checkpoint)
     path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
     couples = path is not None and any(settings.weights)
-    sequential = models.is_sequential(settings.memory, info, path)
+    work = largest_work(p, settings, len(units.of_base))
+    sequential = models.is_sequential(settings.memory, info, path, work)
     base = models.base(info, sequential)
     units.check(base)
     check_start(settings, units)
@@ -110,7 +113,7 @@ def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, argum
             coupling = Coupling(mapping, settings.weights, window, settings.cond_only)
     adapter = _adapter_name(path) if path is not None else "None"
     named = replace(settings, base_checkpoint=info.short_title, adapter=adapter)
-    request = Request(named, base, coupling, sequential, ())
+    request = Request(named, base, coupling, sequential, work, ())
     return replace(request, samplings=tuple(plan(p, request, sampling) for sampling in samplings_of(p, settings)))
 
 

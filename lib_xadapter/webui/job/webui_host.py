@@ -127,7 +127,7 @@ class WebUIHost:
     @property
     def overlap(self) -> Overlap | None:
         # the WebUI moves a model's parts when they are called, which must not happen in the middle of a call of SDXL
-        return None if lowvram.is_enabled(shared.sd_model) else self._models.side_stream
+        return None if lowvram.is_enabled(shared.sd_model) else self._models.overlap(self._request.work)
 
     # ---- the base
 

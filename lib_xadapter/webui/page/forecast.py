@@ -18,7 +18,7 @@ from modules.processing import (
 from ...families import FAMILY_NAMES
 from ...settings import AUTO, CONTROL_IMAGE, LOCKSTEP, RECORDED, Settings
 from .. import model_files
-from ..base.base_processing import base_hires_size, base_size, hires_size
+from ..base.base_processing import base_hires_size, base_size, hires_size, largest_work
 from ..sampling.samplings import Sampling, Start, check_tab, hires_sampling, samplings_of, stage_one_steps
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Forecast:
             yield f"{base_name} runs at one in {settings.refresh_every} of them."
 
 
-def memory_mode(models: Models, settings: Settings) -> str:
+def memory_mode(models: Models, asked: Asked, settings: Settings) -> str:
     """Lockstep or recorded, by what is free now.
 
     Raises:
@@ -160,7 +160,8 @@ def memory_mode(models: Models, settings: Settings) -> str:
     """
     info = model_files.find_base_checkpoint(settings.base_checkpoint)
     path = model_files.find_adapter(settings.adapter) if settings.has_adapter else None
-    return RECORDED if models.is_sequential(settings.memory, info, path) else LOCKSTEP
+    work = largest_work(_processing(asked), settings, sum(bool(unit.get("enabled")) for unit in asked.units))
+    return RECORDED if models.is_sequential(settings.memory, info, path, work) else LOCKSTEP
 
 
 def _processing(asked: Asked) -> StableDiffusionProcessing:

@@ -56,7 +56,7 @@ def _forecast(asked: Asked, settings: Settings, base_name: str) -> dict[str, Any
     from ..base.models import loaded_models
 
     try:
-        forecast, memory = Forecast.of(asked, settings), memory_mode(loaded_models(), settings)
+        forecast, memory = Forecast.of(asked, settings), memory_mode(loaded_models(), asked, settings)
     except XAdapterError as problem:
         return {"line": str(problem), "problem": True}
     passes = [asdict(one) for one in forecast.passes]

@@ -360,7 +360,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         return was_armed
 
     @app.post("/probe/pretend")
-    def pretend(what: str | None = fastapi.Body(..., embed=True)) -> None:
+    def pretend(what: str | None = fastapi.Body(None, embed=True)) -> None:
         probe.pretend(what)
 
     app.get("/probe/state")(state)
