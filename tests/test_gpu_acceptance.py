@@ -102,18 +102,13 @@ def test_a_test_that_fails_is_counted(results):
 def test_what_does_not_come_to_its_end_is_told(tmp_path):
     assert run(Portion((("-c", "raise SystemExit(3)"),), 60), tmp_path) == "raise SystemExit(3) ended with 3"
     assert run(Portion(((),), 60, needs=("no_such_package",)), tmp_path) == "no_such_package not installed"
-<<<<<<< HEAD
-    endless = ("-c", "import threading; threading.Event().wait()")
-    assert "not through after 0.01 seconds" in run(Portion((endless,), 0.01), tmp_path)
-=======
     assert "not through after 0.01 seconds" in run(
         Portion((("-c", "import threading; threading.Event().wait()"),), 0.01), tmp_path
     )
->>>>>>> main
 
 
 def test_the_portions_ask_for_what_the_benchmarks_offer(tmp_path):
-    pytest.importorskip("diffusers", reason="needs the extra 'headless'")
+    pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
     for portion in PORTIONS.values():
         for _, module, *rest in portion.commands:
             if module.startswith("benchmarks."):
