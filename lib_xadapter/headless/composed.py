@@ -116,9 +116,11 @@ class DrawnNoise:
 
 def _copied(generator: Generators) -> Generators:
     if isinstance(generator, list):
-        return [copy for one in generator if isinstance(copy := _copied(one), torch.Generator)]
-    if generator is None:
-        return None
+        return [_copy_of(one) for one in generator]
+    return None if generator is None else _copy_of(generator)
+
+
+def _copy_of(generator: torch.Generator) -> torch.Generator:
     copy = torch.Generator(generator.device)
     copy.set_state(generator.get_state())
     return copy
@@ -127,10 +129,12 @@ def _copied(generator: Generators) -> Generators:
 def _moved_on(generator: Generators) -> Generators:
     """The same for each call with generators in the same state, and other numbers than theirs."""
     if isinstance(generator, list):
-        return [moved for one in generator if isinstance(moved := _moved_on(one), torch.Generator)]
-    if generator is None:
-        return None
-    drawn = torch.randint(2**62, (1,), generator=_copied(generator), device=generator.device)
+        return [_moved(one) for one in generator]
+    return None if generator is None else _moved(generator)
+
+
+def _moved(generator: torch.Generator) -> torch.Generator:
+    drawn = torch.randint(2**62, (1,), generator=_copy_of(generator), device=generator.device)
     return torch.Generator(generator.device).manual_seed((int(drawn) + BASE_NOISE_SEED) % 2**63)
 
 
@@ -385,14 +389,22 @@ class XAdapterPipeline:
             **_sized(base_size),
             **(base_arguments or {}),
         }
-        shapes = [(images, 4, tall // LATENT_PIXEL, wide // LATENT_PIXEL) for wide, tall in (size, base_size)]
+        shape, base_shape = (
+            (images, 4, tall // LATENT_PIXEL, wide // LATENT_PIXEL) for wide, tall in (size, base_size)
+        )
         request = Request(
             base={name: value for name, value in base.items() if value is not None},
             upgraded={name: value for name, value in upgraded.items() if value is not None},
             settings=settings,
             steps=num_inference_steps,
             noise=DrawnNoise(
-                *shapes, generator, base_generator, self.device, self.upgraded.unet.dtype, self.base.unet.dtype
+                shape,
+                base_shape,
+                generator,
+                base_generator,
+                self.device,
+                self.upgraded.unet.dtype,
+                self.base.unet.dtype,
             ),
             images=images,
             size=size,
@@ -445,7 +457,7 @@ class XAdapterPipeline:
 
     def _placed(self, request: Request) -> tuple[Models, Request]:
         """The models where they run, and how the base runs beside them."""
-        placement = self._placement or Placement(self.device, self.upgraded.unet.dtype)
+        placement = self._placement or Placement(str(self.device), self.upgraded.unet.dtype)
         memory = request.settings.memory
         if memory == AUTO and (self._offloads or placement.low_memory):
             memory = RECORDED
@@ -525,7 +537,7 @@ def _base_prompts(
         "negative_prompt_embeds": negative_embeds,
     }
     several = {name: [text] * prompts if isinstance(text, str) else text for name, text in found.items()}
-    told = len(embeds) if embeds is not None else len(several["prompt"])
+    told = len(embeds) if embeds is not None else len(several["prompt"] or ())
     if told != prompts:
         raise WrongArgument(f"'base_prompt' is for {told} pictures, 'prompt' for {prompts}.")
     return several
