@@ -159,15 +159,28 @@ class TestPictures:
         made = latents(pipe, prompt=["a cat", "a dog"], generator=[seeded(3), seeded(3)])
         assert torch.allclose(made[1:], latents(pipe, prompt="a dog", generator=[seeded(3)]), atol=1e-3)
 
-    def test_a_controlnet_of_the_base_acts(self, pipe, plain, small, picture):
+    @pytest.fixture
+    def led(self, pipe, small) -> XAdapterPipeline:
+        """By a ControlNet of the base."""
         net = load_controlnet(small.controlnet, pipe.base.unet, torch.float32)
         parts = {**pipe.base.components, "controlnet": net}
         base = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
         base.set_progress_bar_config(disable=True)
-        led = XAdapterPipeline(base, pipe.upgraded, pipe.adapter)
+        return XAdapterPipeline(base, pipe.upgraded, pipe.adapter)
+
+    def test_a_controlnet_of_the_base_acts(self, led, plain, picture):
         assert differs(latents(led, control_image=picture), plain)
         off = latents(led, control_image=picture, base_arguments={"controlnet_conditioning_scale": 0.0})
         assert torch.allclose(off, plain, atol=1e-4)
+
+    def test_a_controlnets_window_counts_the_steps_of_each_stage(self, led, picture):
+        scales = []
+        led.base.controlnet.register_forward_pre_hook(
+            lambda module, args, named: scales.append(named["conditioning_scale"]), with_kwargs=True
+        )
+        window = {"control_guidance_end": 0.5}
+        latents(led, control_image=picture, num_inference_steps=4, switch_point=0.5, base_arguments=window)
+        assert scales == [1, 1, 0, 0, 1, 0]
 
     @pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
     def test_output_types_and_tuples_are_those_of_diffusers(self, pipe, kind):

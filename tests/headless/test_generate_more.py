@@ -135,7 +135,7 @@ class TestInitImage:
         assert "Denoising strength: 0.75" in texts(generate)[1]
         assert "Denoising strength" not in texts(generate)[0]
 
-    def test_a_mask_keeps_what_is_black(self, generate, picture, tmp_path):
+    def test_a_mask_takes_part(self, generate, picture, tmp_path):
         mask = tmp_path / "mask.png"
         Image.linear_gradient("L").resize((64, 64)).point(lambda level: 255 * (level > 127)).save(mask)
         small = {"width": "64", "height": "64", "steps": "4"}
