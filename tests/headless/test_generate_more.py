@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from lib_xadapter.headless.asked import batches_of
+from lib_xadapter.headless.asked import batches_of, styled
 from lib_xadapter.headless.options import read_options
 
 
@@ -64,6 +64,13 @@ def test_a_picture_is_made_again_from_what_is_written_in_it(generate):
     _, second = generate.pictures()
     assert numpy.array_equal(pixels(first), pixels(second))
     assert len(set(texts(generate))) == 1
+
+
+def test_styles_are_put_around_the_prompt(generate, tmp_path):
+    path = tmp_path / "styles.csv"
+    path.write_text('name,prompt,negative_prompt\nink,"ink, {prompt}",grey\n')
+    words = generate.words("--styles", str(path), "--style", "ink", prompt="a cat")
+    assert styled(read_options(words)) == ("ink, a cat", "grey")
 
 
 def test_options_go_before_what_is_taken_over(generate):
