@@ -31,7 +31,11 @@ def webui(controlnet_webui: WebUIServer) -> WebUIServer:
 
 
 def over(server: WebUIServer, units: list[dict], given: dict | None, **request):
-    """A request of the img2img tab, over a picture in another ratio than what is made."""
+    """A request of the img2img tab, over a picture in another ratio than what is made.
+
+    The VAE encodes it by torch's own generator, which the picture before leaves in one place.
+    """
+    plain(server)
     scripts = {"ControlNet": {"args": units}} if units else {}
     if given is not None:
         scripts[TITLE] = {"args": [{**SMALL, **given}]}

@@ -107,8 +107,10 @@ def test_a_lora_of_the_hires_prompt_acts_on_the_base_in_the_second_pass_alone(se
 )
 def test_stopped_in_any_pass_a_picture_comes_back_and_nothing_is_left(server, memory, where, after, how):
     before = plain(server)
+    # a recording of another case would leave the base too little to do
+    seed = 70 + after + 100 * (how == "skip")
     with server.fault(where, after, how):
-        answer = enlarged(server, memory, seed=70 + after)
+        answer = enlarged(server, memory, seed=seed)
     assert not is_blank(answer.image)
     assert server.state()["hooks"] == []
     assert same_bytes(plain(server), before)
@@ -128,7 +130,7 @@ def test_a_fault_in_the_second_pass_ends_the_job_with_its_message(server, memory
 
 def test_every_sampler_runs_in_both_passes(server):
     for sampler in server.get("/sdapi/v1/samplers").content:
-        request = {"width": 256, "height": 256, "hr_scale": 2, "steps": 6, "hr_second_pass_steps": 6}
+        request = {"width": 256, "height": 256, "hr_scale": 2, "steps": 5, "hr_second_pass_steps": 4}
         answer = enlarged(server, {}, sampler_name=sampler["name"], **request)
         assert answer.image.size == (512, 512)
         assert not is_blank(answer.image), sampler["name"]

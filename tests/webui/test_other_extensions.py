@@ -17,6 +17,20 @@ from .asking import HALF, TITLE, USE_BASE, made, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import Answer, WebUIServer
 
+DYNAMIC_PROMPTS_OPTIONS = {
+    "dp_ignore_whitespace": False,
+    "dp_write_raw_template": False,
+    "dp_write_prompts_to_file": False,
+    "dp_parser_variant_start": "{",
+    "dp_parser_variant_end": "}",
+    "dp_parser_wildcard_wrap": "__",
+    "dp_limit_jinja_prompts": False,
+    "dp_auto_purge_cache": False,
+    "dp_wildcard_manager_no_dedupe": False,
+    "dp_wildcard_manager_no_sort": False,
+    "dp_wildcard_manager_shuffle": False,
+}
+"""It looks for its settings and, in a WebUI that has just been set up, does not find them."""
 FREEU = "sd-webui-freeu"
 LOCKSTEP, RECORDED = {"memory": "lockstep"}, {"memory": "recorded"}
 SHOWN = {"weight": 0, "return_base_image": True}
@@ -42,7 +56,7 @@ def server(start_webui, tmp_path_factory):
         more.append(folder / source.name)
         if source.name == FREEU:
             with_widths_of_the_small_models(folder / source.name)
-    server = start_webui("beside-others", more_extensions=more)
+    server = start_webui("beside-others", more_extensions=more, options=DYNAMIC_PROMPTS_OPTIONS)
     try:
         # some of them try to download for a while
         yield server.start(timeout=1200)

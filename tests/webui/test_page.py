@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_xadapter.settings import arguments as arguments_of_the_table
 
-from .asking import with_xadapter
+from .asking import BASE, UPGRADED, with_xadapter
 from .conftest import PLAIN
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
@@ -438,3 +438,31 @@ def test_the_lines_can_be_read_in_both_themes(page, webui, theme):
     fill(page, f"{ID}guidance_end", 0.5)
     wait_for_line(page, "'guidance_start' is 1")
     assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5
+
+
+class TestUpscaleButton:
+    """✨ makes the second pass of Hires. fix of a finished picture, as the picture's own infotext says."""
+
+    def upscaled(self, page, webui) -> list[str]:
+        """Models of the second pass' evaluations, once the larger picture is there."""
+        with webui.recorded() as calls:
+            page.locator("#txt2img_upscale").click()
+            page.wait_for_function(
+                "() => document.querySelector('#html_info_txt2img')?.innerText.includes('Hires upscale')",
+                timeout=PATIENCE,
+            )
+        return [call["model"] for call in calls]
+
+    def test_a_picture_of_x_adapter_is_enlarged_with_it_whatever_is_ticked_by_then(self, page, webui):
+        ask_for(page)
+        enable(page)
+        assert "X-Adapter version" in generate(page)
+        # a click on the header of an open accordion unticks it
+        tick(page, f"{ID}enabled-checkbox")
+        assert BASE in self.upscaled(page, webui)
+
+    def test_a_picture_without_it_is_enlarged_without_it(self, page, webui):
+        ask_for(page)
+        assert "X-Adapter version" not in generate(page)
+        enable(page)
+        assert set(self.upscaled(page, webui)) == {UPGRADED}

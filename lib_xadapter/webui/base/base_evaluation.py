@@ -19,6 +19,7 @@ from ..sampling.mask_blending import MaskBlending
 from ..sampling.sampling_plan import nearest_level
 from ..sampling.seeded import blank_conditioning
 from .base_model import BaseModel
+from .host_state import count_steps_anew
 
 
 class BaseEvaluation:
@@ -48,6 +49,7 @@ class BaseEvaluation:
         # as the WebUI's own samplers ask for it: txt2img has none
         self._is_masked = getattr(job, "mask", None) is not None
         with base.current():
+            count_steps_anew()
             self._guidance = sd_samplers_kdiffusion.CFGDenoiserKDiffusion(sampler=None)
             self._denoise = self._guidance.inner_model
             given = getattr(job, "image_conditioning", None)

@@ -28,6 +28,8 @@ HIJACK_FIELDS = (
     "extra_generation_params",
 )
 VAE_FIELDS = ("base_vae", "loaded_vae_file", "checkpoint_info")
+FREEU, FREEU_COUNT = "lib_free_u.global_state", "current_sampling_step"
+"""Where sd-webui-freeu counts the steps of every sampler, by which it goes on and off; it begins anew at each batch."""
 NEUTRAL_PROMPT = "lib_neutral_prompt.global_state"
 """Where sd-webui-neutral-prompt keeps how the prompts that were encoded last are to be composed."""
 DEVICE_FIELDS = ("fp8", "dtype_unet", "unet_needs_upcast")
@@ -116,6 +118,12 @@ def lora_extension() -> ModuleType | None:
     return sys.modules.get("networks")
 
 
+def count_steps_anew() -> None:
+    """What counts the current model's steps by itself takes the next for the first of a sampling."""
+    if counting := sys.modules.get(FREEU):
+        setattr(counting, FREEU_COUNT, 0)
+
+
 def current_model_places() -> Iterator[Place]:
     """Everything that says which model is the current one."""
     yield Attribute(sd_models.model_data, "sd_model")
@@ -124,6 +132,8 @@ def current_model_places() -> Iterator[Place]:
         yield from (Attribute(owner, name) for name in names)
     if composing := sys.modules.get(NEUTRAL_PROMPT):
         yield Attribute(composing, "prompt_exprs")
+    if counting := sys.modules.get(FREEU):
+        yield Attribute(counting, FREEU_COUNT)
     yield Attribute(sd_unet, "original_forward")
     yield Attribute(shared, "parallel_processing_allowed")
     yield Contents(shared.loaded_hypernetworks)

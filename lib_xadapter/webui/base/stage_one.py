@@ -28,6 +28,7 @@ from .base_model import BaseModel
 from .base_processing import JUST_RESIZE, size_of
 from .base_units import BaseUnits
 from .hooked_units import HookedUnits
+from .host_state import count_steps_anew
 from .overlaid import overlaid
 
 
@@ -79,6 +80,7 @@ def sample_base(
     """
     asked: list[Tensor] = []
     with base.current() as model, hooked.stage_one():
+        count_steps_anew()
         job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
         denoiser = job.sampler.model_wrap_cfg
 
