@@ -427,6 +427,8 @@ class XAdapterPipeline:
             request: of one batch.
             base_side: of an earlier one with the same base, prompts and noise.
         """
+        for name in PIPELINES:
+            check_unet(getattr(self, name).unet, name)
         self._interruption.asked = False
         models, request = self._placed(request)
         with where_they_were(models):
@@ -562,6 +564,19 @@ def check_pipeline(pipeline: Any, name: str) -> None:
     is_sdxl = hasattr(pipeline, "text_encoder_2")
     if is_sdxl != (name == "upgraded"):
         raise DoesNotFit(f"'{name}' is a {kind}, expected a pipeline such as {PIPELINES[name]}.")
+
+
+def check_unet(unet: Any, name: str) -> None:
+    """Whether hooks of ours would be called: torch.compile leaves out those that come after it.
+
+    Raises:
+        DoesNotFit: naming the pipeline.
+    """
+    if isinstance(unet, torch.nn.Module) and (hasattr(unet, "_orig_mod") or unet._compiled_call_impl is not None):
+        raise DoesNotFit(
+            f"The UNet of '{name}' is compiled as a whole, which leaves no way in for X-Adapter; "
+            "'unet.compile_repeated_blocks()' does."
+        )
 
 
 PIPELINES = {"base": "StableDiffusionPipeline", "upgraded": "StableDiffusionXLPipeline"}

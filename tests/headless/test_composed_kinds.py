@@ -133,19 +133,29 @@ def test_parts_hooked_by_accelerate_stay_hooked(own_pipe, plain):
     assert all(hasattr(part, "_hf_hook") for part in (own_pipe.base.unet, own_pipe.upgraded.unet))
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole UNets", "repeated blocks"])
-def test_compiled_unets_are_tapped(own_pipe, plain, whole):
+def test_compiled_blocks_are_tapped(own_pipe, plain):
     """Also where they were called, and so compiled, before X-Adapter's hooks were there, and after."""
     torch.compiler.reset()
     for pipeline in (own_pipe.base, own_pipe.upgraded):
-        if whole:
-            pipeline.unet = torch.compile(pipeline.unet, backend="eager")
-        else:
-            pipeline.unet.compile_repeated_blocks(backend="eager")
+        pipeline.unet.compile_repeated_blocks(backend="eager")
     before = latents(own_pipe, weight=0.0, **SMALL)
     assert torch.allclose(latents(own_pipe, **SMALL), plain, atol=1e-4)
     assert torch.allclose(latents(own_pipe, weight=0.0, **SMALL), before, atol=1e-4)
     assert float((before - plain).norm() / plain.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["base", "upgraded"])
+def test_unets_that_are_compiled_as_a_whole_are_refused(own_pipe, name):
+    """Hooks that come after compilation are not called: X-Adapter would do nothing, without a word."""
+    pipeline = getattr(own_pipe, name)
+    plain_unet = pipeline.unet
+    pipeline.unet = torch.compile(plain_unet, backend="eager")
+    with pytest.raises(DoesNotFit, match=f"The UNet of '{name}' is compiled as a whole"):
+        latents(own_pipe, **SMALL)
+    pipeline.unet = plain_unet
+    plain_unet.compile(backend="eager")
+    with pytest.raises(DoesNotFit, match=f"The UNet of '{name}' is compiled as a whole"):
+        latents(own_pipe, **SMALL)
 
 
 def test_freeu_and_vae_tiling_take_part(own_pipe, plain):
