@@ -35,6 +35,18 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Several(argparse.Action):
+    """Takes an option's values, and adds those of a second one; the default goes, also one that was taken over."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        before = getattr(namespace, self.dest) if self.dest in given else []
+        given.add(self.dest)
+        setattr(namespace, self.dest, [*before, *values])
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
@@ -42,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments_given, **named)
         self.register("action", None, Once)
         self.register("action", "store", Once)
+        self.register("action", "extend", Several)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG, f"{self.prog}: {message}\n")

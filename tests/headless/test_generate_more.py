@@ -134,7 +134,7 @@ class TestInitImage:
 
     def test_it_takes_the_place_of_the_bases_picture(self, generate, picture):
         small = {"width": "64", "height": "64"}
-        for more in ([], ["--init-image", picture], ["--init-image", picture, "--strength", "0.5"]):
+        for more in ([], ["--init-image", picture], ["--init-image", picture, "--strength", "0.25"]):
             assert generate(*more, **small) == 0
         one, two, three = map(pixels, generate.pictures())
         assert (one != two).any()

@@ -181,7 +181,7 @@ def test_words_that_change_nothing_change_nothing(prompt, led, of_a_cat):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["[a cat:a dog:2]", "[a cat|a dog]", "a cat AND a dog", "a cat AND a dog:0.5", "a BREAK cat"]
+    "prompt", ["[a cat:a dog:1]", "[a cat|a dog]", "a cat AND a dog", "a cat AND a dog:0.5", "a BREAK cat"]
 )
 def test_words_that_change_something_do(prompt, led, of_a_cat):
     made = latents(led, prompt)
