@@ -106,7 +106,7 @@ def need(models: Models, mode: str, size: tuple[int, int], steps: int) -> Needed
     for module in (models.base.unet, models.upgraded.unet, models.adapter):
         module.to("cpu")
     found = recordings.find(stages.plan(request, stages.joint_steps_of(request)).recording_key)
-    host = found.size / len(found.recording.steps) if found is not None else 0.0
+    host = found.size / len(found.steps) if found is not None else 0.0
     return Needed(placement.held.most, placement.held.together, peak, host)
 
 
