@@ -7,6 +7,7 @@ import struct
 
 import numpy
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from .asking import TITLE, arguments, plain, with_xadapter
@@ -38,6 +39,20 @@ def refused(server: WebUIServer, status: int, given: dict | list, **request) -> 
     return answer.error
 
 
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+
+
+def refused_everywhere(server: WebUIServer, status: int, given: dict | list, **request) -> str:
+    """The message of a request that must not work in txt2img, with Hires. fix or over a picture."""
+    message = refused(server, status, given, **request)
+    assert refused(server, status, given, **request, **HIRES) == message
+    args = given if isinstance(given, list) else [given]
+    asked = {**PLAIN, **request, "alwayson_scripts": {TITLE: {"args": args}}}
+    over = server.img2img(Image.new("RGB", (PLAIN["width"], PLAIN["height"]), "navy"), **asked)
+    assert (over.status, over.error) == (status, message)
+    return message
+
+
 class TestBadRequests:
     """Status 422, and one sentence that names what is wrong."""
 
@@ -62,21 +77,16 @@ class TestBadRequests:
         ids=str,
     )
     def test_the_argument_is_named(self, webui, given, sentence):
-        assert sentence in refused(webui, BAD_REQUEST, given)
+        assert sentence in refused_everywhere(webui, BAD_REQUEST, given)
 
     def test_a_lora_that_is_nowhere_is_named(self, webui):
-        assert "There is no LoRA named 'nobody'" in refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:nobody:1>")
+        assert "There is no LoRA named 'nobody'" in refused_everywhere(
+            webui, BAD_REQUEST, {}, prompt="a cat <lora:nobody:1>"
+        )
 
     def test_sdxl_must_be_selected(self, webui):
-        message = refused(webui, BAD_REQUEST, {}, override_settings={"sd_model_checkpoint": BASE_CHECKPOINT})
+        message = refused_everywhere(webui, BAD_REQUEST, {}, override_settings={"sd_model_checkpoint": BASE_CHECKPOINT})
         assert "select an SDXL checkpoint; tiny15 is none" in message
-
-    def test_hires_fix_is_not_there_yet(self, webui):
-        assert "Hires. fix" in refused(webui, BAD_REQUEST, {}, enable_hr=True, hr_upscaler="Latent")
-
-    def test_the_img2img_tab_does_not_know_it(self, webui):
-        answer = webui.img2img(plain(webui), **PLAIN, **arguments())
-        assert answer.status == BAD_REQUEST
 
 
 class TestWrongFiles:
@@ -114,18 +124,18 @@ class TestWrongFiles:
     def test_an_adapter_with_a_fault_is_told(self, webui, file, adapter_weights, change, sentence):
         change(adapter_weights)
         save_file(adapter_weights, file("X-Adapter", "faulty.safetensors"))
-        assert sentence in refused(webui, BAD_REQUEST, {"adapter": "faulty"})
+        assert sentence in refused_everywhere(webui, BAD_REQUEST, {"adapter": "faulty"})
 
     def test_an_adapter_that_is_cut_off_is_told(self, webui, file, models):
         whole = (models / "models/X-Adapter/tiny.bin").read_bytes()
         file("X-Adapter", "short.bin").write_bytes(whole[: len(whole) // 2])
-        assert "short.bin is cut off" in refused(webui, BAD_REQUEST, {"adapter": "short"})
+        assert "short.bin is cut off" in refused_everywhere(webui, BAD_REQUEST, {"adapter": "short"})
 
     def test_an_adapter_for_other_models_is_told(self, webui, file, adapter_weights):
         wider = numpy.concatenate([adapter_weights["body.3.in_conv.weight"]] * 2, axis=1)
         adapter_weights["body.3.in_conv.weight"] = wider
         save_file(adapter_weights, file("X-Adapter", "other.safetensors"))
-        message = refused(webui, BAD_REQUEST, {"adapter": "other"})
+        message = refused_everywhere(webui, BAD_REQUEST, {"adapter": "other"})
         assert "level 1 ('body.3') takes features of 128 channels, the base gives 64" in message
 
     def test_a_base_checkpoint_that_cannot_be_read_is_told(self, webui, file, models):
@@ -133,7 +143,7 @@ class TestWrongFiles:
         header = struct.unpack("<Q", whole[:8])[0]
         file("Stable-diffusion", "broken.safetensors").write_bytes(whole[: 8 + header + 1000])
         webui.post("/sdapi/v1/refresh-checkpoints")
-        assert "broken.safetensors" in refused(webui, SERVER_ERROR, {"base_checkpoint": "broken"})
+        assert "broken.safetensors" in refused_everywhere(webui, SERVER_ERROR, {"base_checkpoint": "broken"})
 
     def test_a_lora_of_other_shapes_is_told(self, webui, file):
         name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -142,13 +152,13 @@ class TestWrongFiles:
             f"{name}.lora_up.weight": numpy.ones((320, 2), dtype=numpy.float32),
         }
         save_file(wrong, file("Lora", "bigger.safetensors"))
-        message = refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:bigger:1>")
+        message = refused_everywhere(webui, BAD_REQUEST, {}, prompt="a cat <lora:bigger:1>")
         assert "'bigger' (1 layers)" in message
 
     def test_a_lora_that_is_no_lora_is_told(self, webui, file):
         header = json.dumps({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
         file("Lora", "rotten.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-        assert "rotten.safetensors" in refused(webui, BAD_REQUEST, {}, prompt="a cat <lora:rotten:1>")
+        assert "rotten.safetensors" in refused_everywhere(webui, BAD_REQUEST, {}, prompt="a cat <lora:rotten:1>")
 
 
 class TestFaults:

@@ -12,18 +12,22 @@ from modules.sd_samplers_cfg_denoiser import catenate_conds
 from torch import Tensor
 
 from ...evaluations import Evaluation
+from ...families import FAMILY_NAMES
 from ...feature_sources import BaseStep
 from ...rows import batch_rows, take_rows
 from ...taps import FeatureReader
 from ..sampling.mask_blending import MaskBlending
 from ..sampling.sampling_plan import nearest_level
 from ..sampling.seeded import blank_conditioning
+from . import plugins
 from .base_model import BaseModel
 from .host_state import count_steps_anew
 
 
 class BaseEvaluation:
     """Evaluates the base at a noise level, with its own prompts, guidance scale and plugins.
+
+    Raises `WrongFile` where a LoRA does not fit the base's layers.
 
     Args:
         base: the base model.
@@ -70,7 +74,9 @@ class BaseEvaluation:
                     for rows, given in self._calls(len(images), cond, uncond)
                 ]
             )
-            guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
+            # the WebUI applies LoRAs when layers are called, here for the first time where there is no stage 1
+            plugins.check_applied(FAMILY_NAMES[self._base.family])
+        guided = self._guidance.combine_denoised(denoised, conds_list, uncond, self._job.cfg_scale)
         if self._is_masked:
             levels = latent.new_full((len(latent),), sigma)
             guided = self._blending.at_step(self._job, self._guidance, guided, levels)
