@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import Request, TwoStages
@@ -66,7 +67,7 @@ class Subject:
 
     def latents(self, settings: Settings) -> Tensor:
         """The finished latents, (1, 4, h, w)."""
-        return self.stages.upgraded_latents(self.request(settings), self.finished, self.size)
+        return self.stages.upgraded_latents(self.request(settings), self.finished)
 
     def picture(self, latents: Tensor) -> Image.Image | None:
         return self.stages.upgraded_pictures(latents)[0] if self.has_pictures else None
@@ -123,7 +124,7 @@ def joint_stage_times(subject: Subject, options: argparse.Namespace) -> dict[str
 def _joint_stage(subject: Subject, settings: Settings) -> None:
     request = subject.request(settings)
     steps = subject.stages.joint_steps_of(request)
-    latents = torch.stack([noise.upgraded for noise in request.noises]) * steps.scheduler.init_noise_sigma
+    latents = request.noise.upgraded() * steps.scheduler.init_noise_sigma
     subject.stages.joint_stage(request, subject.finished, latents.to(steps.timesteps.device), steps)
 
 

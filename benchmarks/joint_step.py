@@ -33,7 +33,7 @@ from lib_xadapter.trajectory import Trajectory
 from .mapping_candidates import AS_USED, CANDIDATES, candidate
 from .mapping_layers import Case, OneStep
 from .random_adapter import picture_size, type_name, type_named, written_size
-from .random_models import random_models, random_request
+from .random_models import GUIDANCE, random_models, random_prompts, random_request
 from .reports import Bar, Machine, Plot, Report, name_for, parser_for, turns_of
 from .timing import Times, Work
 
@@ -77,11 +77,12 @@ class Steps:
         self._device = torch.device(models.placement.device)
         self._mapping = mapping
         self._weights = request.settings.weights
-        self._upgraded = GuidedUnet(models.upgraded.unet, request.upgraded_prompts, request.cfg_scale)
-        self._base = GuidedUnet(models.base.unet, request.base_prompts, request.base_cfg_scale)
+        base, upgraded = random_prompts(models, request.size, images=request.images)
+        self._upgraded = GuidedUnet(models.upgraded.unet, upgraded, GUIDANCE)
+        self._base = GuidedUnet(models.base.unet, base, GUIDANCE)
         self._schedule = noise_schedule_of(models.upgraded)
-        self._noise = torch.stack([noise.base for noise in request.noises]).to(self._device)
-        self._latent = torch.stack([noise.upgraded for noise in request.noises]).to(self._device)
+        self._noise = request.noise.base().to(self._device)
+        self._latent = request.noise.upgraded().to(self._device)
         self._recording: Recording | None = None
 
     def works(self, case: Case) -> dict[str, Work]:

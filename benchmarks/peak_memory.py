@@ -101,12 +101,12 @@ def need(models: Models, mode: str, size: tuple[int, int], steps: int) -> Needed
     stages = TwoStages(models)
     request = random_request(models, size, settings, steps)
     recordings = RecordingCache(lambda: 2**40)
-    stages.upgraded_latents(request, None, size, recordings)
+    stages.upgraded_latents(request, None, recordings)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for module in (models.base.unet, models.upgraded.unet, models.adapter):
         module.to("cpu")
-    found = recordings.find((settings.switch_point, models.adapter.time_channels is not None))
-    host = found.size / len(found.recording.steps) if found is not None else 0.0
+    found = recordings.find(stages.plan(request, stages.joint_steps_of(request)).recording_key)
+    host = found.size / len(found.steps) if found is not None else 0.0
     return Needed(placement.held.most, placement.held.together, peak, host)
 
 

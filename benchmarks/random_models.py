@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from lib_xadapter.headless import small_models
 from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import NOISE, SIZE_EMBEDDING
 from lib_xadapter.headless.models import Models, Placement
-from lib_xadapter.headless.pipeline import Noise, Request
+from lib_xadapter.headless.pipeline import Noise, NoisePerImage, Request
 from lib_xadapter.settings import Settings, half
 
 from .random_adapter import filled, random_adapter
 
 LATENT_PIXEL = 8
 TOKENS = 77
+GUIDANCE = 7.0
 
 # unet/config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, as far as they differ
 # from diffusers' defaults
@@ -43,13 +43,16 @@ SDXL: Mapping[str, Any] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class UnetOnly:
-    """What of a pipeline a joint stage between latents needs."""
-
-    unet: UNet2DConditionModel
-    scheduler: DDIMScheduler
-    vae: None = None
+def _unet_alone(kind: type, unet: UNet2DConditionModel) -> Any:
+    """A pipeline with what a joint stage between latents needs of it, and nothing else."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    if kind is StableDiffusionXLPipeline:
+        parts |= {**dict.fromkeys(("text_encoder_2", "tokenizer_2")), "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = kind(**parts, unet=unet, scheduler=DDIMScheduler(**NOISE))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def random_models(dtype: torch.dtype, placement: Placement, small: bool = False) -> Models:
@@ -64,10 +67,32 @@ def random_models(dtype: torch.dtype, placement: Placement, small: bool = False)
         base = small_models.base_unet() if small else UNet2DConditionModel(**SD15)
         upgraded = small_models.upgraded_unet() if small else UNet2DConditionModel(**SDXL)
     return Models(
-        UnetOnly(filled(base, dtype), DDIMScheduler(**NOISE)),
-        UnetOnly(filled(upgraded, dtype), DDIMScheduler(**NOISE)),
+        _unet_alone(StableDiffusionPipeline, filled(base, dtype)),
+        _unet_alone(StableDiffusionXLPipeline, filled(upgraded, dtype)),
         random_adapter(dtype, small),
         placement=placement,
+    )
+
+
+def random_prompts(models: Models, size: tuple[int, int], seed: int = 0, images: int = 1) -> tuple[Prompts, Prompts]:
+    """Of the base and the upgraded model, for one picture of a size (width, height) in pixels."""
+    (width, height), device = size, models.placement.device
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, models.upgraded.unet.dtype)
+
+    base, upgraded = models.base.unet.config, models.upgraded.unet.config
+    pooled = upgraded.projection_class_embeddings_input_dim - 6 * upgraded.addition_time_embed_dim
+    return (
+        Prompts(noise(images, TOKENS, base.cross_attention_dim), noise(images, TOKENS, base.cross_attention_dim)),
+        Prompts(
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, TOKENS, upgraded.cross_attention_dim),
+            noise(images, pooled),
+            noise(images, pooled),
+            torch.tensor([[height, width, 0, 0, height, width]] * images, device=device),
+        ),
     )
 
 
@@ -86,31 +111,19 @@ def random_request(
         models: those that are asked.
         size: width and height of the picture in pixels.
     """
-    (width, height), device = size, models.placement.device
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    base, upgraded = models.base.unet.config, models.upgraded.unet.config
-    pooled = upgraded.projection_class_embeddings_input_dim - 6 * upgraded.addition_time_embed_dim
+    (width, height), (base_width, base_height) = size, map(half, size)
+    base, upgraded = random_prompts(models, size, seed, images)
+    sizes = latent_size(base_width, base_height), latent_size(width, height)
     return Request(
-        Prompts(noise(images, TOKENS, base.cross_attention_dim), noise(images, TOKENS, base.cross_attention_dim)),
-        Prompts(
-            noise(images, TOKENS, upgraded.cross_attention_dim),
-            noise(images, TOKENS, upgraded.cross_attention_dim),
-            noise(images, pooled),
-            noise(images, pooled),
-            torch.tensor([[height, width, 0, 0, height, width]] * images, device=device),
-        ),
-        settings,
-        steps,
-        7.0,
-        sampler,
-        [
-            Noise.seeded(seed + image, seed + image, latent_size(half(width), half(height)), latent_size(width, height))
-            for image in range(images)
-        ],
+        base={**base.arguments(), "guidance_scale": GUIDANCE, "width": base_width, "height": base_height},
+        upgraded={**upgraded.arguments(), "guidance_scale": GUIDANCE, "width": width, "height": height},
+        settings=settings,
+        steps=steps,
+        noise=NoisePerImage([Noise.seeded(seed + image, seed + image, *sizes) for image in range(images)]),
+        images=images,
+        size=size,
+        base_size=(base_width, base_height),
+        sampler=sampler,
     )
 
 

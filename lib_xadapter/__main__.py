@@ -1,8 +1,6 @@
 """`python -m lib_xadapter`."""
 
-import sys
-
-from .headless.cli import main
+from .headless.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -279,7 +279,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WrongFile(f"{name} is cut off, or holds something other than tensors: {first_line(error)}") from error
+        # torch's own words would advise to trust the file
+        told = "" if isinstance(error, pickle.UnpicklingError) else f": {first_line(error)}"
+        raise WrongFile(f"{name} is cut off, or holds something other than tensors{told or '.'}") from error
     # the WebUI's own torch.load gives None for a pickle that it does not trust
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise WrongFile(f"{name} is cut off, or holds something other than named tensors.")

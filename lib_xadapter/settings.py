@@ -313,7 +313,7 @@ def _checked_number(name: str, value: Any, row: Argument, whole: bool) -> float 
             and (row.multiple_of is None or value % row.multiple_of == 0)
         )
     if not fits:
-        raise WrongArgument(f"'{name}' is {value!r}, expected {_expectation(row, whole)}.")
+        raise WrongArgument(f"'{name}' is {value!r}, expected {expectation(row, whole)}.")
     return int(value) if whole else float(value)
 
 
@@ -321,12 +321,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _expectation(row: Argument, whole: bool) -> str:
+def expectation(row: Argument, whole: bool) -> str:
+    """What a number can be, in words."""
     kind = "a whole number" if whole else "a number"
     if row.multiple_of:
         kind = f"a multiple of {row.multiple_of}"
-    lowest = "" if row.minimum is None else f" from {row.minimum:g}"
-    highest = "" if row.maximum is None else f" to {row.maximum:g}"
+    shown = str if whole else "{:g}".format
+    lowest = "" if row.minimum is None else f" from {shown(row.minimum)}"
+    highest = "" if row.maximum is None else f" to {shown(row.maximum)}"
     return f"{'0 or ' if row.or_zero else ''}{kind}{lowest}{highest}"
 
 

@@ -111,6 +111,8 @@ def _safetensors_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], int]
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     weight_bytes = file_bytes - LENGTH_BYTES - length
     if file_bytes <= LENGTH_BYTES or weight_bytes < 0:
+        if file.read(1) not in (b"{", b""):
+            raise WrongFile(f"{name} is no safetensors file: no header begins at its byte {LENGTH_BYTES}.")
         raise WrongFile(
             f"{name} is cut off or is no safetensors file: it has {file_bytes} bytes, "
             f"expected a header of {length} bytes after the first {LENGTH_BYTES}."

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="needs requirements-benchmarks.txt")
-pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
+pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from benchmarks.mapping_layers import Case, operations
 from benchmarks.random_adapter import RELEASED, random_adapter

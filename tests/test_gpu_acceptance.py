@@ -108,7 +108,7 @@ def test_what_does_not_come_to_its_end_is_told(tmp_path):
 
 
 def test_the_portions_ask_for_what_the_benchmarks_offer(tmp_path):
-    pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+    pytest.importorskip("diffusers", reason="needs the extra 'headless'")
     for portion in PORTIONS.values():
         for _, module, *rest in portion.commands:
             if module.startswith("benchmarks."):

@@ -85,7 +85,7 @@ class TestSafetensors:
     def test_something_else_under_this_name(self, tmp_path):
         path = tmp_path / "page.safetensors"
         path.write_text("<!DOCTYPE html><html>404</html>")
-        with pytest.raises(WrongFile, match=r"page\.safetensors is cut off or is no safetensors file"):
+        with pytest.raises(WrongFile, match=r"page\.safetensors is no safetensors file: no header begins"):
             read_metadata(path)
 
     @pytest.mark.parametrize("header", [b"{not json", b"\xff\xfe{}", b"[" * 100_000])

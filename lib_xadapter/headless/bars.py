@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ class Bars:
         self._total = total
         self._bar: tqdm | None = None
         self._finished = 0
+        self._began = time.monotonic()
 
     def __enter__(self) -> Bars:
         return self
@@ -26,9 +28,17 @@ class Bars:
         """One step of one stage is over."""
         if done == 0:
             self.__exit__(None, None, None)
-            label = f"picture {min(self._finished + 1, self._total)} of {self._total}: {stage}"
+            label = f"picture {min(self._finished + 1, self._total)} of {self._total}{self._left()}: {stage}"
             self._bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True)
         self._bar.update(done - self._bar.n)
+
+    def _left(self) -> str:
+        """How long the rest will take, by what took part so far."""
+        rest = self._total - self._finished
+        if not self._finished or not rest:
+            return ""
+        seconds = round((time.monotonic() - self._began) / self._finished * rest)
+        return f", about {seconds // 60}:{seconds % 60:02d} left"
 
     def finished(self, pictures: int = 1) -> None:
         """So many pictures are done."""

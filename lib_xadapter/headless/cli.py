@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 
 from ..errors import XAdapterError
@@ -28,6 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def program() -> None:
+    """The program itself; ends with the command's exit status."""
+    # whoever ends it gets what Ctrl-C gets: nothing half-written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
+
+
 def stay_offline() -> None:
     """No library may fetch anything, whatever is missing; to be called before any of them is imported."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
@@ -47,9 +55,12 @@ def _run(options: argparse.Namespace) -> int:
 
         return convert_adapter(options)
     if options.command == "generate":
+        from .asked import read_asked
+
+        asked = read_asked(options)
         from .generate import generate
 
-        return generate(options)
+        return generate(options, asked)
     if options.ui:
         from .page import open_page
 

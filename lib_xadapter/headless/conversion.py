@@ -17,6 +17,8 @@ def convert_adapter(options: argparse.Namespace) -> int:
     """Read, check and write an adapter."""
     if options.out.suffix != ".safetensors":
         raise WrongArgument(f"OUT is {options.out}, expected a name that ends in .safetensors.")
+    if options.out.exists() and not options.force:
+        raise WrongArgument(f"{options.out} is there already; --force writes over it.")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     state = load_adapter(options.file, dtype=dtype).state_dict()
     tensors = {key: value.contiguous() for key, value in state.items()}

@@ -22,11 +22,13 @@ from PIL import Image, ImageDraw
 from .. import __version__
 from ..errors import WrongArgument
 from ..settings import Settings
+from .asked import Files
 from .bars import Bars
-from .generate import Files, load_models
+from .generate import load_models
 from .grid import labelled_grid, save_picture
-from .jobs import LARGEST_SEED, Job, Picture, make_pictures
-from .loras import Lora
+from .job import LARGEST_SEED, Job
+from .jobs import Picture, make_pictures
+from .lora_names import Lora
 from .models import Models, Placement
 from .options import say
 from .pipeline import Progress, no_progress
@@ -142,10 +144,19 @@ def _row(row: Plugins, models: Models, request: DemoRequest, progress: Progress)
         control_names=("small-edges",) if row.control else (),
     )
     began = time.perf_counter()
-    for place, picture in enumerate(make_pictures(models, job, progress=progress)):
+    base_alone = 0.0
+
+    def watched(stage: str, done: int, total: int) -> None:
+        nonlocal base_alone
+        if stage == "base" and done == total:
+            base_alone = time.perf_counter() - began
+        progress(stage, done, total)
+
+    for place, picture in enumerate(make_pictures(models, job, progress=watched)):
         seconds, began = time.perf_counter() - began, time.perf_counter()
         if place == 0:
-            yield Cell(row.name, BASE_ALONE, picture.base_image, 0.0)
+            seconds -= base_alone
+            yield Cell(row.name, BASE_ALONE, picture.base_image, base_alone)
         yield Cell(row.name, _column(picture), picture.image, seconds, picture.text)
 
 

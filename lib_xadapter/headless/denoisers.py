@@ -40,6 +40,16 @@ class Prompts:
         """(rows, tokens, channels), in the order of `rows`."""
         return self.cond if self.uncond is None else torch.cat([self.cond, self.uncond])
 
+    def arguments(self) -> dict[str, Tensor]:
+        """As a pipeline of diffusers takes them."""
+        given = {
+            "prompt_embeds": self.cond,
+            "negative_prompt_embeds": self.uncond,
+            "pooled_prompt_embeds": self.pooled_cond,
+            "negative_pooled_prompt_embeds": self.pooled_uncond,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
     def added(self) -> dict[str, Tensor] | None:
         """What SDXL's UNet is told beside its tokens."""
         if self.pooled_cond is None or self.time_ids is None:

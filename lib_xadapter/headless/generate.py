@@ -3,83 +3,65 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from ..errors import WrongArgument, WrongFile, XAdapterError
+from ..errors import WrongArgument, XAdapterError
 from ..mapping import load_adapter
-from ..settings import defaults, read_settings
+from .asked import Asked, Files
 from .bars import Bars
 from .grid import labelled_grid, save_picture
-from .jobs import Job, Picture, make_pictures, open_picture
-from .loras import Lora, LoraTags, merge_lora, read_lora, take_tags
-from .model_files import find_file, load_base, load_controlnet, load_upgraded
-from .models import Models, Placement
-from .options import SETTINGS_ELSEWHERE, say
+from .infotexts import PNG_KEY
+from .jobs import Picture, make_pictures
+from .loras import merge_lora
+from .model_files import load_base, load_controlnet, load_upgraded
+from .models import Models, Placement, with_controlnets
+from .options import say
 from .pipeline import RELEASED_RULES, WEBUI_RULES
-from .samplers import sampler_named
 
 logger = logging.getLogger(__name__)
 
-MOST_CONTROL = 2.0
-OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
-FIELD = re.compile(r"'([a-z_]+)'(?= is )")
 
-
-@dataclass(frozen=True)
-class Usual:
-    """What is taken where nothing is said."""
-
-    steps: int
-    cfg_scale: float
-
-
-USUAL, RELEASED_USUAL = Usual(20, 7.0), Usual(50, 7.5)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of a command line, found but not read."""
-
-    base: Path
-    upgraded: Path
-    adapter: Path | None
-    loras: tuple[Lora, ...]
-    controlnets: tuple[Path, ...]
-
-
-def generate(options: argparse.Namespace) -> int:
-    """Check everything, load, make and save."""
-    _check_folder(options.out)
+def generate(options: argparse.Namespace, asked: Asked) -> int:
+    """Load, make and save what was asked for."""
     placement = choose_placement(options.device, options.dtype, options.low_memory)
     placement = replace(placement, mapping=options.mapping)
-    prompts = take_tags(options.prompt)
-    files = find_files(options, prompts)
-    job = read_job(options, files, prompts)
-    models = load_models(files, placement, options.tokenizer)
+    models = load_models(asked.files, placement, options.tokenizer)
+    there = texts_in(options.out) if options.resume else set()
     rules = RELEASED_RULES if options.reference else WEBUI_RULES
     made: list[Picture] = []
     try:
-        with Bars(job.pictures) as bars:
-            for picture in make_pictures(models, job, rules, bars.show):
-                made.append(picture)
-                bars.finished()
-                _save(picture, options.out, job.settings.return_base_image)
+        with Bars(asked.pictures) as bars:
+            for job in asked.jobs:
+                for picture in make_pictures(models, job, rules, bars.show, there):
+                    _save(picture, options.out, job.settings.return_base_image)
+                    made.append(picture)
+                    bars.finished()
     finally:
         if len(made) > 1:
             save_picture(_free_name(options.out, "grid", ""), sweep_grid(made))
         if made:
-            say(f"{len(made)} of {job.pictures} pictures in {options.out}")
+            say(f"{len(made)} of {asked.pictures} pictures in {options.out}")
+    if not made:
+        say(f"All {asked.pictures} pictures are in {options.out} already.")
     return 0
+
+
+def texts_in(folder: Path) -> set[str]:
+    """What is written in the pictures of a folder."""
+    found = set()
+    for path in folder.glob("*.png"):
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+            found.add(image.info.get(PNG_KEY, ""))
+    return found
 
 
 def choose_placement(device: str | None, dtype: str | None, low_memory: bool) -> Placement:
@@ -91,85 +73,15 @@ def choose_placement(device: str | None, dtype: str | None, low_memory: bool) ->
     chosen = device or ("cuda" if torch.cuda.is_available() else _mps_or_cpu())
     try:
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise WrongArgument(f"--device is '{chosen}', which this machine does not have ({first}).") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        there = ", ".join(["cpu", *(kind for kind, is_there in known.items() if is_there)])
+        raise WrongArgument(f"--device is '{chosen}', which this machine does not have; it has {there}.") from error
     return Placement(chosen, getattr(torch, dtype or ("float16" if chosen != "cpu" else "float32")), low_memory)
 
 
 def _mps_or_cpu() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
-    """All files that the options name.
-
-    Raises:
-        WrongFile: naming the option whose file there is not.
-    """
-    folder = options.models_dir
-    if folder is not None and not folder.is_dir():
-        raise WrongFile(f"--models-dir: there is no folder {folder}.")
-    named = [(*read_lora(text), "--lora") for text in options.lora]
-    named += [(name, weight, "--prompt") for name, weight in prompts.loras]
-    return Files(
-        base=find_file(options.base, "checkpoint", folder, "--base"),
-        upgraded=find_file(options.upgraded, "checkpoint", folder, "--upgraded"),
-        adapter=None
-        if options.adapter.lower() == "none"
-        else find_file(options.adapter, "adapter", folder, "--adapter"),
-        loras=tuple(Lora(find_file(name, "lora", folder, option), weight) for name, weight, option in named),
-        controlnets=tuple(find_file(name, "controlnet", folder, "--controlnet") for name in options.controlnet),
-    )
-
-
-def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Job:
-    """What the options ask for.
-
-    Raises:
-        WrongArgument: naming the option that is out of range.
-    """
-    usual = RELEASED_USUAL if options.reference else USUAL
-    scales = options.control_scale or [[1.0]] * len(files.controlnets)
-    for option, given in (("--control-image", options.control_image), ("--control-scale", scales)):
-        if len(given) != len(files.controlnets):
-            raise WrongArgument(f"{option} is given {len(given)} times, expected once for each --controlnet.")
-    for scale in itertools.chain(*scales):
-        if not 0 <= scale <= MOST_CONTROL:
-            raise WrongArgument(f"--control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
-    own = {name: value for name, value in vars(options).items() if name in OWN_SETTINGS}
-    models = {"base_checkpoint": files.base.stem, "adapter": files.adapter.name if files.adapter else "None"}
-    swept = {"switch_point": options.switch_point[0], "weight": options.weight[0]}
-    with naming_options():
-        settings = read_settings({**own, **models, **swept})
-        return Job(
-            prompt=prompts.prompt,
-            negative_prompt=options.negative_prompt,
-            settings=settings,
-            width=options.width,
-            height=options.height,
-            steps=usual.steps if options.steps is None else options.steps,
-            cfg_scale=usual.cfg_scale if options.cfg is None else options.cfg,
-            sampler=sampler_named(options.sampler).name,
-            seed=options.seed,
-            batch=options.batch,
-            switch_points=tuple(options.switch_point),
-            weights=tuple(options.weight),
-            control_images=tuple(open_picture(path, "--control-image") for path in options.control_image),
-            control_scales=tuple(map(tuple, scales)),
-            model=files.upgraded.stem,
-            loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
-            control_names=tuple(path.stem for path in files.controlnets),
-        )
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Errors speak of fields of a table: let them speak of options."""
-    try:
-        yield
-    except WrongArgument as error:
-        raise WrongArgument(FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", str(error))) from error
 
 
 @contextmanager
@@ -199,19 +111,15 @@ def load_models(files: Files, placement: Placement, tokenizer: Path | None = Non
     with naming("--lora"):
         for lora in files.loras:
             logger.info("%s goes to the %s model.", lora.path.name, merge_lora(lora, base, upgraded))
-    models = Models(base, upgraded, adapter, controlnets, placement)
+    models = Models(with_controlnets(base, controlnets), upgraded, adapter, placement)
     with naming("--adapter"):
         models.check()
+    for pipeline in (models.base, models.upgraded):
+        pipeline.set_progress_bar_config(disable=True)
     if placement.low_memory:
         for pipeline in (base, upgraded):
             pipeline.vae.enable_tiling()
     return models
-
-
-def _check_folder(folder: Path) -> None:
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise WrongFile(f"--out is {folder}, expected a folder that can be written to.")
 
 
 def _save(picture: Picture, folder: Path, with_base: bool) -> None:
@@ -226,12 +134,15 @@ def _free_name(folder: Path, kind: str, seed: str) -> Path:
     return folder / f"{kind}{max(numbers, default=-1) + 1:05d}{seed}.png"
 
 
+LONGEST_LABEL = 24
+
+
 def sweep_grid(pictures: Sequence[Picture]) -> Image.Image:
     """Weights across; switch points, control scales and seeds down."""
     columns = list(dict.fromkeys(picture.settings.weight for picture in pictures))
     rows = list(dict.fromkeys(_row(picture) for picture in pictures))
     cells = {(_row(picture), picture.settings.weight): picture.image for picture in pictures}
-    names = ("switch point", "control", "seed")
+    names = ("prompt", "switch point", "control", "seed")
     varying = [place for place in range(len(names)) if len({row[place] for row in rows}) > 1] or [0]
     return labelled_grid(
         [[cells.get((row, column)) for column in columns] for row in rows],
@@ -240,9 +151,11 @@ def sweep_grid(pictures: Sequence[Picture]) -> Image.Image:
     )
 
 
-def _row(picture: Picture) -> tuple[float, tuple[float, ...], int]:
-    return picture.settings.switch_point, picture.control_scales, picture.seed
+def _row(picture: Picture) -> tuple[str, float, tuple[float, ...], int]:
+    return picture.prompt, picture.settings.switch_point, picture.control_scales, picture.seed
 
 
-def _shown(value: float | tuple[float, ...]) -> str:
+def _shown(value: str | float | tuple[float, ...]) -> str:
+    if isinstance(value, str):
+        return value[:LONGEST_LABEL]
     return ", ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value:g}"

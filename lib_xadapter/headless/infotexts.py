@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .. import __version__
 from ..infotext import write_infotext
 from ..settings import Settings
-from .samplers import sampler_named
+from .sampler_table import sampler_named
 
 PNG_KEY = "parameters"
 
@@ -49,6 +49,8 @@ class PictureText:
     settings: Settings
     loras: Sequence[tuple[str, float]] = ()
     controls: Sequence[ControlUnit] = ()
+    strength: float | None = None
+    clip_skip: int = 1
 
     def written(self) -> str:
         tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight in self.loras)
@@ -61,6 +63,8 @@ class PictureText:
             "Seed": self.seed,
             "Size": "x".join(map(str, self.size)),
             "Model": self.model,
+            "Denoising strength": "" if self.strength is None else f"{self.strength:g}",
+            "Clip skip": "" if self.clip_skip == 1 else self.clip_skip,
             **{f"ControlNet {place}": unit.written() for place, unit in enumerate(self.controls)},
             **write_infotext(self.settings, __version__),
         }

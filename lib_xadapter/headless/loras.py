@@ -8,48 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from ..errors import DoesNotFit, WrongArgument, WrongFile
+from ..errors import DoesNotFit, WrongFile
 from ..lora_files import detect_lora_base
 from ..lora_layers import BUNDLED_EMBEDDING, split_key, without_prefix
 from ..mapping import read_weights
-from .model_files import unet_table_of
+from .lora_names import Lora
+from .model_files import check_finite, unet_table_of
 
 Factors = Mapping[str, Tensor]
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 PARAMETERS = ("down", "up", "lora_mid_weight", "alpha", *LOHA, "diff")
 """Those that are read here, as `lora_layers.split_key` calls them."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A file and how strongly it is merged."""
-
-    path: Path
-    weight: float = 1.0
-
-
-def read_lora(text: str) -> tuple[str, float]:
-    """Name and weight of `name:0.8`; 1 where no weight follows.
-
-    Raises:
-        WrongArgument: what follows is no number.
-    """
-    name, colon, weight = text.rpartition(":")
-    # the colon of C:\\style.safetensors is none of ours
-    if not colon or re.match(r"[\\/]", weight):
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise WrongArgument(f"--lora: '{text}' is no FILE or FILE:WEIGHT, as '{weight}' is no number.") from None
 
 
 def merge_lora(lora: Lora, base: StableDiffusionPipeline, upgraded: StableDiffusionXLPipeline) -> str:
@@ -64,6 +39,7 @@ def merge_lora(lora: Lora, base: StableDiffusionPipeline, upgraded: StableDiffus
         raise WrongFile(f"{lora.path.name} is no LoRA for SD1.5 or SDXL as far as its keys and shapes tell ({found}).")
     layers = _layers_of(base) if found == "sd1" else _layers_of(upgraded)
     file = read_weights(lora.path)
+    check_finite(file, lora.path.name)
     changes = [_change(name, factors, layers, lora.path.name) for name, factors in _by_layer(file, lora).items()]
     with torch.no_grad():
         for layer, delta in changes:
@@ -154,25 +130,3 @@ def _weighted(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _spelled(name: str) -> str:
     """One spelling for `lora_unet_down_blocks_0_…`, `unet.down_blocks.0.…` and `base_model.model.…`."""
     return re.sub(r"_to_out$", "_to_out_0", without_prefix(name.replace(".", "_")))
-
-
-@dataclass(frozen=True)
-class LoraTags:
-    """A prompt without its `<lora:name:weight>` tags, and what they named."""
-
-    prompt: str
-    loras: tuple[tuple[str, float], ...] = field(default=())
-
-
-TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^:>]+))?[^>]*>")
-
-
-def take_tags(prompt: str) -> LoraTags:
-    """Raises: WrongArgument: the weight of a tag is no number."""
-    loras = []
-    for found in TAG.finditer(prompt):
-        try:
-            loras.append((found[1], float(found[2] or 1)))
-        except ValueError:
-            raise WrongArgument(f"prompt: '{found[0]}' has the weight '{found[2]}', expected a number.") from None
-    return LoraTags(re.sub(r"  +", " ", TAG.sub("", prompt)).strip(), tuple(loras))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
-from ..errors import DoesNotFit, WrongFile, first_line
+from ..errors import DoesNotFit, WrongFile
 from ..families import FAMILY_NAMES
-from ..file_names import MODEL_SUFFIXES, find_named
 from ..mapping import read_weights
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
@@ -113,7 +112,9 @@ def load_controlnet(path: Path, base_unet: UNet2DConditionModel, dtype: torch.dt
     else:
         with torch.device("meta"):
             net = ControlNetModel.from_unet(base_unet, load_weights_from_unet=False)
-        with_weights(net, _controlnet_weights(path, net, base_unet), dtype)
+        weights = _controlnet_weights(path, net, base_unet)
+        check_finite(weights, path.name)
+        with_weights(net, weights, dtype)
     if net.config.cross_attention_dim != base_unet.config.cross_attention_dim:
         raise DoesNotFit(
             f"The ControlNet {path.name} takes prompts of {net.config.cross_attention_dim} channels, "
@@ -188,6 +189,13 @@ class _SingleFile:
         return DDIMScheduler(**scheduler_config(self.shapes, self._config))
 
 
+def check_finite(weights: Mapping[str, Tensor], file_name: str) -> None:
+    """Raises: WrongFile: naming the first tensor that holds NaN or infinite values."""
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WrongFile(f"{file_name}: '{name}' holds NaN or infinite values.")
+
+
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint; those of a pickle lie under "state_dict"."""
     if path.suffix.lower() == ".safetensors":
@@ -233,43 +241,5 @@ def _from_pretrained(kind: type, path: Path, dtype: torch.dtype, **more: Any) ->
     try:
         return kind.from_pretrained(str(path), dtype=dtype, local_files_only=True, **more)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise WrongFile(f"The folder {path} cannot be read: {first_line(error)}") from error
-
-
-# --- files by name, as the WebUI finds them ---------------------------------------------------------------------------
-
-FOLDERS = {
-    "checkpoint": ("Stable-diffusion",),
-    "lora": ("Lora", "LyCORIS"),
-    "controlnet": ("ControlNet",),
-    "adapter": ("X-Adapter",),
-}
-
-
-def find_file(name: str, kind: str, models_folder: Path | None, option: str) -> Path:
-    """The file or folder of a name: a path, or a name as the WebUI lists it, with or without extension and hash.
-
-    Args:
-        name: as the user gave it.
-        kind: a row of `FOLDERS`.
-        models_folder: a WebUI's `models/`, None where only paths count.
-        option: for messages.
-
-    Raises:
-        WrongFile: there is none.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if models_folder is None:
-        raise WrongFile(f"{option}: there is no file {name}.")
-    folders = [models_folder / folder for folder in FOLDERS[kind]]
-    candidates = {path: [path.relative_to(folder).as_posix()] for folder in folders for path in _model_files(folder)}
-    found = find_named(name, candidates)
-    if found is not None:
-        return found
-    known = ", ".join(listed for names in candidates.values() for listed in names) or "nothing at all"
-    raise WrongFile(f"{option}: there is no {kind} '{name}' in {folders[0]}; there is {known}.")
-
-
-def _model_files(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in MODEL_SUFFIXES)
+        lines = str(error).strip().splitlines()
+        raise WrongFile(f"The folder {path} cannot be read: {lines[0] if lines else type(error).__name__}") from error

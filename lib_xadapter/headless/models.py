@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from torch import nn
 
 from ..mapping import MappingLayers
@@ -37,10 +44,12 @@ class Placement:
     @contextmanager
     def holding(self, *modules: nn.Module | None) -> Iterator[None]:
         """While open, the modules are on the device."""
-        held = [module for module in modules if module is not None]
+        held = [module for module in modules if module is not None and not moves_by_itself(module)]
         try:
             for module in held:
-                module.to(self.device)
+                # also without effect, a quantised model refuses to be moved
+                if device_of(module) != torch.device(self.device):
+                    module.to(self.device)
             yield
         finally:
             if self.low_memory:
@@ -53,17 +62,15 @@ class Models:
     """Everything that a picture is made with.
 
     Attributes:
-        base: SD1.5 with its plugins.
-        upgraded: SDXL.
+        base: a pipeline of SD1.5 with its plugins.
+        upgraded: one of SDXL.
         adapter: the mapping layers, None for the SDEdit + SDXL baseline.
-        controlnets: of the base, in the order of a request's control images.
         placement: where they run.
     """
 
-    base: StableDiffusionPipeline
-    upgraded: StableDiffusionXLPipeline
+    base: Any
+    upgraded: Any
     adapter: MappingLayers | None = None
-    controlnets: Sequence[ControlNetModel] = ()
     placement: Placement = field(default_factory=Placement)
 
     def share_the_device(self, memory: str, work: Work) -> Models:
@@ -79,12 +86,13 @@ class Models:
 
     def fit_together(self, working: int) -> bool:
         """Whether the UNets and the mapping layers can be on the device at once, with so many bytes to work in."""
-        together = (self.base.unet, *self.controlnets, self.adapter, self.upgraded.unet)
+        together = (*parts_at_work(self.base), self.adapter, *parts_at_work(self.upgraded))
         return fits_together(together, self.placement.device, working)
 
     def make_room(self, needed: int) -> None:
         """UNets leave a GPU on which fewer bytes are free; who holds them next brings them back."""
-        make_room(needed, self.placement.device, (self.base.unet, *self.controlnets, self.upgraded.unet))
+        parts = (*parts_at_work(self.base), *parts_at_work(self.upgraded))
+        make_room(needed, self.placement.device, [part for part in parts if not moves_by_itself(part)])
 
     def check(self) -> None:
         """Raises: DoesNotFit: the adapter was made for other models."""
@@ -92,7 +100,31 @@ class Models:
             check_fit(self.adapter, self.base.unet, self.upgraded.unet)
 
 
-def noise_schedule_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> NoiseSchedule:
+def parts_at_work(pipeline: Any) -> list[nn.Module]:
+    """What a pipeline's loop runs: its UNet, and its ControlNets or T2I-Adapters."""
+    beside = (getattr(pipeline, name, None) for name in ("controlnet", "adapter"))
+    return [pipeline.unet, *(module for module in beside if isinstance(module, nn.Module))]
+
+
+def with_controlnets(base: StableDiffusionPipeline, nets: Sequence[ControlNetModel]) -> Any:
+    """The base's pipeline, one with ControlNets where there are any."""
+    if not nets:
+        return base
+    net = nets[0] if len(nets) == 1 else list(nets)
+    return StableDiffusionControlNetPipeline(**base.components, controlnet=net, requires_safety_checker=False)
+
+
+def moves_by_itself(module: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers bring a module to the device and away: offloading of some kind."""
+    near = [module, *module.children(), *(part for child in module.children() for part in child.children())]
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in near)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+def noise_schedule_of(pipeline: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with."""
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     config = {key: value for key, value in pipeline.scheduler.config.items() if key in known}

@@ -4,24 +4,57 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import WrongArgument
-from ..mapping_choice import MAPPING_CHOICES
-from ..settings import Settings, arguments, checked, defaults
+from ..settings import Settings, arguments, checked, defaults, expectation
+from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
 
 SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight", "img2img_start", "hires")
 """Fields of `Settings` that are options of another kind, or concern tabs of the WebUI that this host has not."""
+MAPPING_CHOICES = ("auto", "eager", "cuda")
+"""Of `mapping_choice`, which imports torch: help must not wait for that."""
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Once(argparse.Action):
+    """Takes an option's value, and refuses a second one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if option is not None and self.dest in given:
+            parser.error(f"{option} is given twice.")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Several(argparse.Action):
+    """Takes an option's values, and adds those of a second one; the default goes, also one that was taken over."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        before = getattr(namespace, self.dest) if self.dest in given else []
+        given.add(self.dest)
+        setattr(namespace, self.dest, [*before, *values])
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
+
+    def __init__(self, *arguments_given: Any, **named: Any) -> None:
+        super().__init__(*arguments_given, **named)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+        self.register("action", "extend", Several)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG, f"{self.prog}: {message}\n")
@@ -29,20 +62,49 @@ class Parser(argparse.ArgumentParser):
 
 def read_options(arguments_given: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line; ends the program with status 2 where they are wrong."""
-    return make_parser().parse_args(arguments_given)
+    parser = make_parser()
+    options = parser.parse_args(arguments_given)
+    if options.command != "generate":
+        return options
+    if taken_over := _taken_over(parser, options):
+        parser = make_parser(taken_over)
+        options = parser.parse_args(arguments_given)
+    missing = [f"--{name}" for name in ("upgraded", "base", "adapter") if getattr(options, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m lib_xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
+def _taken_over(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """What stands in the place of the options' defaults."""
+    if options.from_png is None and options.job is None:
+        return {}
+    from .recipes import options_of_job, options_of_png
+
+    found: dict[str, Any] = {}
+    try:
+        for path, read in ((options.from_png, options_of_png), (options.job, options_of_job)):
+            found |= read(path) if path is not None else {}
+    except WrongArgument as error:
+        parser.error(str(error))
+    return found
+
+
+def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
+    """The parser; `taken_over` gives options of `generate` other defaults."""
+    parser = Parser("xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="see it work on small models with random weights; fetches nothing"))
-    _add_generate(commands.add_parser("generate", help="make pictures with your own models"))
+    generate = commands.add_parser("generate", help="make pictures with your own models")
+    _add_generate(generate)
+    generate.set_defaults(**(taken_over or {}))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")
     convert.add_argument("file", type=Path, metavar="FILE")
     convert.add_argument("out", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--force", action="store_true", help="write over a file that is there")
     convert.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as in FILE)")
     return parser
 
@@ -57,9 +119,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
-    models.add_argument("--upgraded", required=True, metavar="FILE", help="SDXL checkpoint")
-    models.add_argument("--base", "--base-checkpoint", required=True, metavar="FILE", help="SD1.5 checkpoint")
-    models.add_argument("--adapter", required=True, metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
+    models.add_argument("--upgraded", metavar="FILE", help="SDXL checkpoint")
+    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 checkpoint")
+    models.add_argument("--adapter", metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
     models.add_argument("--controlnet", **several, metavar="FILE", help="of SD1.5, one or more, each with")
@@ -77,15 +139,31 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
 
     picture = parser.add_argument_group("picture")
-    picture.add_argument("--prompt", default="", help="(attention:1.2) and <lora:name:0.8> as in the WebUI")
+    picture.add_argument(
+        "--prompt",
+        default="",
+        help="(attention:1.2), [from:to:0.5], [a|b], AND, BREAK and <lora:name:0.8> as in the WebUI",
+    )
     picture.add_argument("--negative-prompt", default="")
-    picture.add_argument("--width", type=int, default=1024, help="default: %(default)s")
-    picture.add_argument("--height", type=int, default=1024, help="default: %(default)s")
-    picture.add_argument("--steps", type=int, help="default: 20, with --reference 50")
-    picture.add_argument("--cfg", "--cfg-scale", type=float, help="default: 7, with --reference 7.5")
-    picture.add_argument("--sampler", default="DPM++ 2M", help="default: %(default)s")
-    picture.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    picture.add_argument("--batch", type=int, default=1, help="pictures at once, with seeds one after the other")
+    picture.add_argument("--width", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--height", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--steps", type=int, help="1 to 150; default: 20, with --reference 50")
+    picture.add_argument("--cfg", "--cfg-scale", type=float, help="1 to 30; default: 7, with --reference 7.5")
+    picture.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
+    picture.add_argument("--seed", action="extend", nargs="+", type=int, metavar="SEED", help="one or more; default: 0")
+    picture.add_argument("--num", type=int, metavar="N", help="pictures from each seed on (default: as --batch)")
+    picture.add_argument("--batch", type=int, default=1, help="pictures at once; default: %(default)s")
+    picture.add_argument("--clip-skip", type=int, default=1, help="of SD1.5, 1 to 12; default: %(default)s, none")
+    picture.add_argument("--styles", type=Path, metavar="FILE", help="a WebUI's styles.csv, for --style")
+    picture.add_argument("--style", action="extend", nargs="+", default=[], metavar="NAME", help="one or more of them")
+    picture.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, each for its own pictures")
+    picture.add_argument("--init-image", type=Path, metavar="IMAGE", help="painted over instead of a picture of SD1.5")
+    picture.add_argument("--mask", type=Path, metavar="IMAGE", help="white where --init-image is painted anew")
+    picture.add_argument(
+        "--strength", type=float, default=0.75, help="of painting over --init-image, 0 to 1; default: %(default)s"
+    )
+    picture.add_argument("--from-png", type=Path, metavar="FILE", help="make a picture again, by what is written in it")
+    picture.add_argument("--job", type=Path, metavar="FILE", help="JSON or YAML with the fields of the REST interface")
 
     group = parser.add_argument_group("X-Adapter")
     group.add_argument(
@@ -94,7 +172,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_setting("switch_point"),
         default=[Settings().switch_point],
         metavar="X",
-        help=f"{arguments()['switch_point'].tooltip} Several values make a grid.",
+        help=f"{_told('switch_point')} Several values make a grid.",
     )
     group.add_argument(
         "--weight",
@@ -102,11 +180,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_weight,
         default=[Settings().weight],
         metavar="X",
-        help=f"{arguments()['weight'].tooltip} Several values make a grid; 1,0.5,0 is one weight a level.",
+        help=f"{_told('weight')} Several values make a grid; 1,0.5,0 is one weight a level.",
     )
-    for name, row in arguments().items():
+    for name in arguments():
         if name not in SETTINGS_ELSEWHERE:
-            _add_setting(group, name, row.tooltip)
+            _add_setting(group, name)
     group.add_argument(
         "--reference", action="store_true", help="the released pipeline's rules for the switch and the steps"
     )
@@ -121,20 +199,32 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=MAPPING_CHOICES[0],
         help="how the mapping layers run: by torch's kernels, by kernels of our own on an NVIDIA GPU, or auto",
     )
+    machine.add_argument("--resume", action="store_true", help="leave out pictures that --out has already")
     machine.add_argument(
         "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
     )
 
 
-def _add_setting(group: Any, name: str, tooltip: str) -> None:
+def _add_setting(group: Any, name: str) -> None:
     option, default = f"--{name.replace('_', '-')}", defaults()[name]
-    help_text = tooltip.replace("%", "%%")
+    help_text = _told(name)
     if isinstance(default, bool):
         group.add_argument(option, action="store_true", help=help_text)
     elif choices := arguments()[name].choices:
         group.add_argument(option, choices=choices, default=default, help=help_text)
     else:
         group.add_argument(option, type=_setting(name), default=default, metavar="X", help=help_text)
+
+
+def _told(name: str) -> str:
+    """What an argument does, what it can be, and what it is where nothing is said."""
+    row, default = arguments()[name], defaults()[name]
+    tooltip = row.tooltip.replace("%", "%%")
+    if isinstance(default, bool) or (isinstance(default, str) and not default):
+        return tooltip
+    if row.choices:
+        return f"{tooltip} Default: {default}."
+    return f"{tooltip} {expectation(row, isinstance(default, int)).capitalize()}; default: {default:g}."
 
 
 def _setting(name: str) -> Callable[[str], Any]:

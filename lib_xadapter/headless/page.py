@@ -18,7 +18,7 @@ from .small_models import SmallModels, make_small_models
 try:
     import gradio
 except ImportError as error:
-    raise XAdapterError("demo --ui needs the package gradio (requirements-headless.txt).") from error
+    raise XAdapterError('demo --ui needs the package gradio (pip install ".[headless]").') from error
 
 LARGEST_PORT = 65535
 MOST_STEPS = 20

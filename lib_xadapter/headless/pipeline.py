@@ -1,5 +1,6 @@
-"""One batch of pictures: the base's picture, the switch, the joint stage.
+"""The two stages on diffusers: the base's picture, the switch, the joint stage, each by a pipeline's own loop.
 
+Nothing of a pipeline is replaced but its scheduler, for the time of a call; so whatever else it carries takes part.
 Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_adapter_controlnet.py`.
 """
 
@@ -8,16 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import XAdapterError
 from ..evaluations import Evaluation, GuidanceWindow
-from ..feature_sources import BaseDenoiser
+from ..feature_sources import BaseDenoiser, BaseStep
 from ..joint_stage import JointStage
 from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
@@ -26,17 +29,26 @@ from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import read_features
+from ..trajectory import same_level
 from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
-from .denoisers import Control, GuidedUnet, LockstepBase, Prompts
-from .models import Models, noise_schedule_of
-from .pictures import to_latents, to_pictures
-from .samplers import StepRule, Steps, released_steps, sampler_named, webui_steps
+from ..wrapping import wrapped
+from .job import LATENT_PIXEL
+from .models import Models, noise_schedule_of, parts_at_work
+from .pictures import Painted, encoded, start_of, to_latents, to_pictures
+from .sampler_table import sampler_named
+from .samplers import StepRule, Steps, diffusers_steps, released_steps, webui_steps
+from .schedulers import FollowedLevels, GivenSteps, Kept, Question, guidance_rows, scheduled
+from .told import Told, telling
+from .turns import Turns, turns
 
 logger = logging.getLogger(__name__)
 
 SOLVER_ORDER = 2
 
-LATENT_PIXEL = 8
+NOT_FINITE = (
+    "The latents of the {} model are no longer finite: a type with more range (bfloat16 or float32), or other plugins "
+    "may help."
+)
 
 STEP_SEEDS = (0x2312_2239, 0x2312_2240)
 """Added for the noise of samplers that add noise: base, upgraded."""
@@ -51,16 +63,20 @@ class Rules:
         resample: how the base's picture is brought to the upgraded size.
         to_whole: how a picture's values become whole grey levels.
         base_follows_sampler: whether the base steps in the joint stage by the sampler's own order.
+        precise: keep latents in float32 between the steps, whatever the UNets take.
     """
 
     steps: StepRule = webui_steps
     resample: Image.Resampling = Image.Resampling.LANCZOS
     to_whole: Callable[[Tensor], Tensor] = torch.floor
     base_follows_sampler: bool = False
+    precise: bool = True
 
 
 WEBUI_RULES = Rules()
 RELEASED_RULES = Rules(released_steps, Image.Resampling.BICUBIC, torch.round, base_follows_sampler=True)
+DIFFUSERS_RULES = Rules(diffusers_steps, to_whole=torch.round, precise=False)
+"""With the pipelines' own schedulers, and the steps and pictures of diffusers' own image-to-image pipelines."""
 
 
 @dataclass(frozen=True)
@@ -105,36 +121,85 @@ def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(4, *size, generator=_generator(seed))
 
 
+class NoiseSource(Protocol):
+    """Where a batch's random numbers come from."""
+
+    base_steps: list[torch.Generator] | torch.Generator | None
+    upgraded_steps: list[torch.Generator] | torch.Generator | None
+    encoding: list[torch.Generator] | torch.Generator | None
+    base_encoding: list[torch.Generator] | torch.Generator | None
+
+    def base(self) -> Tensor:
+        """What the base starts from, (images, 4, h, w)."""
+
+    def upgraded(self) -> Tensor:
+        """What the upgraded model starts from, drawn after its pictures are encoded."""
+
+    def base_again(self) -> Tensor:
+        """What the base starts from in the joint stage."""
+
+
+class NoisePerImage:
+    """A `NoiseSource` of each image's own `Noise`."""
+
+    def __init__(self, noises: Sequence[Noise]) -> None:
+        self.noises = tuple(noises)
+        self.base_steps = [noise.base_steps for noise in noises]
+        self.upgraded_steps = [noise.upgraded_steps for noise in noises]
+        self.encoding = [noise.encoding for noise in noises]
+        self.base_encoding = [noise.base_encoding for noise in noises]
+
+    def base(self) -> Tensor:
+        return torch.stack([noise.base for noise in self.noises])
+
+    def upgraded(self) -> Tensor:
+        return torch.stack([noise.upgraded for noise in self.noises])
+
+    def base_again(self) -> Tensor:
+        return torch.stack([noise.base_again for noise in self.noises])
+
+
 @dataclass(frozen=True)
 class Request:
     """What one batch of pictures is asked for; sizes in pixels, 0 in `settings` already replaced.
 
     Attributes:
-        base_prompts, upgraded_prompts: what each model is told.
+        base, upgraded: what each pipeline's own call is told: prompts, guidance, images of its plugins, …
         settings: as in the WebUI.
-        steps, cfg_scale, sampler: of the upgraded model; the base's own are in `settings`.
-        noises: one an image.
-        controls: ControlNets at work on the base.
+        steps: of the upgraded model; the base's own are in `settings`.
+        noise: where the random numbers come from.
+        images: at once.
+        size, base_size: (width, height) of the pictures.
+        sampler: the WebUI's name of one; None for the pipelines' own.
         start: what the base paints over, at its size; None for noise.
+        painted: the picture that takes the place of stage 1's; None where the base paints it.
+        base_told, upgraded_told: prompts that change on the way or are combined, in the place of those of the calls.
     """
 
-    base_prompts: Prompts
-    upgraded_prompts: Prompts
+    base: Mapping[str, Any]
+    upgraded: Mapping[str, Any]
     settings: Settings
     steps: int
-    cfg_scale: float
-    sampler: str
-    noises: Sequence[Noise]
-    controls: Sequence[Control] = ()
+    noise: NoiseSource
+    images: int
+    size: tuple[int, int]
+    base_size: tuple[int, int]
+    sampler: str | None = None
     start: Image.Image | None = None
+    painted: Painted | None = None
+    base_told: Told | None = None
+    upgraded_told: Told | None = None
 
     @property
     def base_steps(self) -> int:
         return self.settings.base_steps or self.steps
 
     @property
-    def base_cfg_scale(self) -> float:
-        return self.settings.base_cfg_scale or self.cfg_scale
+    def strength(self) -> float | None:
+        """How much of the picture is painted anew; None for all of it, from noise."""
+        if self.settings.single_stage:
+            return None
+        return self.settings.switch_point if self.painted is None else self.painted.strength
 
 
 Recordings = BaseCache
@@ -147,6 +212,28 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """For those who do not look."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the upgraded model begins.
+
+    Attributes:
+        latents: at the noise level of the first step, (images, 4, h, w).
+        kept: what inpainting keeps.
+        channels: more channels of the UNet's input, for inpainting models.
+    """
+
+    latents: Tensor
+    kept: Kept | None = None
+    channels: Tensor | None = None
+
+
+@dataclass
+class Interruption:
+    """Whether somebody wants no more of a picture."""
+
+    asked: bool = False
+
+
 class TwoStages:
     """Makes pictures with a set of models.
 
@@ -154,37 +241,72 @@ class TwoStages:
         models: loaded, on the CPU or where they run.
         rules: where the paper leaves a choice.
         progress: told of every step.
+        interruption: asked between steps.
     """
 
-    def __init__(self, models: Models, rules: Rules = WEBUI_RULES, progress: Progress = no_progress) -> None:
+    def __init__(
+        self,
+        models: Models,
+        rules: Rules = WEBUI_RULES,
+        progress: Progress = no_progress,
+        interruption: Interruption | None = None,
+    ) -> None:
         models.check()
         self.models = models
         self.placement = models.placement
-        self._rules = rules
+        self.rules = rules
         self.progress = progress
+        self.interruption = interruption or Interruption()
 
     @property
-    def _device(self) -> str:
+    def _device(self) -> str | torch.device:
         return self.placement.device
 
+    @torch.no_grad()
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        strength = None if request.start is None else START_STRENGTH
-        steps = self._steps(request, self.models.base, request.base_steps, strength)
-        start = self._base_start(request, steps)
-        model = self.guided_base(request)
-        with self.placement.holding(self.models.base.unet, *self.models.controlnets):
-            return self.walk("base", steps, start, model.predict)
+        if request.painted is not None:
+            return self._encoded_for_base(request.painted.pictures(request.images), request)
+        steps = self._steps(request, self.models.base, request.base_steps, self._base_strength(request))
+        start = Start(self._base_start(request, steps), channels=self._base_channels(request))
+        told = request.base_told
+        return self.call(self.models.base, request.base, steps, start, request.noise.base_steps, "base", told).images
+
+    def base_place_at(self, request: Request) -> Callable[[float], int]:
+        """Which of stage 1's evaluations stands at a noise level, from 0: prompts change there as they did then."""
+        if request.base_told is None:
+            return lambda sigma: 0
+        steps = self._steps(request, self.models.base, request.base_steps)
+        schedule = noise_schedule_of(self.models.base)
+        levels = [schedule.sigma_at(timestep) for timestep in steps.timesteps.tolist()]
+        return lambda sigma: sum(level > sigma and not same_level(level, sigma) for level in levels)
+
+    @staticmethod
+    def _base_strength(request: Request) -> float | None:
+        return None if request.start is None else START_STRENGTH
 
     def _base_start(self, request: Request, steps: Steps) -> Tensor:
         """Noise, or the picture to start from with noise over it."""
-        noise = self.stacked([noise.base for noise in request.noises])
+        noise = self._here(request.noise.base())
         if request.start is None:
             return steps.from_noise(noise)
-        vae, generators = self.models.base.vae, [noise.base_encoding for noise in request.noises]
+        return steps.noised(self._encoded_for_base([request.start] * request.images, request), noise)
+
+    def _encoded_for_base(self, pictures: Sequence[Image.Image], request: Request) -> Tensor:
+        vae = self.models.base.vae
+        sized = [picture.resize(request.base_size, self.rules.resample) for picture in pictures]
         with self.placement.holding(vae):
-            clean = to_latents(vae, [request.start] * len(generators), generators)
-        return steps.noised(clean, noise)
+            return to_latents(vae, sized, request.noise.base_encoding, self._device)
+
+    def _base_channels(self, request: Request) -> Tensor | None:
+        """What an inpainting model as base is told of the picture: nothing of it is given, all of it is painted."""
+        base = self.models.base
+        if base.unet.config.in_channels == LATENT_CHANNELS:
+            return None
+        grey = Image.new("RGB", request.base_size, (127, 127, 127))
+        with self.placement.holding(base.vae):
+            told = to_latents(base.vae, [grey], None, self._device)
+        return torch.cat([torch.ones_like(told[:, :1]), told], dim=1).repeat(request.images, 1, 1, 1)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
@@ -194,7 +316,6 @@ class TwoStages:
         self,
         request: Request,
         finished: Tensor | None,
-        size: tuple[int, int],
         recordings: Recordings | None = None,
     ) -> Tensor:
         """The switch and stage 2: the upgraded model's finished latents.
@@ -202,16 +323,10 @@ class TwoStages:
         Args:
             request: as for stage 1.
             finished: the base's finished latents, None for a single stage from noise.
-            size: of the pictures, (width, height) in pixels.
             recordings: those of the same base side, by switch point.
         """
         steps = self.joint_steps_of(request)
-        noise = self.stacked([noise.upgraded for noise in request.noises])
-        if finished is None:
-            start = steps.from_noise(noise)
-        else:
-            start = steps.noised(self.carried_over(finished, request.noises, size), noise)
-        return self.joint_stage(request, finished, start, steps, recordings=recordings)
+        return self.joint_stage(request, finished, self.start(request, finished, steps), steps, recordings=recordings)
 
     def upgraded_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The upgraded model's pictures, in 8 bits."""
@@ -219,54 +334,90 @@ class TwoStages:
 
     def joint_steps_of(self, request: Request) -> Steps:
         """The steps of the joint stage."""
-        strength = None if request.settings.single_stage else request.settings.switch_point
-        return self._steps(request, self.models.upgraded, request.steps, strength)
+        return self._steps(request, self.models.upgraded, request.steps, request.strength)
 
-    def carried_over(self, finished: Tensor, noises: Sequence[Noise], size: tuple[int, int]) -> Tensor:
+    @torch.no_grad()
+    def start(self, request: Request, finished: Tensor | None, steps: Steps) -> Start:
+        """The switch: what the joint stage starts from."""
+        if finished is None and request.painted is None:
+            return Start(steps.from_noise(self._here(request.noise.upgraded())))
+        if request.painted is not None and not self.rules.precise:
+            return self._as_diffusers_starts(request, request.painted, steps)
+        if request.painted is not None:
+            clean = self._encoded_for_upgraded(request.painted.pictures(request.images), request)
+        else:
+            clean = self.carried_over(finished, request)
+        noise = self._here(request.noise.upgraded())
+        kept = None
+        if request.painted is not None and request.painted.mask is not None:
+            kept = Kept(clean, noise, self._here(request.painted.latent_mask(request.size)))
+        return Start(steps.noised(clean, noise), kept)
+
+    def _as_diffusers_starts(self, request: Request, painted: Painted, steps: Steps) -> Start:
+        upgraded = self.models.upgraded
+        with self.placement.holding(upgraded.vae):
+            found = start_of(upgraded, painted, steps, request.noise, request.images, request.size, self._unet_dtype)
+        return Start(found.latents, Kept(*found.kept) if found.kept is not None else None, found.channels)
+
+    @property
+    def _unet_dtype(self) -> torch.dtype:
+        return self.models.upgraded.unet.dtype
+
+    def carried_over(self, finished: Tensor, request: Request) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
-        resized = [picture.resize(size, self._rules.resample) for picture in self.base_pictures(finished)]
-        vae = self.models.upgraded.vae
-        with self.placement.holding(vae):
-            return to_latents(vae, resized, [noise.encoding for noise in noises])
+        return self._encoded_for_upgraded(self.base_pictures(finished), request)
+
+    def _encoded_for_upgraded(self, pictures: Sequence[Image.Image], request: Request) -> Tensor:
+        sized = [picture.resize(request.size, self.rules.resample) for picture in pictures]
+        upgraded = self.models.upgraded
+        with self.placement.holding(upgraded.vae):
+            if self.rules.precise:
+                return to_latents(upgraded.vae, sized, request.noise.encoding, self._device)
+            return encoded(upgraded, sized, request.noise.encoding, request.images, self._unet_dtype)
 
     @torch.no_grad()
     def joint_stage(
         self,
         request: Request,
         finished: Tensor | None,
-        latents: Tensor,
+        start: Start | Tensor,
         steps: Steps,
         each_step: Callable[[Tensor], None] | None = None,
         recordings: Recordings | None = None,
-    ) -> Tensor:
+        output_type: str = "latent",
+    ) -> Any:
         """Stage 2 from noised latents of the upgraded model.
 
         Args:
             request: prompts, guidance and settings.
             finished: the base's finished latents, None for a single stage from noise.
-            latents: at the noise level of the first step.
+            start: what it begins with, or its latents alone.
             steps: the joint ones.
             each_step: is given the upgraded latents after every step.
             recordings: those of the same base side, by switch point.
-        """
-        host = DiffusersHost(self, request, finished, latents, steps, each_step)
-        return run(
-            host, self._plan(request, steps), recordings if recordings is not None else RecordingCache(lambda: 0)
-        )
+            output_type: as diffusers' pipelines take it.
 
-    def _plan(self, request: Request, steps: Steps) -> Pass:
+        Returns:
+            What the upgraded pipeline gives as images: latents, unless `output_type` says otherwise.
+        """
+        start = start if isinstance(start, Start) else Start(start)
+        host = DiffusersHost(self, request, finished, start, steps, each_step, output_type)
+        return run(host, self.plan(request, steps), recordings if recordings is not None else RecordingCache(lambda: 0))
+
+    def plan(self, request: Request, steps: Steps) -> Pass:
         settings = request.settings
         coupling = None
         if self.models.adapter is not None and any(settings.weights):
             window = GuidanceWindow.from_settings(settings)
             coupling = Coupling(self._mapping, settings.weights, window, settings.cond_only)
+        follows = self.rules.base_follows_sampler and request.sampler is not None
         return Pass(
             coupling,
             tuple(self.evaluations(steps)),
             recorded=coupling is not None and settings.memory == RECORDED,
             may_record=settings.memory == AUTO,
-            key=settings.switch_point,
-            solver_order=sampler_named(request.sampler).order if self._rules.base_follows_sampler else SOLVER_ORDER,
+            key=request.strength if request.strength is not None else "single stage",
+            solver_order=sampler_named(request.sampler).order if follows else SOLVER_ORDER,
         )
 
     @functools.cached_property
@@ -289,51 +440,93 @@ class TwoStages:
             for place, timestep in enumerate(steps.timesteps.tolist())
         ]
 
-    def walk(
+    def call(
         self,
-        stage: str,
+        pipeline: Any,
+        arguments: Mapping[str, Any],
         steps: Steps,
-        latent: Tensor,
-        predict: Callable[[Tensor, Tensor], Tensor],
+        start: Start,
+        generator: list[torch.Generator] | torch.Generator | None,
+        stage: str,
+        told: Told | None = None,
         each_step: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        # DDIM and PLMS look timesteps up in ordinary memory, and would wait for one on a GPU
-        for done, timestep in enumerate(steps.timesteps.cpu()):
-            self.progress(stage, done, len(steps.timesteps))
-            output = predict(steps.scaled(latent, timestep), timestep)
-            latent = steps.step(output, timestep, latent)
+        output_type: str = "latent",
+    ) -> Any:
+        """A pipeline's own call, from given latents through given steps."""
+        total = len(steps.timesteps)
+        self.progress(stage, 0, total)
+
+        def stepped(place: int, latents: Tensor) -> None:
+            self.progress(stage, place + 1, total)
+            if self.interruption.asked:
+                pipeline._interrupt = True
             if each_step is not None:
-                each_step(latent)
-        self.progress(stage, len(steps.timesteps), len(steps.timesteps))
-        return latent
+                each_step(latents)
+            if place + 1 == total and not bool(torch.isfinite(latents).all()):
+                raise XAdapterError(NOT_FINITE.format(stage))
 
-    def _steps(self, request: Request, pipeline: object, steps: int, strength: float | None = None) -> Steps:
-        taken = self._rules.steps(
-            sampler_named(request.sampler), pipeline.scheduler.config, steps, strength, self._device
-        )
-        upgraded = pipeline is self.models.upgraded
-        noises = [noise.upgraded_steps if upgraded else noise.base_steps for noise in request.noises]
-        return replace(taken, noises=noises)
+        dtype = pipeline.unet.dtype
+        scheduler = GivenSteps(steps, dtype, self.rules.precise, start.kept, start.channels, stepped)
+        latents = start.latents if self.rules.precise else start.latents.to(dtype)
+        with (
+            self.placement.holding(*parts_at_work(pipeline)),
+            scheduled(pipeline, scheduler),
+            telling(parts_at_work(pipeline), told, lambda: scheduler.place, len(latents)),
+            freed_on_failure(pipeline),
+        ):
+            return pipeline(
+                **arguments,
+                latents=latents,
+                num_inference_steps=total,
+                generator=generator,
+                output_type=output_type,
+            )
 
-    def guided_base(self, request: Request) -> GuidedUnet:
-        return GuidedUnet(self.models.base.unet, request.base_prompts, request.base_cfg_scale, request.controls)
+    def _steps(self, request: Request, pipeline: Any, steps: int, strength: float | None = None) -> Steps:
+        return self.rules.steps(request.sampler, pipeline.scheduler, steps, strength, self._device)
 
-    def stacked(self, noises: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(noises)).to(self._device)
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
 
-    def _decoded(self, pipeline: object, latents: Tensor) -> list[Image.Image]:
-        self.models.make_room(decoding_memory(_pixels(latents)))
+    def work(self, request: Request, rows: int = 2) -> Work:
+        """What a joint step computes."""
+        (width, height), (base_width, base_height) = request.size, request.base_size
+        controls = len(parts_at_work(self.models.base)) - 1
+        return Work(rows * request.images, width * height, base_width * base_height, controls)
+
+    def _decoded(self, pipeline: Any, latents: Tensor) -> list[Image.Image]:
+        self.models.make_room(decoding_memory(LATENT_PIXEL**2 * latents[0, 0].numel()))
         with self.placement.holding(pipeline.vae):
-            return to_pictures(pipeline.vae, latents, self._rules.to_whole)
+            pictures = to_pictures(pipeline.vae, latents, self.rules.to_whole)
+        pipeline.maybe_free_model_hooks()
+        return pictures
 
 
-def _pixels(latents: Tensor) -> int:
-    """Of one of their pictures."""
-    return LATENT_PIXEL**2 * latents[0, 0].numel()
+LATENT_CHANNELS = 4
 
 
-def _prediction_type(pipeline: object) -> str:
+@contextmanager
+def freed_on_failure(pipeline: Any) -> Iterator[None]:
+    """Offloaded parts go back where they were also where the pipeline's call fails."""
+    try:
+        yield
+    except BaseException:
+        pipeline.maybe_free_model_hooks()
+        raise
+
+
+def prediction_type(pipeline: Any) -> str:
+    """What a pipeline's UNet predicts: "epsilon", "v_prediction" or "sample"."""
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+
+def levels_of(evaluations: Sequence[Evaluation]) -> list[float]:
+    """The noise levels of evaluations, one after the other, each once."""
+    levels: list[float] = []
+    for evaluation in evaluations:
+        if not levels or not same_level(levels[-1], evaluation.sigma):
+            levels.append(evaluation.sigma)
+    return levels
 
 
 class DiffusersHost:
@@ -343,21 +536,21 @@ class DiffusersHost:
         stages: the models and rules.
         request: prompts, guidance and settings.
         finished: the base's finished latents, None in a single stage.
-        start: the upgraded latents at the noise level of the first step.
+        start: the upgraded model's.
         steps: the joint ones.
         each_step: is given the upgraded latents after every step.
+        output_type: of the upgraded pipeline.
     """
-
-    interrupted = False
 
     def __init__(
         self,
         stages: TwoStages,
         request: Request,
         finished: Tensor | None,
-        start: Tensor,
+        start: Start,
         steps: Steps,
         each_step: Callable[[Tensor], None] | None,
+        output_type: str,
     ) -> None:
         self._stages = stages
         self._request = request
@@ -365,21 +558,24 @@ class DiffusersHost:
         self._start = start
         self._steps = steps
         self._each_step = each_step
+        self._output_type = output_type
 
     @property
-    def device(self) -> str:
+    def interrupted(self) -> bool:
+        return self._stages.interruption.asked
+
+    @property
+    def device(self) -> str | torch.device:
         return self._stages.placement.device
 
     @property
     def overlap(self) -> SideStream | None:
-        base_pixels = LATENT_PIXEL**2 * self._request.noises[0].base.numel() // 4
-        rows, controls = len(self._request.upgraded_prompts.rows), len(self._request.controls)
-        work = Work(rows, _pixels(self._start), base_pixels, controls)
-        fits = self._stages.models.fit_together(work.memory(overlapped=True))
+        needed = self._stages.work(self._request).memory(overlapped=True)
+        fits = self._stages.models.fit_together(needed)
         return self._stages.side_stream if fits else None
 
     def base_plugins(self) -> AbstractContextManager[None]:
-        """They are part of its request."""
+        """They are the base pipeline's own."""
         return nullcontext()
 
     def sample_base(self) -> StageOne:
@@ -387,39 +583,65 @@ class DiffusersHost:
         return StageOne(self._finished)
 
     def base_noise(self) -> Tensor:
-        return self._stages.stacked([noise.base_again for noise in self._request.noises])
+        return self._request.noise.base_again().to(self.device)
 
     @contextmanager
     def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
-        stages, base = self._stages, self._stages.models.base
-        guided = stages.guided_base(self._request)
-        with stages.placement.holding(base.unet, *stages.models.controlnets), read_features(base.unet) as reader:
-            yield LockstepBase(guided, noise_schedule_of(base), _prediction_type(base), reader)
+        stages, base, request = self._stages, self._stages.models.base, self._request
+        evaluations = GuidanceWindow.from_settings(request.settings).base_evaluations(stages.evaluations(self._steps))
+        levels = levels_of(evaluations)
+        schedule, predicts, config = noise_schedule_of(base), prediction_type(base), base.scheduler.config
+        channels = stages._base_channels(request)
+        place_of = stages.base_place_at(request)
+        with (
+            stages.placement.holding(*parts_at_work(base)),
+            read_features(base.unet) as reader,
+            without_bar(base),
+            freed_on_failure(base),
+        ):
 
-    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
-        stages, unet = self._stages, self._stages.models.upgraded.unet
-        upgraded = GuidedUnet(unet, self._request.upgraded_prompts, self._request.cfg_scale)
-        evaluations = iter(stages.evaluations(self._steps))
+            def call(taken: Turns[Question, BaseStep]) -> None:
+                first = taken.first()
+                scheduler = FollowedLevels(
+                    taken, first, levels, schedule, predicts, reader, config, self.device, base.unet.dtype, channels
+                )
+                with (
+                    scheduled(base, scheduler),
+                    telling(parts_at_work(base), request.base_told, lambda: place_of(scheduler.sigma), request.images),
+                ):
+                    base(**request.base, latents=first[0], num_inference_steps=len(levels), output_type="latent")
 
-        def predict(latent: Tensor, timestep: Tensor) -> Tensor:
-            if joint is None:
-                return upgraded.predict(latent, timestep)
-            evaluation = joint.evaluate(next(evaluations), upgraded.rows)
-            with evaluation.fused_into(unet, slice(0, len(upgraded.rows))):
-                return upgraded.predict(latent, timestep)
+            with turns(call) as taken:
+                yield lambda latent, evaluation: taken.ask((latent, evaluation))
 
-        adapter = stages.models.adapter if joint is not None else None
-        with stages.placement.holding(adapter, unet):
-            return stages.walk("SDXL", self._steps, self._start, predict, self._each_step)
+    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Any:
+        stages, request, upgraded = self._stages, self._request, self._stages.models.upgraded
+        with ExitStack() as scope:
+            if joint is not None:
+                scope.enter_context(stages.placement.holding(stages.models.adapter))
+                evaluations = stages.evaluations(self._steps)
+                scope.enter_context(joined(upgraded.unet, joint, evaluations, request.images))
+            return stages.call(
+                upgraded,
+                request.upgraded,
+                self._steps,
+                self._start,
+                request.noise.upgraded_steps,
+                "SDXL",
+                request.upgraded_told,
+                self._each_step,
+                self._output_type,
+            ).images
 
-    def samples_of_base(self, stage_one: StageOne) -> Tensor:
-        raise NotImplementedError("a run without a WebUI is interrupted by KeyboardInterrupt")
+    def samples_of_base(self, stage_one: StageOne) -> Any:
+        """Never asked for: pipelines that are interrupted give what they have."""
+        raise NotImplementedError
 
     def base_to_device(self) -> None:
-        """`base_plugins` brings it there."""
+        """It goes there where it is called."""
 
     def upgraded_to_device(self) -> None:
-        """`sample_upgraded` brings it there."""
+        """It goes there where it is called."""
 
     @contextmanager
     def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
@@ -438,3 +660,35 @@ class DiffusersHost:
 
     def notify(self, sentence: str) -> None:
         logger.warning("%s", sentence)
+
+
+@contextmanager
+def joined(unet: nn.Module, joint: JointStage, evaluations: Sequence[Evaluation], images: int) -> Iterator[None]:
+    """While open, each call of the upgraded UNet is the next of these evaluations, and gets its residuals."""
+    coming = iter(evaluations)
+
+    def evaluate(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        evaluation = next(coming, None)
+        if evaluation is None:
+            raise XAdapterError("The upgraded pipeline made more model evaluations than its scheduler has timesteps.")
+        sample = arguments[0] if arguments else named["sample"]
+        rows = guidance_rows(len(sample), images)
+        with joint.evaluate(evaluation, rows).fused_into(unet, slice(0, len(rows))):
+            return forward(*arguments, **named)
+
+    with wrapped(unet, "forward", evaluate):
+        yield
+
+
+@contextmanager
+def without_bar(pipeline: Any) -> Iterator[None]:
+    """While open, the pipeline shows no progress bar."""
+    own = vars(pipeline).get("_progress_bar_config")
+    pipeline._progress_bar_config = {**(own or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if own is None:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = own

@@ -1,21 +1,20 @@
-"""Prompts to what the UNets are told, long ones and `(attention:1.2)` included, as the WebUI reads them.
-
-Not read: `[from:to:when]` schedules, `AND`, `BREAK`; embeddings by name.
-"""
+"""Prompts to what the UNets are told, long ones, `(attention:1.2)` and `BREAK` included, as the WebUI reads them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from .denoisers import Prompts
 from .models import Models
+from .told import Encoded, EncodedSchedule, EncodedStretch, Told
+from .words import combined_prompts, prompt_schedule
 
 WINDOW = 75
 """Tokens that fit between start and end of text."""
@@ -25,6 +24,9 @@ FARTHEST_COMMA = 20
 
 MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|[)\]]|[^\\()\[\]:]+|.", re.DOTALL)
 STRONGER, WEAKER = 1.1, 1 / 1.1
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK_WEIGHT = -1.0
+"""By which the word BREAK is known from one that brackets weigh, which is a word like others."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Part:
     text: str
     weight: float
 
+    @property
+    def breaks(self) -> bool:
+        """Whether a new window begins here."""
+        return self.text == "BREAK" and self.weight == BREAK_WEIGHT
+
 
 def read_attention(prompt: str) -> list[Part]:
     """Pieces of a prompt: `(x)` 1.1 times the attention, `[x]` as much less, `(x:1.5)` as said, `\\(` a bracket."""
@@ -41,9 +48,11 @@ def read_attention(prompt: str) -> list[Part]:
     open_brackets: list[tuple[str, int]] = []
 
     def close(kind: str, factor: float) -> bool:
-        if not open_brackets or open_brackets[-1][0] != kind:
+        # a bracket of the other kind does not stand in the way
+        place = next((place for place in reversed(range(len(open_brackets))) if open_brackets[place][0] == kind), None)
+        if place is None:
             return False
-        first = open_brackets.pop()[1]
+        first = open_brackets.pop(place)[1]
         pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
         return True
 
@@ -55,12 +64,16 @@ def read_attention(prompt: str) -> list[Part]:
             continue
         elif (mark == ")" and close("(", STRONGER)) or (mark == "]" and close("[", WEAKER)):
             continue
-        else:
-            escaped = len(mark) == 2 and mark[0] == "\\"
-            pieces.append((mark[1] if escaped else mark, 1.0))
-    for kind, first in reversed(open_brackets):
+        elif len(mark) == 2 and mark[0] == "\\":
+            pieces.append((mark[1], 1.0))
+        elif mark != "\\":
+            first, *others = BREAK.split(mark)
+            pieces.append((first, 1.0))
+            for text in others:
+                pieces += [("BREAK", BREAK_WEIGHT), (text, 1.0)]
+    for kind, begin in reversed(open_brackets):
         factor = STRONGER if kind == "(" else WEAKER
-        pieces[first:] = [(text, weight * factor) for text, weight in pieces[first:]]
+        pieces[begin:] = [(text, weight * factor) for text, weight in pieces[begin:]]
     return _joined(pieces)
 
 
@@ -96,13 +109,18 @@ class Token:
 
 
 def split_into_windows(prompt: str, tokenizer: CLIPTokenizer) -> TokenWindows:
-    """The tokens of a prompt, filled up to whole windows."""
-    tokens = [
-        Token(number, part.weight)
-        for part in read_attention(prompt)
-        for number in tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-    windows = _split(tokens, tokenizer.convert_tokens_to_ids(COMMA))
+    """The tokens of a prompt, filled up to whole windows; at each `BREAK` a new one begins."""
+    comma = tokenizer.convert_tokens_to_ids(COMMA)
+    stretches: list[list[Token]] = [[]]
+    for part in read_attention(prompt):
+        if part.breaks:
+            stretches.append([])
+        else:
+            numbers = tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
+            stretches[-1] += [Token(number, part.weight) for number in numbers]
+    if len(stretches) > 1 and not stretches[-1]:
+        stretches.pop()
+    windows = [window for stretch in stretches for window in _split(stretch, comma)]
     filled = [_filled(window, tokenizer) for window in windows]
     numbers, weights = ([[getattr(token, name) for token in row] for row in filled] for name in ("number", "weight"))
     return TokenWindows(torch.tensor(numbers), torch.tensor(weights))
@@ -128,16 +146,8 @@ def _filled(window: Sequence[Token], tokenizer: CLIPTokenizer) -> list[Token]:
     return filled + [Token(tokenizer.pad_token_id)] * (WINDOW + 2 - len(filled))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A prompt as a text encoder gives it: (1, tokens, channels), and pooled (1, channels) where it has that."""
-
-    tokens: Tensor
-    pooled: Tensor | None = None
-
-
 @torch.no_grad()
-def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool) -> Encoded:
+def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool, clip_skip: int = 1) -> Encoded:
     """A prompt through one text encoder.
 
     Args:
@@ -145,10 +155,11 @@ def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimat
         tokenizer: of the encoder.
         encoder: CLIPTextModel or CLIPTextModelWithProjection.
         penultimate: whether the last layer but one is taken, as SDXL does; else the last one, normed.
+        clip_skip: 2 for the last layer but one, normed, and so on.
     """
     split = split_into_windows(prompt, tokenizer)
     output = encoder(split.tokens.to(encoder.device), output_hidden_states=True)
-    hidden = (output.hidden_states[-2] if penultimate else output.last_hidden_state).float()
+    hidden = _hidden(output, encoder, penultimate, clip_skip).float()
     weighted = hidden * split.weights[..., None].to(hidden)
     # keep the mean of every window, so that attention shifts and does not grow
     weighted = weighted * (hidden.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
@@ -156,44 +167,90 @@ def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimat
     return Encoded(weighted.flatten(0, 1)[None], None if pooled is None else pooled[:1].float())
 
 
-def base_prompts(models: Models, prompt: str, negative_prompt: str, images: int, guided: bool) -> Prompts:
-    """What SD1.5 is told."""
+def _hidden(output: Any, encoder: nn.Module, penultimate: bool, clip_skip: int) -> Tensor:
+    if penultimate:
+        return output.hidden_states[-2]
+    if clip_skip <= 1:
+        return output.last_hidden_state
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm(output.hidden_states[-clip_skip])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The words for one model.
+
+    Attributes:
+        prompt, negative_prompt: in the WebUI's grammar.
+        evaluations: of the model in a whole sampling, for schedules.
+    """
+
+    prompt: str
+    negative_prompt: str
+    evaluations: int = 1
+
+
+def told_to_base(models: Models, wanted: Wanted, clip_skip: int = 1) -> Told:
+    """What SD1.5 is told; `clip_skip` as in the WebUI, 1 for none."""
     pipeline = models.base
     with models.placement.holding(pipeline.text_encoder):
-        cond, uncond = of_one_length(
-            *(
-                encode(text, pipeline.tokenizer, pipeline.text_encoder, penultimate=False).tokens
-                for text in (prompt, negative_prompt)
-            )
-        )
-    return Prompts(cond.repeat(images, 1, 1), uncond.repeat(images, 1, 1) if guided else None)
+        return _told(wanted, lambda text: encode(text, pipeline.tokenizer, pipeline.text_encoder, False, clip_skip))
 
 
-def upgraded_prompts(
-    models: Models, prompt: str, negative_prompt: str, images: int, guided: bool, size: tuple[int, int]
-) -> Prompts:
-    """What SDXL is told; an empty negative prompt is all zeros, as in its training. `size` is (width, height)."""
-    cond, uncond = (_encode_for_sdxl(models, text) for text in (prompt, negative_prompt))
-    if not negative_prompt.strip():
-        uncond = Encoded(torch.zeros_like(uncond.tokens), torch.zeros_like(uncond.pooled))
-    tokens, uncond_tokens = of_one_length(cond.tokens, uncond.tokens)
-    width, height = size
-    return Prompts(
-        tokens.repeat(images, 1, 1),
-        uncond_tokens.repeat(images, 1, 1) if guided else None,
-        cond.pooled.repeat(images, 1),
-        uncond.pooled.repeat(images, 1) if guided else None,
-        torch.tensor([[height, width, 0, 0, height, width]] * images, device=models.placement.device).float(),
-    )
+def told_to_upgraded(models: Models, wanted: Wanted) -> Told:
+    """What SDXL is told; an empty negative prompt is all zeros, as in its training."""
+
+    def encoded(text: str) -> Encoded:
+        return _encode_for_sdxl(models, text)
+
+    told = _told(wanted, encoded)
+    if wanted.negative_prompt.strip():
+        return told
+    (stretch,) = told.uncond.stretches
+    zeros = Encoded(torch.zeros_like(stretch.encoded.tokens), torch.zeros_like(stretch.encoded.pooled))
+    return replace(told, uncond=EncodedSchedule((replace(stretch, encoded=zeros),)))
 
 
-def of_one_length(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (1, tokens, channels) with as many tokens, whole prompts repeated.
+def _told(wanted: Wanted, encoded: Callable[[str], Encoded]) -> Told:
+    def schedule(text: str, weight: float = 1.0) -> EncodedSchedule:
+        stretches = prompt_schedule(text, wanted.evaluations)
+        return EncodedSchedule(tuple(EncodedStretch(one.last_step, encoded(one.text)) for one in stretches), weight)
+
+    conds = tuple(schedule(one.text, one.weight) for one in combined_prompts(wanted.prompt))
+    return _of_one_length(Told(conds, schedule(wanted.negative_prompt)))
+
+
+def _of_one_length(told: Told) -> Told:
+    """All prompts with as many tokens, whole prompts repeated.
 
     Attention over a prompt that is repeated is attention over the prompt, so that the shorter one keeps its meaning.
     """
-    length = math.lcm(cond.shape[1], uncond.shape[1])
-    return cond.repeat(1, length // cond.shape[1], 1), uncond.repeat(1, length // uncond.shape[1], 1)
+    schedules = (*told.conds, told.uncond)
+    length = math.lcm(*(one.encoded.tokens.shape[1] for schedule in schedules for one in schedule.stretches))
+
+    def lengthened(schedule: EncodedSchedule) -> EncodedSchedule:
+        return replace(schedule, stretches=tuple(map(lengthened_stretch, schedule.stretches)))
+
+    def lengthened_stretch(stretch: EncodedStretch) -> EncodedStretch:
+        tokens = stretch.encoded.tokens
+        repeated = tokens.repeat(1, length // tokens.shape[1], 1)
+        return replace(stretch, encoded=replace(stretch.encoded, tokens=repeated))
+
+    return Told(tuple(map(lengthened, told.conds)), lengthened(told.uncond))
+
+
+def arguments_of(told: Told, images: int, guided: bool) -> dict[str, Tensor]:
+    """What a pipeline's own call is told: the prompts of the first evaluation."""
+    cond, uncond = told.conds[0].at(0), told.uncond.at(0)
+    given = {
+        "prompt_embeds": cond.tokens.repeat(images, 1, 1),
+        "negative_prompt_embeds": uncond.tokens.repeat(images, 1, 1) if guided else None,
+        "pooled_prompt_embeds": None if cond.pooled is None else cond.pooled.repeat(images, 1),
+        "negative_pooled_prompt_embeds": uncond.pooled.repeat(images, 1)
+        if guided and uncond.pooled is not None
+        else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _encode_for_sdxl(models: Models, prompt: str) -> Encoded:

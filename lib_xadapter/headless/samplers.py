@@ -1,96 +1,24 @@
-"""The samplers by their WebUI names, each a scheduler of diffusers; and which steps of theirs are joint."""
+"""Which steps of a scheduler are taken: by the WebUI's rule, the released pipeline's, or diffusers' own."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
-from ..errors import WrongArgument
+from ..errors import DoesNotFit
 from .noise_schedule import NoiseSchedule
+from .sampler_table import DEFAULT_SAMPLER, RELEASED_SPACING, sampler_named
 
 LARGEST_STRENGTH = 0.999
 """The WebUI's img2img never gets a denoising strength of 1 (modules/sd_samplers_common.py, setup_img2img_steps)."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A row of the table.
-
-    Attributes:
-        name: the WebUI's name of the sampler.
-        schedule_type: the WebUI's name of the noise levels it takes.
-        scheduler: the class in diffusers.
-        options: its options, apart from those of the model.
-        order: 1 where a step looks at one evaluation, 2 where it looks at two.
-        on_timesteps: whether it is one of those that the WebUI runs on timesteps instead of noise levels.
-    """
-
-    name: str
-    schedule_type: str
-    scheduler: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    order: int = 2
-    on_timesteps: bool = False
-
-    def make(self, model_config: Mapping[str, Any], **more: Any) -> Any:
-        """The scheduler for a model, whose config gives ᾱ and the type of prediction."""
-        scheduler = getattr(diffusers, self.scheduler)
-        noise = {key: model_config[key] for key in MODEL_OPTIONS if key in model_config}
-        wanted = {"timestep_spacing": "linspace", **noise, **self.options, **more}
-        known = inspect.signature(scheduler).parameters
-        return scheduler(**{key: value for key, value in wanted.items() if key in known})
-
-
-MODEL_OPTIONS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
-RELEASED_SPACING = LEADING | {"use_karras_sigmas": False, "use_exponential_sigmas": False}
-DDIM = LEADING | {"set_alpha_to_one": False, "clip_sample": False}
-DPM_SDE = {"algorithm_type": "sde-dpmsolver++", "use_exponential_sigmas": True}
-
-SAMPLERS = {
-    sampler.name: sampler
-    for sampler in (
-        Sampler("DPM++ 2M", "Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-        Sampler("DPM++ 2M SDE", "Exponential", "DPMSolverMultistepScheduler", DPM_SDE),
-        Sampler("Euler", "Automatic", "EulerDiscreteScheduler", order=1),
-        Sampler("Euler a", "Automatic", "EulerAncestralDiscreteScheduler", order=1),
-        Sampler("Heun", "Automatic", "HeunDiscreteScheduler"),
-        Sampler("DPM2", "Karras", "KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
-        Sampler("DPM2 a", "Karras", "KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
-        Sampler("DDIM", "Automatic", "DDIMScheduler", DDIM, order=1, on_timesteps=True),
-        Sampler("PLMS", "Automatic", "PNDMScheduler", LEADING | {"skip_prk_steps": True}, on_timesteps=True),
-        Sampler("UniPC", "Automatic", "UniPCMultistepScheduler", LEADING, on_timesteps=True),
-    )
-}
-"""DPM2, DPM2 a and UniPC take other noise levels than in the WebUI, and samplers that add noise draw it otherwise; the
-rest finish with the WebUI's latents."""
-
-
-def sampler_named(name: str) -> Sampler:
-    """The sampler of a name, upper and lower case alike.
-
-    Raises:
-        WrongArgument: there is none.
-    """
-    for known, sampler in SAMPLERS.items():
-        if known.lower() == name.lower():
-            return sampler
-    raise WrongArgument(f"'sampler' is '{name}', expected one of {', '.join(SAMPLERS)}.")
 
 
 @dataclass(frozen=True)
@@ -123,35 +51,86 @@ class Steps:
         """The latent as the UNet takes it."""
         return self.scheduler.scale_model_input(latent, timestep)
 
-    def step(self, output: Tensor, timestep: Tensor, latent: Tensor) -> Tensor:
-        """The latent after the step, from what the UNet gave."""
-        noises = {"generator": list(self.noises)} if self._adds_noise else {}
-        return self.scheduler.step(output, timestep, latent, return_dict=False, **noises)[0]
-
-    @property
-    def _adds_noise(self) -> bool:
-        return "generator" in inspect.signature(self.scheduler.step).parameters
+    def step(self, output: Tensor, timestep: Tensor, latent: Tensor, generator: Any = None, **more: Any) -> Tensor:
+        """The latent after the step, from what the UNet gave; `generator` draws where there are no `noises`."""
+        known = inspect.signature(self.scheduler.step).parameters
+        given = {"generator": list(self.noises) or generator, **more}
+        taken = {name: value for name, value in given.items() if name in known}
+        return self.scheduler.step(output, timestep, latent, return_dict=False, **taken)[0]
 
 
-StepRule = Callable[[Sampler, Mapping[str, Any], int, "float | None", str], Steps]
-"""(sampler, the model's config, all steps, denoising strength, device) → the steps taken; a strength of None: all."""
+StepRule = Callable[["str | None", Any, int, "float | None", "str | torch.device"], Steps]
+"""(sampler, the pipeline's scheduler, all steps, denoising strength, device) → the steps taken; strength None: all."""
+
+
+def diffusers_steps(
+    sampler: str | None, scheduler: Any, steps: int, strength: float | None, device: str | torch.device
+) -> Steps:
+    """As diffusers' own pipelines take them, by a copy of the pipeline's own scheduler; one step at least.
+
+    Source: diffusers, `StableDiffusionXLImg2ImgPipeline.get_timesteps`.
+
+    Raises:
+        DoesNotFit: the other model cannot follow this scheduler.
+    """
+    check_scheduler(scheduler)
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps, device=device)
+    taken = steps if strength is None else max(min(int(steps * strength), steps), 1)
+    begin = (steps - taken) * own.order
+    timesteps = own.timesteps[begin:]
+    if strength is not None and hasattr(own, "set_begin_index"):
+        own.set_begin_index(begin)
+    return Steps(own, timesteps, timesteps[:1], float(own.init_noise_sigma))
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Whether the other model can follow the noise levels of a scheduler.
+
+    Raises:
+        DoesNotFit: naming the scheduler and why it cannot.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    reason = None
+    if "Inverse" in kind:
+        reason = "it goes from pictures to noise"
+    elif config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        reason = "its noise levels are those of flow matching, which SD1.5 and SDXL were not trained for"
+    elif not hasattr(scheduler, "alphas_cumprod"):
+        reason = "it has no noise level for each timestep of training, as SD1.5 and SDXL have"
+    elif not all(hasattr(scheduler, name) for name in ("add_noise", "init_noise_sigma", "scale_model_input")):
+        reason = "it brings no picture to a noise level"
+    elif not LATENT_STEP.issuperset(_required(scheduler.step)):
+        reason = f"each of its steps needs {', '.join(sorted(_required(scheduler.step) - LATENT_STEP))}"
+    if reason is not None:
+        raise DoesNotFit(f"{kind} cannot be followed: {reason}.")
+
+
+LATENT_STEP = {"model_output", "timestep", "sample"}
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {given.name for given in parameters if given.default is given.empty and given.kind not in kinds}
 
 
 def webui_steps(
-    sampler: Sampler, model_config: Mapping[str, Any], steps: int, strength: float | None, device: str
+    sampler: str | None, scheduler: Any, steps: int, strength: float | None, device: str | torch.device
 ) -> Steps:
     """As the WebUI's txt2img tab takes them, or its img2img tab where there is a strength.
 
     Source: modules/sd_samplers_common.py, `setup_img2img_steps`; modules/sd_samplers_kdiffusion.py.
     """
-    scheduler = sampler.make(model_config)
+    row = sampler_named(sampler or DEFAULT_SAMPLER)
+    scheduler = row.make(scheduler.config)
     scheduler.set_timesteps(steps, device=device)
     reached = None if strength is None else int(min(strength, LARGEST_STRENGTH) * steps)
     if not hasattr(scheduler, "set_begin_index"):
         return _webui_ladder(scheduler, steps, reached)
     left_out = 0
     if reached is not None:
-        left_out = steps - (max(reached, 1) if sampler.on_timesteps else reached + 1)
+        left_out = steps - (max(reached, 1) if row.on_timesteps else reached + 1)
     timesteps = _begun(scheduler, _unrounded(scheduler), left_out)
     return Steps(scheduler, timesteps, timesteps[:1], _webui_noise_scale(scheduler))
 
@@ -191,10 +170,10 @@ def _webui_noise_scale(scheduler: Any) -> float:
 
 
 def released_steps(
-    sampler: Sampler, model_config: Mapping[str, Any], steps: int, strength: float | None, device: str
+    sampler: str | None, scheduler: Any, steps: int, strength: float | None, device: str | torch.device
 ) -> Steps:
     """As the released pipeline takes them: by the rule of diffusers' img2img (`get_timesteps`)."""
-    scheduler = sampler.make(model_config, **RELEASED_SPACING)
+    scheduler = sampler_named(sampler or DEFAULT_SAMPLER).make(scheduler.config, **RELEASED_SPACING)
     scheduler.set_timesteps(steps, device=device)
     taken = steps if strength is None else max(min(int(steps * strength), steps), 1)
     if hasattr(scheduler, "set_begin_index"):

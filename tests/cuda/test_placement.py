@@ -96,7 +96,7 @@ class DiffusersHost:
     rows: Sequence[Row] = ROWS
 
     def __init__(self) -> None:
-        pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+        pytest.importorskip("diffusers", reason="needs the extra 'headless'")
         from lib_xadapter.headless.denoisers import GuidedUnet, Prompts
         from tests.small_unets import base_unet, upgraded_unet
 

@@ -21,7 +21,7 @@ class CommandLine:
         return main(self.words(*more, **replaced))
 
     def words(self, *more: str, **replaced: str | None) -> list[str]:
-        """The command; `replaced` gives options other values, None leaves them out."""
+        """The command; `more` and `replaced` give options other values, None leaves them out."""
         options = {
             "upgraded": "small-sdxl",
             "base": "small-sd15",
@@ -36,7 +36,8 @@ class CommandLine:
             "device": "cpu",
             "out": str(self.out),
         } | {name.replace("_", "-"): value for name, value in replaced.items()}
-        given = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+        usual = {f"--{name}": value for name, value in options.items() if f"--{name}" not in more}
+        given = [word for option, value in usual.items() if value is not None for word in (option, value)]
         return ["generate", *given, *more]
 
     def pictures(self) -> list[Path]:

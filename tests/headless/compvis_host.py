@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -148,8 +149,8 @@ class CompVisHost:
     @torch.no_grad()
     def base_latents(self, request: Request) -> Tensor:
         sampler = DDIMSampler(SamplerModel(lambda x, t, context: self.base(x, t, context=context)))
-        noise = request.noises[0].base[None]
-        prompts = request.base_prompts
+        noise = request.noise.base()
+        prompts = prompts_of(request.base)
         return sampler.sample(
             request.steps,
             1,
@@ -157,13 +158,13 @@ class CompVisHost:
             prompts.cond,
             x_T=noise,
             unconditional_conditioning=prompts.uncond,
-            unconditional_guidance_scale=request.cfg_scale,
+            unconditional_guidance_scale=request.upgraded["guidance_scale"],
             verbose=False,
         )[0]
 
     @torch.no_grad()
     def upgraded_latents(self, request: Request, finished: Tensor, size: tuple[int, int], joint_steps: int) -> Tensor:
-        noise, prompts = request.noises[0], request.upgraded_prompts
+        noise, prompts = request.noise.noises[0], prompts_of(request.upgraded, request.size)
         clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.BICUBIC))
         with read_features(self.base) as reader:
             trajectory = Trajectory(noise.base_again[None], finished, FIRST_ORDER)
@@ -178,7 +179,7 @@ class CompVisHost:
                 prompts.cond,
                 joint_steps,
                 unconditional_conditioning=prompts.uncond,
-                unconditional_guidance_scale=request.cfg_scale,
+                unconditional_guidance_scale=request.upgraded["guidance_scale"],
             )
         return finished.float()
 
@@ -187,12 +188,12 @@ class CompVisHost:
     ) -> Tensor:
         rows = [ROWS[place] for place in UNCOND_FIRST]
         evaluation = stage.evaluate(Evaluation(model.sigma(t), step=0, progress=0.5), rows)
-        told = told_to_sdxl(request.upgraded_prompts)[UNCOND_FIRST]
+        told = told_to_sdxl(prompts_of(request.upgraded, request.size))[UNCOND_FIRST]
         with evaluation.fused_into(self.upgraded, slice(0, 2)):
             return self.upgraded(x, t, context=context, y=told)
 
     def _lockstep_base(self, request: Request, reader: FeatureReader) -> BaseDenoiser:
-        context = torch.cat([request.base_prompts.cond, request.base_prompts.uncond])
+        context = torch.cat([request.base["prompt_embeds"], request.base["negative_prompt_embeds"]])
         model = SamplerModel(lambda *arguments: arguments[0])
         levels = ((1 - model.alphas_cumprod) / model.alphas_cumprod).sqrt()
 
@@ -201,10 +202,22 @@ class CompVisHost:
             timestep = (levels - sigma).abs().argmin().repeat(2)
             scaled = latent / math.sqrt(1 + sigma**2)
             cond, uncond = self.base(torch.cat([scaled] * 2), timestep, context=context).chunk(2)
-            noise = uncond + request.cfg_scale * (cond - uncond)
+            noise = uncond + request.base["guidance_scale"] * (cond - uncond)
             return BaseStep(reader.take(), ROWS, latent - sigma * noise)
 
         return evaluate
+
+
+def prompts_of(told: Mapping[str, Any], size: tuple[int, int] = (0, 0)) -> Prompts:
+    """What a pipeline of diffusers is told, with the sizes that it adds."""
+    width, height = size
+    return Prompts(
+        told["prompt_embeds"],
+        told["negative_prompt_embeds"],
+        told.get("pooled_prompt_embeds"),
+        told.get("negative_pooled_prompt_embeds"),
+        torch.tensor([[height, width, 0, 0, height, width]]).float(),
+    )
 
 
 def told_to_sdxl(prompts: Prompts) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 
 @pytest.fixture(scope="session")

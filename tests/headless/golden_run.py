@@ -9,13 +9,15 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from torch import Tensor
 
-from lib_xadapter.headless.denoisers import Control, Prompts
-from lib_xadapter.headless.pipeline import Noise, Request
+from lib_xadapter.headless.denoisers import Prompts
+from lib_xadapter.headless.models import with_controlnets
+from lib_xadapter.headless.pipeline import Noise, NoisePerImage, Request
 from lib_xadapter.settings import Settings
 from tests.seeded import fill, seeded
 from tests.small_unets import base_unet, upgraded_unet
@@ -45,14 +47,13 @@ class GoldenRun:
         factor = 2 if kind.startswith("upgraded") else 1
         return seeded(f"pipeline.{self.name}.noise.{kind}", (1, 4, factor * height, factor * width))[0]
 
-    def request(self, controlnet: ControlNetModel) -> Request:
+    def request(self) -> Request:
         guided = self.cfg_scale > 1
         width, height = self.size
         base = {"cond": seeded("pipeline.base.prompt", (1, 77, 48))}
         upgraded = {
             "cond": seeded("pipeline.upgraded.prompt", (1, 77, 80)),
             "pooled_cond": seeded("pipeline.upgraded.pooled", (1, 40)),
-            "time_ids": torch.tensor([[float(height), width, 0, 0, height, width]]),
         }
         if guided:
             base["uncond"] = seeded("pipeline.base.negative", (1, 77, 48))
@@ -64,14 +65,27 @@ class GoldenRun:
             self.noise("base.init"), self.noise("upgraded.renoise"), self.noise("base.renoise"), *[unused] * 4
         )
         return Request(
-            Prompts(**base),
-            Prompts(**upgraded),
-            Settings(switch_point=self.switch_point, weight=self.weight),
+            base={
+                **Prompts(**base).arguments(),
+                "image": control,
+                "controlnet_conditioning_scale": self.control_scale,
+                "guidance_scale": self.cfg_scale,
+                "width": width // 2,
+                "height": height // 2,
+            },
+            upgraded={
+                **Prompts(**upgraded).arguments(),
+                "guidance_scale": self.cfg_scale,
+                "width": width,
+                "height": height,
+            },
+            settings=Settings(switch_point=self.switch_point, weight=self.weight),
             steps=10,
-            cfg_scale=self.cfg_scale,
+            noise=NoisePerImage([noise]),
+            images=1,
+            size=self.size,
+            base_size=(width // 2, height // 2),
             sampler="DDIM",
-            noises=[noise],
-            controls=[Control(controlnet, control, self.control_scale)],
         )
 
 
@@ -99,8 +113,9 @@ def small_vae(name: str, scaling_factor: float) -> AutoencoderKL:
     return vae
 
 
-def base_pipeline() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
+def base_pipeline() -> StableDiffusionControlNetPipeline:
+    """With its ControlNet."""
+    base = StableDiffusionPipeline(
         vae=small_vae("base", 0.18215),
         text_encoder=None,
         tokenizer=None,
@@ -110,6 +125,7 @@ def base_pipeline() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    return with_controlnets(base, [small_controlnet(base.unet)])
 
 
 def upgraded_pipeline() -> StableDiffusionXLPipeline:

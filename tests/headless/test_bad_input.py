@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 
+from lib_xadapter import mapping_choice
+from lib_xadapter.headless import options
 from lib_xadapter.headless.cli import main
 from tests.small_adapter import AdapterPlan, save
+
+REPOSITORY = Path(__file__).parents[2]
 
 OUT_OF_RANGE = [
     (["--switch-point", "1.5"], "argument --switch-point: is 1.5, expected a number from 0 to 1"),
@@ -15,7 +23,7 @@ OUT_OF_RANGE = [
     (["--weight", "1,2"], "argument --weight: is [1, 2], expected a number or a list of 3 numbers"),
     (["--base-width", "100"], "argument --base-width: is 100, expected 0 or a multiple of 8"),
     (["--base-steps", "2.5"], "argument --base-steps: is 2.5, expected a whole number"),
-    (["--guidance-start", "0.9", "--guidance-end", "0.1"], "--guidance-start is 0.9, after 'guidance_end' at 0.1"),
+    (["--guidance-start", "0.9", "--guidance-end", "0.1"], "--guidance-start is 0.9, after --guidance-end at 0.1"),
     (["--width", "100"], "--width is 100, expected a multiple of 8 from 64 to 4096"),
     (["--height", "32"], "--height is 32, expected a multiple of 8"),
     (["--steps", "0"], "--steps is 0, expected a whole number from 1 to 150"),
@@ -26,7 +34,9 @@ OUT_OF_RANGE = [
     (["--seed", "-1"], "--seed is -1, expected a whole number from 0"),
     (["--sampler", "Best"], "--sampler is 'Best', expected one of DPM++ 2M"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-    (["--device", "abacus"], "--device is 'abacus', which this machine does not have"),
+    (["--device", "abacus"], "--device is 'abacus', which this machine does not have; it has cpu"),
+    (["--dtype", "float32", "--dtype", "float16"], "--dtype is given twice."),
+    (["--base-seed", "1", "--base-seed", "1"], "--base-seed is given twice."),
     (["--lora", "small-style:strong"], "--lora: 'small-style:strong' is no FILE or FILE:WEIGHT"),
     (["--lora", "nobody"], "--lora: there is no lora 'nobody'"),
     (["--prompt", "<lora:nobody>"], "--prompt: there is no lora 'nobody'"),
@@ -98,10 +108,81 @@ def test_a_cut_off_file_is_named(refused, tmp_path, small):
     assert "--base: cut.safetensors" in refused(base=str(path))
 
 
+def test_a_text_is_no_safetensors_file(refused, tmp_path):
+    path = tmp_path / "text.safetensors"
+    path.write_text("Once upon a time there was a checkpoint.")
+    assert "--base: text.safetensors is no safetensors file: no header begins" in refused(base=str(path))
+
+
+def broken(path, source, key: str | None = None):
+    """A copy of a file of tensors with a NaN in it."""
+    tensors = safetensors.torch.load_file(source)
+    name = key or next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1)
+    tensors[name].view(-1)[0] = torch.nan
+    safetensors.torch.save_file(tensors, path)
+    return name
+
+
+def test_plugins_that_are_not_finite_are_named(refused, small, tmp_path, control_image):
+    path = tmp_path / "nan.safetensors"
+    key = broken(path, small.lora)
+    assert f"--lora: nan.safetensors: '{key}' holds NaN or infinite values" in refused("--lora", str(path))
+    broken(path, small.controlnet)
+    control = ["--controlnet", str(path), "--control-image", str(control_image)]
+    assert "--controlnet: nan.safetensors: '" in refused(*control)
+
+
+def test_a_picture_that_overflows_is_none(generate, small, tmp_path, capsys):
+    tensors = safetensors.torch.load_file(small.lora)
+    path = tmp_path / "huge.safetensors"
+    safetensors.torch.save_file({key: tensor * 1e18 for key, tensor in tensors.items()}, path)
+    assert generate("--lora", str(path)) == 2
+    # after the progress that was shown
+    assert "The latents of the base model are no longer finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not generate.pictures()
+
+
+def test_a_conversion_does_not_write_over_a_file(small, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"mine")
+    assert main(["convert", str(small.adapter), str(out)]) == 2
+    assert "is there already; --force writes over it" in capsys.readouterr().err
+    assert out.read_bytes() == b"mine"
+    assert main(["convert", str(small.adapter), str(out), "--force"]) == 0
+    assert out.stat().st_size > 4
+
+
+def test_a_lora_that_is_not_there_is_told_with_where_it_was_looked_for(refused, small):
+    said = refused(
+        "--lora", "nobody", models_dir=None, base=str(small.base), upgraded=str(small.upgraded), adapter="None"
+    )
+    assert "--lora: there is no file nobody in /" in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["generate", "--width", "100"]])
+def test_help_and_mistakes_take_no_heavy_imports(words):
+    program = (
+        "import sys\nfrom lib_xadapter.headless.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
+    )
+    needed = ["--base", "x", "--upgraded", "y", "--adapter", "None"] if "--width" in words else []
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words, *needed], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_options_choices_are_those_of_the_mapping_path():
+    assert options.MAPPING_CHOICES == mapping_choice.MAPPING_CHOICES
+
+
 def test_a_pickle_that_holds_code_is_refused(refused, tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"model.diffusion_model.x": print}}, path)
-    assert "--base: evil.ckpt" in refused(base=str(path))
+    said = refused(base=str(path))
+    assert "--base: evil.ckpt" in said
+    assert "weights_only" not in said
 
 
 def test_an_unreadable_picture_is_named(refused, tmp_path):

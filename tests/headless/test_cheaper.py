@@ -9,10 +9,11 @@ from PIL import Image
 from torch import nn
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.jobs import Job, Picture, make_pictures
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import Picture, make_pictures
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
-from lib_xadapter.headless.samplers import SAMPLERS
+from lib_xadapter.headless.sampler_table import SAMPLERS
 from lib_xadapter.settings import Settings
 
 STEPS = 5
@@ -111,7 +112,7 @@ class TestRecorded:
         for unet in unets:
             monkeypatch.setattr(unet, "to", lambda to, unet=unet: move(unet, to))
         elsewhere = Placement(device=torch.device("cpu", 0))
-        list(make_pictures(Models(models.base, models.upgraded, models.adapter, (), elsewhere), job(memory="recorded")))
+        list(make_pictures(Models(models.base, models.upgraded, models.adapter, elsewhere), job(memory="recorded")))
         assert len(moved) >= 6
         assert not there
 

@@ -39,6 +39,7 @@ def test_its_report_says_what_was_made_and_how_far_it_is_from_the_baseline(shown
     for row in ("no plugin", "LoRA", "ControlNet"):
         assert distances[row, "SDEdit + SDXL"] == 0
         assert distances[row, "X-Adapter 1"] > 0
+    assert all(cell["seconds"] > 0 for cell in report["pictures"])
 
 
 def test_every_plugin_changes_the_bases_picture(shown):

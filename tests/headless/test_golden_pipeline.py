@@ -10,7 +10,7 @@ import torch
 
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import RELEASED_RULES, TwoStages
-from tests.headless.golden_run import RUNS, GoldenRun, base_pipeline, small_controlnet, upgraded_pipeline
+from tests.headless.golden_run import RUNS, GoldenRun, base_pipeline, upgraded_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pipeline.npz"
 
@@ -23,11 +23,6 @@ def golden():
 @pytest.fixture(scope="module")
 def pipelines():
     return base_pipeline(), upgraded_pipeline()
-
-
-@pytest.fixture(scope="module")
-def controlnet(pipelines):
-    return small_controlnet(pipelines[0].unet)
 
 
 @pytest.fixture
@@ -46,13 +41,13 @@ def relative_error(ours: torch.Tensor, golden: numpy.ndarray) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_the_base_finishes_with_the_released_latents(stages, controlnet, run, golden):
-    finished = stages.base_latents(run.request(controlnet))
+def test_the_base_finishes_with_the_released_latents(stages, run, golden):
+    finished = stages.base_latents(run.request())
     assert relative_error(finished, golden[f"{run.name}.prior"]) < 1e-4
 
 
-def test_every_joint_step_gives_the_released_latents(stages, controlnet, run, golden):
-    request = run.request(controlnet)
+def test_every_joint_step_gives_the_released_latents(stages, run, golden):
+    request = run.request()
     finished = torch.from_numpy(golden[f"{run.name}.prior"])
     start = torch.from_numpy(golden[f"{run.name}.upgraded.start"])
     steps = stages.joint_steps_of(request)
@@ -65,17 +60,17 @@ def test_every_joint_step_gives_the_released_latents(stages, controlnet, run, go
     assert relative_error(final, golden[f"{run.name}.final"]) < 1e-3
 
 
-def test_the_switch_carries_the_picture_over_as_released(stages, controlnet, run, golden):
+def test_the_switch_carries_the_picture_over_as_released(stages, run, golden):
     """Eight bits and a resize lie between: the latents agree to a grey level here and there."""
-    request = run.request(controlnet)
+    request = run.request()
     finished = torch.from_numpy(golden[f"{run.name}.prior"])
-    clean = stages.carried_over(finished, request.noises, run.size)
-    start = stages.joint_steps_of(request).noised(clean, request.noises[0].upgraded[None])
+    clean = stages.carried_over(finished, request)
+    start = stages.joint_steps_of(request).noised(clean, request.noise.upgraded())
     assert relative_error(start, golden[f"{run.name}.upgraded.start"]) < 1e-3
 
 
-def test_the_joint_stage_leaves_no_hook_behind(stages, pipelines, controlnet):
-    request = RUNS[3].request(controlnet)
-    stages.upgraded_latents(request, stages.base_latents(request), RUNS[3].size)
+def test_the_joint_stage_leaves_no_hook_behind(stages, pipelines):
+    request = RUNS[3].request()
+    stages.upgraded_latents(request, stages.base_latents(request))
     for pipeline in pipelines:
         assert not any(module._forward_hooks for module in pipeline.unet.modules())

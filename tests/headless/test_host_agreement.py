@@ -8,7 +8,8 @@ import torch
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless import small_models
-from lib_xadapter.headless.jobs import Job, request_of
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import RELEASED_RULES, TwoStages
@@ -84,7 +85,7 @@ def test_both_hosts_finish_the_picture_with_the_same_latents(diffusers_models, c
     finished = stages.base_latents(request_made)
     joint_steps = len(stages.joint_steps_of(request_made).timesteps)
     theirs = compvis.upgraded_latents(request_made, finished, JOB.size, joint_steps)
-    ours = stages.upgraded_latents(request_made, finished, JOB.size)
+    ours = stages.upgraded_latents(request_made, finished)
     assert relative_error(ours, theirs) < 1e-3
 
 
@@ -93,5 +94,5 @@ def test_the_adapter_acts_in_both(diffusers_models, compvis, request_made):
     stages = TwoStages(diffusers_models, RELEASED_RULES)
     finished = stages.base_latents(request_made)
     plain = request_of(diffusers_models, JOB, Settings(switch_point=0.8, weight=0.0))
-    guided, alone = (stages.upgraded_latents(asked, finished, JOB.size) for asked in (request_made, plain))
+    guided, alone = (stages.upgraded_latents(asked, finished) for asked in (request_made, plain))
     assert relative_error(guided, alone) > 1e-2

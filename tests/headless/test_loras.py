@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from lib_xadapter.errors import DoesNotFit, WrongArgument, WrongFile
-from lib_xadapter.headless.loras import Lora, merge_lora, read_lora, take_tags
+from lib_xadapter.headless.lora_names import Lora, read_lora, take_tags
+from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 
 

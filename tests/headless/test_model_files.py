@@ -10,7 +10,8 @@ import torch
 
 from lib_xadapter.errors import DoesNotFit, WrongFile
 from lib_xadapter.headless import small_models
-from lib_xadapter.headless.model_files import find_file, load_base, load_controlnet, load_upgraded
+from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
+from lib_xadapter.headless.named_files import find_file
 from lib_xadapter.headless.tokenizers import SHIPPED_TABLES, load_tokenizer
 
 
@@ -154,7 +155,7 @@ def test_a_name_that_nothing_has_is_told_with_what_there_is(small):
 
 def test_clips_vocabulary_comes_from_an_installed_package():
     if not any(importlib.util.find_spec(package) for package, _ in SHIPPED_TABLES):
-        pytest.skip("needs a package that carries CLIP's vocabulary (requirements-headless.txt)")
+        pytest.skip("needs a package that carries CLIP's vocabulary (the extra 'headless')")
     tokens = load_tokenizer()("a photo of a cat")["input_ids"]
     assert tokens == [49406, 320, 1125, 539, 320, 2368, 49407]
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lib_xadapter.headless.model_files import load_base, load_upgraded
-from lib_xadapter.headless.models import Models
+from lib_xadapter import load_adapter
+from lib_xadapter.errors import WrongArgument
+from lib_xadapter.headless.demo import control_map
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import request_of
+from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
+from lib_xadapter.headless.models import Models, with_controlnets
+from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.prompts import (
     Part,
-    base_prompts,
+    Wanted,
+    arguments_of,
     encode,
-    of_one_length,
     read_attention,
     split_into_windows,
-    upgraded_prompts,
+    told_to_base,
+    told_to_upgraded,
 )
+from lib_xadapter.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +88,21 @@ def test_a_window_ends_behind_a_comma_that_is_near(prompt, in_the_first, models)
 
 def test_a_shorter_negative_prompt_keeps_its_meaning(models):
     """Repeated to the prompt's length, it does in the UNet what it does alone."""
-    prompts = base_prompts(models, "a" * 80, "b", images=1, guided=True)
-    assert prompts.cond.shape == prompts.uncond.shape == (1, 154, 64)
-    latent, alone = torch.ones(1, 4, 8, 8), base_prompts(models, "", "b", images=1, guided=True).uncond
-    repeated, plain = (models.base.unet(latent, 500, tokens).sample for tokens in (prompts.uncond, alone))
+    told = arguments_of(told_to_base(models, Wanted("a" * 80, "b")), images=1, guided=True)
+    assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (1, 154, 64)
+    alone = told_to_base(models, Wanted("", "b")).uncond.at(0).tokens
+    latent = torch.ones(1, 4, 8, 8)
+    repeated, plain = (
+        models.base.unet(latent, 500, tokens).sample for tokens in (told["negative_prompt_embeds"], alone)
+    )
     torch.testing.assert_close(repeated, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("first", "second", "length"), [(77, 77, 77), (154, 77, 154), (154, 231, 462)])
-def test_prompts_of_any_length_become_of_one(first, second, length):
-    both = of_one_length(torch.zeros(1, first, 2), torch.zeros(1, second, 2))
-    assert [tuple(tokens.shape) for tokens in both] == [(1, length, 2)] * 2
+def test_prompts_of_all_stretches_become_of_one_length(models):
+    told = told_to_base(models, Wanted(f"[a:{'b' * 80}:0.5] AND c BREAK d BREAK e", "", evaluations=4))
+    lengths = {one.encoded.tokens.shape[1] for schedule in (*told.conds, told.uncond) for one in schedule.stretches}
+    assert lengths == {462}
+    assert not told.is_plain
 
 
 def test_without_attention_the_text_encoder_is_left_alone(models):
@@ -104,28 +119,84 @@ def test_attention_shifts_and_keeps_the_mean(models):
     torch.testing.assert_close(plain.mean(), shifted.mean())
 
 
+def test_clip_skip_is_the_encoder_without_its_last_layers(models):
+    shorter = copy.deepcopy(models.base.text_encoder)
+    layers = getattr(shorter, "text_model", shorter).encoder.layers
+    del layers[-1]
+    without = encode("a cat", models.base.tokenizer, shorter, penultimate=False).tokens
+    torch.testing.assert_close(told_to_base(models, Wanted("a cat", ""), clip_skip=2).conds[0].at(0).tokens, without)
+
+
 def test_sdxl_is_told_what_diffusers_tells_it(models):
-    pipeline = models.upgraded
-    ours = upgraded_prompts(models, "a cat", "a dog", 1, True, (512, 256))
-    cond, uncond, pooled, pooled_uncond = pipeline.encode_prompt(
+    ours = arguments_of(told_to_upgraded(models, Wanted("a cat", "a dog")), images=1, guided=True)
+    theirs = models.upgraded.encode_prompt(
         "a cat", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="a dog", device="cpu"
     )
-    for mine, theirs in (
-        (ours.cond, cond),
-        (ours.uncond, uncond),
-        (ours.pooled_cond, pooled),
-        (ours.pooled_uncond, pooled_uncond),
-    ):
-        torch.testing.assert_close(mine, theirs)
-    assert ours.time_ids.tolist() == [[256, 512, 0, 0, 256, 512]]
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for name, expected in zip(names, theirs, strict=True):
+        torch.testing.assert_close(ours[name], expected)
 
 
 def test_an_empty_negative_prompt_is_zeros_for_sdxl(models):
-    prompts = upgraded_prompts(models, "a cat", "", 1, True, (512, 512))
-    assert not prompts.uncond.any()
-    assert not prompts.pooled_uncond.any()
+    uncond = told_to_upgraded(models, Wanted("a cat", "")).uncond.at(0)
+    assert not uncond.tokens.any()
+    assert not uncond.pooled.any()
 
 
 def test_without_guidance_there_are_no_unconds(models):
-    assert upgraded_prompts(models, "a cat", "", 2, False, (512, 512)).uncond is None
-    assert len(base_prompts(models, "a cat", "", 2, False).rows) == 2
+    told = arguments_of(told_to_upgraded(models, Wanted("a cat", "")), images=2, guided=False)
+    assert set(told) == {"prompt_embeds", "pooled_prompt_embeds"}
+    assert len(told["prompt_embeds"]) == 2
+
+
+JOB = Job(prompt="a cat", width=64, height=64, steps=4, sampler="Euler")
+
+
+@pytest.fixture(scope="module")
+def led(small, models) -> Models:
+    """With an adapter and a ControlNet."""
+    net = load_controlnet(small.controlnet, models.base.unet, torch.float32)
+    return Models(with_controlnets(models.base, [net]), models.upgraded, load_adapter(small.adapter))
+
+
+def latents(models: Models, prompt: str, **changes) -> torch.Tensor:
+    job = replace(JOB, prompt=prompt, **changes)
+    if hasattr(models.base, "controlnet"):
+        job = replace(job, control_images=(control_map(64),), control_scales=((1.0,),))
+    stages, request = TwoStages(models), request_of(models, job, job.settings, (1.0,))
+    return stages.upgraded_latents(request, stages.base_latents(request))
+
+
+@pytest.fixture(scope="module")
+def of_a_cat(led) -> torch.Tensor:
+    return latents(led, "a cat")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["[a cat:a cat:2]", "[a cat:a dog:9]", "[a dog:a cat:0]", "[a cat|a cat]", "a cat AND a dog:0"]
+)
+def test_words_that_change_nothing_change_nothing(prompt, led, of_a_cat):
+    made = latents(led, prompt)
+    assert float((made - of_a_cat).norm() / of_a_cat.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "prompt", ["[a cat:a dog:1]", "[a cat|a dog]", "a cat AND a dog", "a cat AND a dog:0.5", "a BREAK cat"]
+)
+def test_words_that_change_something_do(prompt, led, of_a_cat):
+    made = latents(led, prompt)
+    assert bool(torch.isfinite(made).all())
+    assert float((made - of_a_cat).norm() / of_a_cat.norm()) > 1e-3
+
+
+def test_combined_prompts_are_recorded_as_in_lockstep(led):
+    beside, recorded = (
+        latents(led, "a cat AND [a dog|a bird]", batch=2, settings=Settings(memory=memory))
+        for memory in ("lockstep", "recorded")
+    )
+    assert torch.equal(beside, recorded)
+
+
+def test_combined_prompts_need_guidance(led):
+    with pytest.raises(WrongArgument, match="AND, which needs a --cfg above 1"):
+        latents(led, "a AND b", cfg_scale=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,12 +12,14 @@ from lib_xadapter import load_adapter
 from lib_xadapter.errors import WrongArgument
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase, Prompts
-from lib_xadapter.headless.jobs import Job, half, request_of
+from lib_xadapter.headless.job import Job, half
+from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, noise_schedule_of
 from lib_xadapter.headless.noise_schedule import NoiseSchedule
-from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, TwoStages
-from lib_xadapter.headless.samplers import SAMPLERS, released_steps, sampler_named, webui_steps
+from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
+from lib_xadapter.headless.sampler_table import SAMPLERS, sampler_named
+from lib_xadapter.headless.samplers import released_steps, webui_steps
 from lib_xadapter.settings import Settings
 
 
@@ -34,7 +37,7 @@ def models(small):
 def test_every_sampler_finishes_both_stages(sampler, rules, models):
     job = Job(width=64, height=64, steps=4, sampler=sampler)
     stages, request = TwoStages(models, rules), request_of(models, job, job.settings)
-    latents = stages.upgraded_latents(request, stages.base_latents(request), job.size)
+    latents = stages.upgraded_latents(request, stages.base_latents(request))
     assert latents.shape == (1, 4, 8, 8)
     assert bool(torch.isfinite(latents).all())
     assert latents.std() < 20
@@ -42,7 +45,7 @@ def test_every_sampler_finishes_both_stages(sampler, rules, models):
 
 def evaluations(rule, models, sampler: str, switch_point: float | None) -> list[float]:
     """The timesteps of the model evaluations, of 20 steps in all."""
-    return rule(sampler_named(sampler), models.base.scheduler.config, 20, switch_point, "cpu").timesteps.tolist()
+    return rule(sampler, models.base.scheduler, 20, switch_point, "cpu").timesteps.tolist()
 
 
 @pytest.mark.parametrize(
@@ -62,8 +65,8 @@ def test_plms_looks_twice_at_its_second_timestep_wherever_it_begins(models):
 
 def test_noise_levels_are_not_rounded_to_whole_timesteps(models):
     """They would be other levels than the WebUI's."""
-    config, sampler = models.base.scheduler.config, sampler_named("DPM++ 2M")
-    steps, schedule = webui_steps(sampler, config, 8, None, "cpu"), noise_schedule_of(models.base)
+    steps = webui_steps("DPM++ 2M", models.base.scheduler, 8, None, "cpu")
+    schedule = noise_schedule_of(models.base)
     levels = [schedule.sigma_at(timestep) for timestep in steps.timesteps.tolist()]
     assert levels == pytest.approx(steps.scheduler.sigmas[:-1].tolist(), rel=1e-5)
 
@@ -74,7 +77,7 @@ def test_the_adapter_ends_with_its_window(models, monkeypatch):
     monkeypatch.setattr(models.base.unet, "forward", counted(models.base.unet.forward, calls))
     job = Job(width=64, height=64, steps=4, settings=Settings(guidance_end=0.5, single_stage=True))
     stages = TwoStages(models)
-    stages.upgraded_latents(request_of(models, job, job.settings), None, job.size)
+    stages.upgraded_latents(request_of(models, job, job.settings), None)
     assert len(calls) == 3
 
 
@@ -89,9 +92,9 @@ def counted(forward, calls):
 def test_a_base_without_guidance_leads_guided_sdxl(models):
     job = Job(width=64, height=64, steps=2, settings=Settings(base_cfg_scale=1.0))
     request = request_of(models, job, job.settings)
-    assert len(request.base_prompts.rows) == 2
+    assert request.base["negative_prompt_embeds"] is not None
     stages = TwoStages(models)
-    assert bool(torch.isfinite(stages.upgraded_latents(request, stages.base_latents(request), job.size)).all())
+    assert bool(torch.isfinite(stages.upgraded_latents(request, stages.base_latents(request))).all())
 
 
 def test_timesteps_and_noise_levels_lead_back_and_forth(models):
@@ -153,7 +156,9 @@ def test_images_of_a_batch_start_from_their_own_base_pictures(models):
     job = Job(width=64, height=64, steps=2, batch=2)
     stages, request = TwoStages(models), request_of(models, job, job.settings)
     finished = stages.base_latents(request)
-    together = stages.carried_over(finished, request.noises, job.size)
-    alone = stages.carried_over(finished[1:], request.noises[1:], job.size)
+    together = stages.carried_over(finished, request)
+    alone = stages.carried_over(
+        finished[1:], dataclasses.replace(request, noise=NoisePerImage(request.noise.noises[1:]))
+    )
     torch.testing.assert_close(together[1:], alone)
     assert not torch.allclose(together[0], together[1])

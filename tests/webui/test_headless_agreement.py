@@ -22,16 +22,18 @@ from .conftest import grey_levels_apart
 from .server import WebUIServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("diffusers", reason="needs requirements-headless.txt")
+pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless.grid import save_picture
-from lib_xadapter.headless.jobs import Job, make_pictures, request_of
-from lib_xadapter.headless.loras import Lora, merge_lora
+from lib_xadapter.headless.job import Job
+from lib_xadapter.headless.jobs import make_pictures, request_of
+from lib_xadapter.headless.lora_names import Lora
+from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import TwoStages
-from lib_xadapter.headless.samplers import sampler_named
+from lib_xadapter.headless.sampler_table import sampler_named
 from lib_xadapter.settings import Settings
 
 TOLERANCE = 1e-3
@@ -93,16 +95,16 @@ def plain_models(files) -> Models:
 def headless(models: Models, job: Job) -> Latents:
     stages, request = TwoStages(models), request_of(models, job, job.settings)
     steps = stages.joint_steps_of(request)
-    noise = torch.stack([noise.upgraded for noise in request.noises])
+    noise = request.noise.upgraded()
     if job.settings.single_stage:
         base, start = None, steps.from_noise(noise)
     else:
         base = stages.base_latents(request)
-        start = steps.noised(stages.carried_over(base, request.noises, job.size), noise)
+        start = steps.noised(stages.carried_over(base, request), noise)
     start = steps.scaled(start, steps.timesteps[0])
     # whoever asks twice draws other noise from the generators
     request = request_of(models, job, job.settings)
-    return Latents(base, start, stages.upgraded_latents(request, base, job.size))
+    return Latents(base, start, stages.upgraded_latents(request, base))
 
 
 def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> Latents:

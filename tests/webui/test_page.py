@@ -16,7 +16,7 @@ from lib_xadapter.settings import arguments as arguments_of_the_table
 from .asking import BASE, UPGRADED, with_xadapter
 from .conftest import PLAIN
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright from requirements-webui.txt")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
 ID = "#script_txt2img_xadapter_"
 IMG2IMG = "#script_img2img_xadapter_"

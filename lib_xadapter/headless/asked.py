@@ -1,0 +1,229 @@
+"""What a `generate` command asks for: its files found, its arguments checked, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import WrongArgument, WrongFile
+from ..settings import defaults, read_settings
+from .job import Job, open_picture
+from .lora_names import Lora, LoraTags, read_lora, take_tags
+from .named_files import find_file
+from .options import SETTINGS_ELSEWHERE
+from .sampler_table import sampler_named
+from .words import read_styles, with_style
+
+MOST_CONTROL = 2.0
+JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
+OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
+FIELD = re.compile(r"'([a-z_]+)'")
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is taken where nothing is said."""
+
+    steps: int
+    cfg_scale: float
+
+
+USUAL, RELEASED_USUAL = Usual(20, 7.0), Usual(50, 7.5)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a command line, found but not read."""
+
+    base: Path
+    upgraded: Path
+    adapter: Path | None
+    loras: tuple[Lora, ...]
+    controlnets: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command that can be carried out."""
+
+    files: Files
+    jobs: tuple[Job, ...]
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be."""
+        return sum(job.pictures for job in self.jobs)
+
+
+def read_asked(options: argparse.Namespace) -> Asked:
+    """Raises: XAdapterError: naming the option that is wrong."""
+    check_folder(options.out)
+    prompt, negative_prompt = styled(options)
+    options.negative_prompt = negative_prompt
+    prompts = take_tags(prompt)
+    files = find_files(options, prompts)
+    job = read_job(options, files, prompts)
+    batches = batches_of(options.seed or [0], options.num, options.batch)
+    return Asked(
+        files,
+        tuple(
+            replace(job, prompt=prompt, seed=seed, batch=images)
+            for prompt in read_prompts(options, prompts.prompt)
+            for seed, images in batches
+        ),
+    )
+
+
+def styled(options: argparse.Namespace) -> tuple[str, str]:
+    """Prompt and negative prompt in the styles that are named.
+
+    Raises:
+        WrongArgument: there is no such style.
+    """
+    prompt, negative_prompt = options.prompt, options.negative_prompt
+    if not options.style:
+        return prompt, negative_prompt
+    if options.styles is None:
+        raise WrongArgument("--style is given, but there are no --styles to find it in.")
+    styles = read_styles(options.styles)
+    for name in options.style:
+        if name not in styles:
+            raise WrongArgument(
+                f"--style: there is no '{name}' in {options.styles.name}; there is {', '.join(styles)}."
+            )
+        prompt = with_style(prompt, styles[name].prompt)
+        negative_prompt = with_style(negative_prompt, styles[name].negative_prompt)
+    return prompt, negative_prompt
+
+
+def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
+    """First seed and images of each batch: `num` pictures from each seed on, at most `batch` at once.
+
+    Raises:
+        WrongArgument: `num` is out of range.
+    """
+    count = batch if num is None else num
+    if count < 1:
+        raise WrongArgument(f"--num is {count}, expected a whole number from 1.")
+    return [(seed + done, min(batch, count - done)) for seed in seeds for done in range(0, count, max(batch, 1))]
+
+
+def read_prompts(options: argparse.Namespace, prompt: str) -> list[str]:
+    """The prompt, or those of a file.
+
+    Raises:
+        WrongArgument: the file cannot be read, holds none, or names LoRAs.
+    """
+    path = options.prompt_file
+    if path is None:
+        return [prompt]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise WrongArgument(f"--prompt-file: {path} cannot be read ({error}).") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise WrongArgument(f"--prompt-file: {path.name} holds no prompt.")
+    if tagged := next((line for line in prompts if take_tags(line).loras), None):
+        raise WrongArgument(f"--prompt-file: '{tagged}' names a LoRA; name those of all prompts by --lora.")
+    return prompts
+
+
+def check_folder(folder: Path) -> None:
+    """Whether pictures can be written to a folder, by writing.
+
+    Raises:
+        WrongFile: they cannot.
+    """
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise WrongFile(f"--out is {folder}, which cannot be written to: {error.strerror or error}.") from error
+
+
+def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
+    """All files that the options name.
+
+    Raises:
+        WrongFile: naming the option whose file there is not.
+    """
+    folder = options.models_dir
+    if folder is not None and not folder.is_dir():
+        raise WrongFile(f"--models-dir: there is no folder {folder}.")
+    named = [(*read_lora(text), "--lora") for text in options.lora]
+    named += [(name, weight, "--prompt") for name, weight in prompts.loras]
+    return Files(
+        base=find_file(options.base, "checkpoint", folder, "--base"),
+        upgraded=find_file(options.upgraded, "checkpoint", folder, "--upgraded"),
+        adapter=None
+        if options.adapter.lower() == "none"
+        else find_file(options.adapter, "adapter", folder, "--adapter"),
+        loras=tuple(Lora(find_file(name, "lora", folder, option), weight) for name, weight, option in named),
+        controlnets=tuple(find_file(name, "controlnet", folder, "--controlnet") for name in options.controlnet),
+    )
+
+
+def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Job:
+    """What the options ask for.
+
+    Raises:
+        WrongArgument: naming the option that is out of range.
+    """
+    usual = RELEASED_USUAL if options.reference else USUAL
+    scales = options.control_scale or [[1.0]] * len(files.controlnets)
+    for option, given in (("--control-image", options.control_image), ("--control-scale", scales)):
+        if len(given) != len(files.controlnets):
+            raise WrongArgument(f"{option} is given {len(given)} times, expected once for each --controlnet.")
+    for scale in itertools.chain(*scales):
+        if not 0 <= scale <= MOST_CONTROL:
+            raise WrongArgument(f"--control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
+    own = {name: value for name, value in vars(options).items() if name in OWN_SETTINGS}
+    models = {"base_checkpoint": files.base.stem, "adapter": files.adapter.name if files.adapter else "None"}
+    swept = {"switch_point": options.switch_point[0], "weight": options.weight[0]}
+    with naming_options():
+        settings = read_settings({**own, **models, **swept})
+        return Job(
+            prompt=prompts.prompt,
+            negative_prompt=options.negative_prompt,
+            settings=settings,
+            width=options.width,
+            height=options.height,
+            steps=usual.steps if options.steps is None else options.steps,
+            cfg_scale=usual.cfg_scale if options.cfg is None else options.cfg,
+            sampler=sampler_named(options.sampler).name,
+            seed=(options.seed or [0])[0],
+            batch=options.batch,
+            switch_points=tuple(options.switch_point),
+            weights=tuple(options.weight),
+            control_images=tuple(open_picture(path, "--control-image") for path in options.control_image),
+            control_scales=tuple(map(tuple, scales)),
+            model=files.upgraded.stem,
+            loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
+            control_names=tuple(path.stem for path in files.controlnets),
+            init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
+            mask=open_picture(options.mask, "--mask") if options.mask else None,
+            strength=options.strength,
+            clip_skip=options.clip_skip,
+        )
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Errors speak of fields of a table: let them speak of options."""
+    try:
+        yield
+    except WrongArgument as error:
+        raise WrongArgument(FIELD.sub(_as_option, str(error))) from error
+
+
+def _as_option(found: re.Match[str]) -> str:
+    is_field = found[1] in OWN_SETTINGS or found[1] in JOB_FIELDS
+    return f"--{found[1].replace('_', '-')}" if is_field else found[0]

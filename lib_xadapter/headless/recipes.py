@@ -1,0 +1,133 @@
+"""What a `generate` command can take over from elsewhere: the text in a picture, or a job file with the REST fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import WrongArgument
+from ..infotext import read_infotext
+from ..settings import read_settings
+from .infotexts import PNG_KEY
+from .options import SETTINGS_ELSEWHERE
+
+PAIR = re.compile(r'([^:,]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)')
+NEGATIVE = "Negative prompt: "
+SCRIPT = "X-Adapter"
+
+REST_FIELDS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "cfg_scale": "cfg",
+    "sampler_name": "sampler",
+    "seed": "seed",
+    "batch_size": "batch",
+    "denoising_strength": "strength",
+}
+"""Field of a request to the WebUI → option."""
+
+
+def options_of_png(path: Path) -> dict[str, Any]:
+    """The options that make a picture again, as far as its infotext tells them.
+
+    Raises:
+        WrongArgument: it has no infotext, or one without X-Adapter.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(PNG_KEY)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise WrongArgument(f"--from-png: {path} is no picture that can be read ({error}).") from error
+    if not text:
+        raise WrongArgument(f"--from-png: {path.name} carries no settings.")
+    *prompts, last = text.splitlines()
+    parameters = {key.strip(): _unquoted(value) for key, value in PAIR.findall(last)}
+    settings = read_infotext(parameters)
+    if settings is None:
+        raise WrongArgument(f"--from-png: {path.name} was made without X-Adapter.")
+    if any(key.startswith("ControlNet ") for key in parameters):
+        raise WrongArgument(f"--from-png: {path.name} was made with ControlNets, whose images it does not carry.")
+    negative = next((place for place, line in enumerate(prompts) if line.startswith(NEGATIVE)), len(prompts))
+    width, height = parameters["Size"].split("x")
+    found = {
+        "prompt": "\n".join(prompts[:negative]),
+        "negative_prompt": "\n".join(prompts[negative:]).removeprefix(NEGATIVE),
+        "width": int(width),
+        "height": int(height),
+        "steps": int(parameters["Steps"]),
+        "cfg": float(parameters["CFG scale"]),
+        "sampler": parameters["Sampler"],
+        "seed": [int(parameters["Seed"])],
+        "upgraded": parameters.get("Model"),
+        "clip_skip": int(parameters.get("Clip skip", 1)),
+        **_own(settings),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def options_of_job(path: Path) -> dict[str, Any]:
+    """The options of a job file, JSON or YAML, with the fields of a request to the WebUI's REST interface.
+
+    Raises:
+        WrongArgument: it cannot be read, or holds a field that is not known here.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise WrongArgument(f"--job: {path} cannot be read: {error.strerror}.") from error
+    import yaml
+
+    try:
+        job = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise WrongArgument(f"--job: {path.name} is neither JSON nor YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(job, dict):
+        raise WrongArgument(f"--job: {path.name} holds no object.")
+    found: dict[str, Any] = {}
+    for name, value in job.items():
+        if name == "alwayson_scripts":
+            found |= _own(_script_settings(value, path))
+        elif name == "override_settings" and isinstance(value, dict) and set(value) <= {"sd_model_checkpoint"}:
+            found["upgraded"] = value.get("sd_model_checkpoint")
+        elif name in REST_FIELDS:
+            found[REST_FIELDS[name]] = [value] if name == "seed" else value
+        else:
+            raise WrongArgument(f"--job: {path.name} has the field '{name}', expected {', '.join(REST_FIELDS)}.")
+    return found
+
+
+def _script_settings(scripts: Any, path: Path) -> Mapping[str, Any]:
+    try:
+        (settings,) = scripts[SCRIPT]["args"]
+        (_,) = scripts
+    except (KeyError, TypeError, ValueError):
+        raise WrongArgument(
+            f'--job: {path.name} has \'alwayson_scripts\', expected {{"{SCRIPT}": {{"args": [{{…}}]}}}}.'
+        ) from None
+    read_settings(settings)
+    return settings
+
+
+def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the X-Adapter group."""
+    found = {name: value for name, value in settings.items() if name not in SETTINGS_ELSEWHERE}
+    for name in ("switch_point", "weight"):
+        if name in settings:
+            value = settings[name]
+            found[name] = [tuple(value) if isinstance(value, list) else value]
+    for name, option in (("base_checkpoint", "base"), ("adapter", "adapter")):
+        if settings.get(name):
+            found[option] = settings[name]
+    return found
+
+
+def _unquoted(text: str) -> str:
+    return json.loads(text) if text.startswith('"') else text

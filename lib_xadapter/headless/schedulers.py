@@ -1,0 +1,205 @@
+"""What stands in a pipeline's place of a scheduler for one call, so that its own loop samples as it is asked to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluations import Evaluation
+from ..feature_sources import BaseStep
+from ..rows import Row, batch_rows
+from ..taps import FeatureReader
+from .noise_schedule import NoiseSchedule
+from .samplers import Steps
+from .turns import Turns
+
+
+@contextmanager
+def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """While open, the pipeline samples by this scheduler."""
+    attributes = vars(pipeline)
+    own = attributes["scheduler"]
+    # past the pipeline's own way to set a part, which would write into its config
+    attributes["scheduler"] = scheduler
+    try:
+        yield
+    finally:
+        attributes["scheduler"] = own
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What inpainting keeps of a picture: the rule of diffusers' inpainting pipelines for UNets without a mask channel.
+
+    Attributes:
+        clean: latents of the picture, (images, 4, h, w).
+        noise: that they are noised with.
+        mask: 1 where something new is painted, (images, 1, h, w).
+    """
+
+    clean: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def blended(self, latent: Tensor, steps: Steps, place: int) -> Tensor:
+        """The latent after the step of a place, with the picture where it is kept."""
+        proper = self.clean
+        if place < len(steps.timesteps) - 1:
+            proper = steps.scheduler.add_noise(proper, self.noise, torch.tensor([steps.timesteps[place + 1]]))
+        return (1 - self.mask) * proper + self.mask * latent
+
+
+class GivenSteps:
+    """A scheduler whose steps are chosen, and whose first latent is at their noise level already.
+
+    Args:
+        steps: those taken.
+        dtype: what the UNet takes.
+        precise: keep latents in float32 between the steps, whatever the UNet takes.
+        kept: for inpainting.
+        channels: more channels for the UNet's input, (images, channels, h, w), for inpainting models.
+        each_step: called with the place of the evaluation and the latents behind it.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self,
+        steps: Steps,
+        dtype: torch.dtype,
+        precise: bool = False,
+        kept: Kept | None = None,
+        channels: Tensor | None = None,
+        each_step: Callable[[int, Tensor], None] = lambda place, latent: None,
+    ) -> None:
+        self.timesteps = steps.timesteps
+        self.config = steps.scheduler.config
+        self._steps = steps
+        self._dtype = dtype
+        self._precise = precise
+        self._kept = kept
+        self._channels = channels
+        self._each_step = each_step
+        self.place = 0
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """They are given."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return with_channels(self._steps.scaled(sample, timestep).to(self._dtype), self._channels)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        output = model_output.float() if self._precise else model_output
+        latent = self._steps.step(output, timestep, sample, generator)
+        if self._kept is not None:
+            latent = self._kept.blended(latent, self._steps, self.place)
+        self._each_step(self.place, latent)
+        self.place += 1
+        return (latent,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self._steps.scheduler.add_noise(original_samples, noise, timesteps)
+
+
+Question = tuple[Tensor, Evaluation]
+
+
+class FollowedLevels:
+    """A scheduler of the base in the joint stage: it goes where it is asked to, and answers with what it found there.
+
+    Args:
+        turns: who asks.
+        first: the first question.
+        levels: noise levels of the evaluations, in their order.
+        schedule: the base's noise schedule.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        reader: collects the base's decoder features.
+        config: of the scheduler that stood here.
+        device: of the pipeline.
+        dtype: what the UNet takes.
+        channels: as in `GivenSteps`.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self,
+        turns: Turns[Question, BaseStep],
+        first: Question,
+        levels: Sequence[float],
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        reader: FeatureReader,
+        config: Any,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        channels: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.timesteps = torch.tensor([schedule.timestep_at(sigma) for sigma in levels], dtype=kind, device=device)
+        self._turns = turns
+        self._latent, self._evaluation = first
+        self._prediction_type = prediction_type
+        self._reader = reader
+        self._dtype = dtype
+        self._channels = channels
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the evaluation under way."""
+        return self._evaluation.sigma
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """They are given."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        self._reader.clear()
+        copies = len(sample) // len(self._latent)
+        scaled = (self._latent / math.sqrt(1 + self._evaluation.sigma**2)).repeat(copies, 1, 1, 1)
+        return with_channels(scaled.to(self._dtype), self._channels)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        denoised = denoised_from(model_output.float(), self._latent, self._evaluation.sigma, self._prediction_type)
+        features = self._reader.take()
+        rows = guidance_rows(len(features.levels[0]), len(self._latent))
+        self._latent, self._evaluation = self._turns.answer(BaseStep(features, rows, denoised))
+        return (self._latent,)
+
+
+def with_channels(sample: Tensor, channels: Tensor | None) -> Tensor:
+    """The UNet's input with more channels, the same for all copies of an image."""
+    if channels is None:
+        return sample
+    return torch.cat([sample, channels.to(sample).repeat(len(sample) // len(channels), 1, 1, 1)], dim=1)
+
+
+def denoised_from(output: Tensor, latent: Tensor, sigma: float, prediction_type: str) -> Tensor:
+    """The clean latent that a model's output says, from a latent x₀ + σ·ε."""
+    if prediction_type == "v_prediction":
+        root = math.sqrt(1 + sigma**2)
+        return (latent / root - sigma * output) / root
+    return output if prediction_type == "sample" else latent - sigma * output
+
+
+def guidance_rows(rows: int, images: int) -> tuple[Row, ...]:
+    """The rows of diffusers' batches: the unconds, then a cond for each image, then whatever other guidance adds."""
+    if rows == images:
+        return batch_rows([1] * images, with_uncond=False)
+    conds = [Row(image, cond) for cond in range(rows // images - 1) for image in range(images)]
+    return (*(Row(image, None) for image in range(images)), *conds)
