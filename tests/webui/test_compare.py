@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .asking import HALF, base_alone, made, plain, sdedit, with_xadapter
+from .asking import BASE, HALF, UPGRADED, base_alone, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
-from .plotting import BASE, UPGRADED, calls_of, scripted
+from .plotting import calls_of, scripted
 
 COMPARE = "x-adapter: compare"
 STYLE = "a cat <lora:style15:1>"

@@ -109,7 +109,7 @@ def test_the_bases_picture_is_the_tabs_own(server, start, mask, request_):
         assert grey_levels_apart(base.convert("RGB"), theirs.convert("RGB")) <= 1
     else:
         # Soft inpainting changes the overlay of the finished picture, which is SDXL's to show
-        middle = Image.new("L", HALF.values(), 0)
+        middle = Image.new("L", tuple(HALF.values()), 0)
         ImageDraw.Draw(middle).ellipse((45, 45, 80, 85), fill=255)
         assert apart(base, theirs, middle) <= 1
 

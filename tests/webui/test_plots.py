@@ -7,9 +7,9 @@ import pytest
 from lib_xadapter.infotext import PREFIX as KEYS
 from lib_xadapter.settings import arguments as table
 
-from .asking import made, plain, with_xadapter
+from .asking import BASE, UPGRADED, made, plain, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
-from .plotting import BASE, PREFIX, UPGRADED, axis_labels, calls_of, plot
+from .plotting import PREFIX, axis_labels, calls_of, plot
 
 WEIGHT, SWITCH_POINT, ADAPTER = PREFIX + "Weight", PREFIX + "Switch point", PREFIX + "Adapter"
 LEVELS, ENABLED, PROMPT = PREFIX + "Weight of each level", PREFIX + "Enabled", PREFIX + "SD1.5 prompt"
