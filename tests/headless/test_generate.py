@@ -200,7 +200,7 @@ def test_a_real_interrupt_ends_the_program_without_a_traceback(generate):
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     ) as process:
         said = read_until(process.stderr, "picture 2 of 100")
         process.send_signal(signal.SIGINT)
