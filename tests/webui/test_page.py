@@ -78,6 +78,11 @@ def enable(page, prefix: str = ID) -> None:
     page.wait_for_selector(f"{prefix}switch_point", state="visible")
 
 
+def open_more(page, prefix: str = ID) -> None:
+    page.locator(f"{prefix}more .label-wrap").first.click()
+    page.wait_for_selector(f"{prefix}base_prompt", state="visible")
+
+
 def wait_for_line(page, text: str, line: str = f"{ID}forecast") -> None:
     """Until the server has answered, and the page shows it."""
     page.wait_for_function("([id, text]) => document.querySelector(id).textContent.includes(text)", arg=[line, text])
@@ -114,7 +119,7 @@ def test_open_tick_set_generate_and_read_back(page, tmp_path):
     wait_for_line(page, "SD1.5 (128×128) samples 6 steps from noise. Then SD1.5 (128×128) and SDXL (256×256)")
     fill(page, f"{ID}switch_point", 0.6)
     fill(page, f"{ID}weight", 1.25)
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
     fill(page, f"{ID}base_steps", 5)
     infotext = generate(page)
@@ -240,7 +245,7 @@ class TestTheLine:
         wait_for_line(page, "sample the last 5 of 6 steps together over that picture (switch point 0.8).")
         fill(page, f"{ID}switch_point", 0.5)
         wait_for_line(page, "the last 4 of 6 steps together over that picture (switch point 0.5).")
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         fill(page, f"{ID}base_width", 192)
         wait_for_line(page, "SD1.5 (192×128)")
         page.locator(f"{ID}memory label", has_text="recorded").click()
@@ -262,7 +267,7 @@ class TestTheLine:
         fill(page, "#txt2img_hr_scale", 1.5)
         fill(page, "#txt2img_hires_steps", 4)
         wait_for_line(page, "Hires. fix: SD1.5 (192×192) and SDXL (384×384) sample 4 steps together")
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         tick(page, f"{ID}hires")
         wait_for_line(page, "Hires. fix: SDXL (384×384) samples 4 steps")
 
@@ -299,18 +304,19 @@ def give_picture(page, width: int, height: int, place: str = "#img2img_image") -
 class TestBothTabs:
     def test_each_shows_the_controls_that_are_of_use_in_it(self, page):
         enable(page)
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         assert page.locator(f"{ID}img2img_start").is_hidden()
         assert all(page.locator(f"{ID}{name}").is_visible() for name in ONLY_IN_TXT2IMG)
         open_img2img(page)
         enable(page, IMG2IMG)
-        page.locator(f"{IMG2IMG}more .label-wrap").first.click()
+        open_more(page, IMG2IMG)
         assert page.locator(f"{IMG2IMG}img2img_start").is_visible()
         assert all(page.locator(f"{IMG2IMG}{name}").is_hidden() for name in ONLY_IN_TXT2IMG)
 
     def test_send_to_img2img_carries_it_along(self, page):
         ask_for(page)
         enable(page)
+        open_more(page)
         fill(page, f"{ID}switch_point", 0.6)
         fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
         fill(page, f"{ID}weight_1", 0.5)
@@ -357,7 +363,7 @@ def test_labels_and_tooltips_name_the_bases_family(page):
     page.route("**/xadapter/v1/plan", answer)
     enable(page)
     wait_for_line(page, "SD2 samples.")
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     accordion = page.locator(f"{ID}enabled")
     for label in ("SD2 checkpoint", "SD2 prompt", "SD2 width", "SD2 starts from", "Show the SD2 picture"):
         assert label in accordion.inner_text()
@@ -377,7 +383,7 @@ def test_labels_and_tooltips_name_the_bases_family(page):
 def test_stage_ones_picture_shows_its_own_text(page):
     ask_for(page)
     enable(page)
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     tick(page, f"{ID}return_base_image")
     assert "X-Adapter version" in generate(page)
     page.locator("#txt2img_gallery .thumbnail-item").nth(1).click()
@@ -434,6 +440,7 @@ def test_the_lines_can_be_read_in_both_themes(page, webui, theme):
     enable(page)
     wait_for_line(page, "samples")
     assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5
+    open_more(page)
     fill(page, f"{ID}guidance_start", 1)
     fill(page, f"{ID}guidance_end", 0.5)
     wait_for_line(page, "'guidance_start' is 1")
@@ -457,8 +464,7 @@ class TestUpscaleButton:
         ask_for(page)
         enable(page)
         assert "X-Adapter version" in generate(page)
-        # a click on the header of an open accordion unticks it
-        tick(page, f"{ID}enabled-checkbox")
+        page.locator(f"{ID}enabled-visible-checkbox").click()
         assert BASE in self.upscaled(page, webui)
 
     def test_a_picture_without_it_is_enlarged_without_it(self, page, webui):
