@@ -13,8 +13,8 @@ from PIL import Image
 
 from lib_xadapter.settings import arguments as arguments_of_the_table
 
-from .asking import BASE, UPGRADED, with_xadapter
-from .conftest import PLAIN
+from .asking import BASE, UPGRADED, over, plain, with_xadapter
+from .conftest import PLAIN, grey_levels_apart
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
@@ -342,6 +342,114 @@ class TestBothTabs:
             "base_prompt": "a dog",
         }
         assert value(page, "base_checkpoint", IMG2IMG) == "tiny15.safetensors"
+
+
+def painted(page) -> Image.Image:
+    """What the img2img tab makes."""
+    shown = page.locator("#img2img_gallery img")
+    before = shown.first.get_attribute("src") if shown.count() else ""
+    page.locator("#img2img_generate").click()
+    page.wait_for_function(
+        "before => (document.querySelector('#img2img_gallery img')?.src ?? before) !== before"
+        " || document.querySelector('#html_log_img2img .error') !== null",
+        arg=before,
+        timeout=PATIENCE,
+    )
+    assert page.locator("#html_log_img2img .error").count() == 0
+    address = page.locator("#img2img_gallery img").first.get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")
+
+
+def open_mode(page, name: str) -> None:
+    page.locator("#mode_img2img > .tab-nav button", has_text=re.compile(rf"^\s*{name}\s*$")).click()
+
+
+def draw(page, place: str) -> None:
+    """A stroke across the picture."""
+    box = page.locator(f"{place} canvas").last.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.4)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.6, steps=8)
+    page.mouse.up()
+
+
+def upload(page, place: str, picture: Image.Image) -> None:
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    page.locator(f"{place} input[type=file]").set_input_files(
+        {"name": "given.png", "mimeType": "image/png", "buffer": png.getvalue()}
+    )
+    page.wait_for_selector(f"{place} img, {place} canvas", state="attached")
+
+
+def sketch(page, picture: Image.Image) -> None:
+    open_mode(page, "Sketch")
+    upload(page, "#img2img_sketch", picture)
+    draw(page, "#img2img_sketch")
+
+
+def inpaint(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint")
+    upload(page, "#img2maskimg", picture)
+    draw(page, "#img2maskimg")
+
+
+def inpaint_sketch(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint sketch")
+    upload(page, "#inpaint_sketch", picture)
+    draw(page, "#inpaint_sketch")
+
+
+def inpaint_upload(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint upload")
+    upload(page, "#img_inpaint_base", picture)
+    mask = Image.new("RGB", picture.size)
+    mask.paste("white", (80, 80, 200, 200))
+    upload(page, "#img_inpaint_mask", mask)
+
+
+class TestWaysToGiveAPicture:
+    @pytest.fixture(scope="class")
+    def given(self, webui) -> Image.Image:
+        return plain(webui, seed=70)
+
+    @pytest.mark.parametrize("prepare", [sketch, inpaint, inpaint_sketch, inpaint_upload], ids=lambda way: way.__name__)
+    def test_at_weight_0_each_gives_the_webuis_own_picture_and_the_adapter_changes_it(self, page, given, prepare):
+        open_img2img(page)
+        prepare(page, given)
+        ask_for(page, "img2img")
+        alone = painted(page)
+        enable(page, IMG2IMG)
+        fill(page, f"{IMG2IMG}weight", 0)
+        at_weight_0 = painted(page)
+        fill(page, f"{IMG2IMG}weight", 1)
+        guided = painted(page)
+        assert grey_levels_apart(alone, given) > 1
+        assert grey_levels_apart(at_weight_0, alone) <= 1
+        assert grey_levels_apart(guided, alone) > 1
+
+    @pytest.mark.parametrize("start", ["picture", "base"])
+    def test_each_picture_of_a_folder_is_painted_over(self, page, webui, given, start, tmp_path):
+        pictures = {"one": given, "two": plain(webui, seed=71)}
+        for folder in ("in", "out"):
+            (tmp_path / folder).mkdir()
+        for name, picture in pictures.items():
+            picture.save(tmp_path / "in" / f"{name}.png")
+        open_img2img(page)
+        ask_for(page, "img2img")
+        open_mode(page, "Batch")
+        page.locator("#img2img_batch_source > .tab-nav button", has_text="From directory").click()
+        for place, folder in (("input", "in"), ("output", "out")):
+            fill(page, f"#img2img_batch_{place}_dir", tmp_path / folder)
+        enable(page, IMG2IMG)
+        page.locator(f"{IMG2IMG}img2img_start label", has_text=start).click()
+        painted(page)
+        for name, picture in pictures.items():
+            with Image.open(tmp_path / "out" / f"{name}.png") as saved:
+                assert "X-Adapter version" in saved.info["parameters"]
+                alone = over(webui, picture, {"img2img_start": start}, denoising_strength=0.75).image
+                assert grey_levels_apart(saved.convert("RGB"), alone) <= 1
+        assert webui.state()["hooks"] == []
 
 
 def test_each_tab_has_its_own_saved_defaults(browser, start_webui, tmp_path):
