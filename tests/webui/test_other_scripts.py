@@ -47,7 +47,7 @@ class TestPromptMatrix:
 class TestPromptsFromFile:
     def test_each_line_is_a_picture_with_its_own_settings(self, webui):
         lines = 'a dog\n--prompt "a horse <lora:style15:1>" --seed 5 --steps 4 --width 320\na cat AND a boat'
-        answer = made(scripted(webui, "prompts from file or textbox", [False, False, "start", lines], {}))
+        answer = made(scripted(webui, "prompts from file or textbox", [False, False, "start", lines], {}, prompt=""))
         expected = [
             with_xadapter(webui, prompt="a dog"),
             with_xadapter(webui, prompt="a horse <lora:style15:1>", seed=5, steps=4, width=320),

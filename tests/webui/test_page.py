@@ -365,11 +365,18 @@ def open_mode(page, name: str) -> None:
 
 
 def draw(page, place: str) -> None:
-    """A stroke across the picture."""
+    """A stroke across the picture, which the editor follows from frame to frame."""
+    page.locator(place).get_by_text("Start drawing").wait_for(state="visible")
     box = page.locator(f"{place} canvas").last.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.4)
+
+    def move(across: float) -> None:
+        page.mouse.move(box["x"] + box["width"] * across, box["y"] + box["height"] * across)
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+
+    move(0.3)
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.6, steps=8)
+    for percent in range(30, 71, 2):
+        move(percent / 100)
     page.mouse.up()
 
 
@@ -408,11 +415,13 @@ def inpaint_upload(page, picture: Image.Image) -> None:
     upload(page, "#img_inpaint_mask", mask)
 
 
-class TestWaysToGiveAPicture:
-    @pytest.fixture(scope="class")
-    def given(self, webui) -> Image.Image:
-        return plain(webui, seed=70)
+@pytest.fixture(scope="module")
+def given(webui) -> Image.Image:
+    """A picture to paint over."""
+    return plain(webui, seed=70)
 
+
+class TestWaysToGiveAPicture:
     @pytest.mark.parametrize("prepare", [sketch, inpaint, inpaint_sketch, inpaint_upload], ids=lambda way: way.__name__)
     def test_at_weight_0_each_gives_the_webuis_own_picture_and_the_adapter_changes_it(self, page, given, prepare):
         open_img2img(page)
@@ -445,9 +454,11 @@ class TestWaysToGiveAPicture:
         page.locator(f"{IMG2IMG}img2img_start label", has_text=start).click()
         painted(page)
         for name, picture in pictures.items():
-            with Image.open(tmp_path / "out" / f"{name}.png") as saved:
+            [file] = (tmp_path / "out").glob(f"*-{name}.png")
+            with Image.open(file) as saved:
                 assert "X-Adapter version" in saved.info["parameters"]
-                alone = over(webui, picture, {"img2img_start": start}, denoising_strength=0.75).image
+                usual = {"sampler_name": "DPM++ 2M", "denoising_strength": 0.75}
+                alone = over(webui, picture, {"img2img_start": start}, **usual).image
                 assert grey_levels_apart(saved.convert("RGB"), alone) <= 1
         assert webui.state()["hooks"] == []
 
