@@ -38,6 +38,7 @@ from .pipeline import (
     TwoStages,
     no_progress,
 )
+from .samplers import check_scheduler
 
 ADAPTER_FILE = "x_adapter.safetensors"
 SMALLEST_GUIDANCE = 1 + 2**-52
@@ -432,7 +433,10 @@ class XAdapterPipeline:
             base_side: of an earlier one with the same base, prompts and noise.
         """
         for name in PIPELINES:
-            check_unet(getattr(self, name).unet, name)
+            pipeline = getattr(self, name)
+            check_unet(pipeline.unet, name)
+            if not self._rules.precise:
+                check_scheduler(pipeline.scheduler)
         self._interruption.asked = False
         models, request = self._placed(request)
         with where_they_were(models):

@@ -103,7 +103,8 @@ def to_latents(
 def to_tensor(picture: Image.Image) -> Tensor:
     """(1, 3, height, width) with values 0..1."""
     pixels = numpy.array(picture.convert("RGB"), dtype=numpy.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # strides as diffusers has them: torch chooses its kernels by them
+    return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
 
 
 def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:

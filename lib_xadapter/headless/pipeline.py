@@ -347,13 +347,13 @@ class TwoStages:
 
     # --- pictures given -----------------------------------------------------------------------------------------------
 
-    def _over_picture(self, request: Request, side: Side, steps: Steps, instead: Tensor | None = None) -> Start:
-        """From a given picture; `instead` are clean latents that take its place where it is painted anew."""
+    def _over_picture(
+        self, request: Request, side: Side, steps: Steps, instead: Callable[[], Tensor] | None = None
+    ) -> Start:
+        """From a given picture; `instead` makes clean latents that take its place where a mask is white."""
         with self.placement.holding(side.pipeline.vae):
             given = self._given(request, side)
-        clean = given.clean
-        if instead is not None:
-            clean = instead if given.mask is None else Kept(clean, given.mask).over(instead)
+        clean = given.clean if instead is None else Kept(given.clean, given.mask).over(instead())
         latents = steps.noised(clean, given.noise)
         if given.mask is not None and not self.rules.precise and instead is None and request.painted.strength == 1:
             # diffusers' inpainting pipelines, and they alone, leave nothing of the picture then
@@ -442,12 +442,13 @@ class TwoStages:
         side = self._upgraded_side(request)
         if finished is None and request.painted is None:
             return Start(steps.from_noise(self._here(side.draw())), channels=self._channels(request, side))
-        if request.painted is None:
-            clean = self.carried_over(finished, request)
-            noise = self._here(side.draw()).to(clean)
-            return Start(steps.noised(clean, noise), channels=self._channels(request, side))
-        instead = self.carried_over(finished, request) if request.base_paints_over else None
-        return self._over_picture(request, side, steps, instead)
+        if request.painted is not None and not request.base_paints_over:
+            return self._over_picture(request, side, steps)
+        if request.painted is not None and request.painted.mask is not None:
+            return self._over_picture(request, side, steps, lambda: self.carried_over(finished, request))
+        clean = self.carried_over(finished, request)
+        noise = self._here(side.draw()).to(clean)
+        return Start(steps.noised(clean, noise), channels=self._channels(request, side))
 
     def carried_over(self, finished: Tensor, request: Request) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""

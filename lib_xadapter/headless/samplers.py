@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DoesNotFit
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import NoiseSchedule, trained_alphas
 from .sampler_table import DEFAULT_SAMPLER, RELEASED_SPACING, sampler_named
 
 LARGEST_STRENGTH = 0.999
@@ -98,6 +98,8 @@ def check_scheduler(scheduler: Any) -> None:
         reason = "its noise levels are those of flow matching, which SD1.5 and SDXL were not trained for"
     elif not hasattr(scheduler, "alphas_cumprod"):
         reason = "it has no noise level for each timestep of training, as SD1.5 and SDXL have"
+    elif not torch.allclose(scheduler.alphas_cumprod.cpu().float(), trained_alphas(config), atol=1e-6):
+        reason = "its noise levels are those of other models"
     elif not all(hasattr(scheduler, name) for name in ("add_noise", "init_noise_sigma", "scale_model_input")):
         reason = "it brings no picture to a noise level"
     elif not LATENT_STEP.issuperset(_required(scheduler.step)):

@@ -140,7 +140,7 @@ def inpainting_base(pipe) -> XAdapterPipeline:
 def test_an_inpainting_model_as_base_is_told_of_picture_and_mask(inpainting_base, picture, mask, start):
     told = []
     inpainting_base.base.unet.register_forward_pre_hook(lambda module, given: told.append(given[0][:1, 4:]))
-    given = {"image": picture, "mask_image": mask, "img2img_start": start, "num_inference_steps": 2}
+    given = {"image": picture, "mask_image": mask, "img2img_start": start, "num_inference_steps": 2, "strength": 1.0}
     latents(inpainting_base, **given)
     assert len(told) == (2 if start == "picture" else 3)
     for channels in told:
