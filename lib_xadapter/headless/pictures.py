@@ -123,9 +123,6 @@ def _to_picture(image: Tensor, to_whole: Callable[[Tensor], Tensor]) -> Image.Im
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-GREY = (127, 127, 127)
-
-
 @dataclass(frozen=True)
 class Given:
     """A given picture as a model has it.
@@ -143,6 +140,7 @@ class Given:
     channels: Tensor | None = None
 
 
+@torch.no_grad()
 def masked_channels(
     vae: AutoencoderKL, painted: Painted | None, size: tuple[int, int], images: int, device: torch.device | str
 ) -> Tensor:
@@ -150,16 +148,20 @@ def masked_channels(
 
     Source: `processing.py`, `inpainting_image_conditioning`.
     """
-    if painted is None or painted.mask is None:
-        told = to_latents(vae, [Image.new("RGB", size, GREY)], None, device).repeat(images, 1, 1, 1)
-        return torch.cat([torch.ones_like(told[:, :1]), told], dim=1)
-    masks = [mask.point(lambda level: 255 * (level >= 128)) for mask in painted.masks(size)]
-    pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in painted.pictures(images)]
-    each = [mask for mask in masks for _ in range(images // len(masks))]
-    grey = Image.new("RGB", size, GREY)
-    masked = [Image.composite(grey, picture, mask) for picture, mask in zip(pictures, each, strict=True)]
-    latent_mask = painted.latent_mask(size, images).to(device)
-    return torch.cat([latent_mask, to_latents(vae, masked, None, device)], dim=1)
+    width, height = size
+    pixels = torch.zeros(images, 3, height, width)
+    mask = torch.ones(images, 1, height // LATENT_PIXEL, width // LATENT_PIXEL)
+    if painted is not None and painted.mask is not None:
+        found = [picture.resize(size, Image.Resampling.LANCZOS) for picture in painted.pictures(images)]
+        masks = torch.cat([to_tensor(one)[:, :1] for one in painted.masks(size)])
+        outside = (masks < 0.5).repeat_interleave(images // len(masks), dim=0)
+        pixels = (2 * torch.cat(list(map(to_tensor, found))) - 1) * outside
+        mask = painted.latent_mask(size, images)
+    told = [
+        vae.config.scaling_factor * vae.encode(one[None].to(device, vae.dtype)).latent_dist.mode().float()
+        for one in pixels
+    ]
+    return torch.cat([mask.to(device), torch.cat(told)], dim=1)
 
 
 # --- as diffusers' own image-to-image pipelines do it -----------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_an_inpainting_model_as_base_is_told_of_picture_and_mask(inpainting_base
     latents(inpainting_base, **given)
     assert len(told) == (2 if start == "picture" else 3)
     for channels in told:
-        assert torch.equal(channels, told[0])
+        assert torch.allclose(channels, told[0], atol=1e-4)
         assert channels[0, 0, :, :4].max() == 0
         assert channels[0, 0, :, 4:].min() == 1
     with_base = inpainting_base.base.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
