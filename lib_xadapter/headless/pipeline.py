@@ -62,9 +62,6 @@ NOT_FINITE = (
     "may help."
 )
 
-STEP_SEEDS = (0x2312_2239, 0x2312_2240)
-"""Added for the noise of samplers that add noise: base, upgraded."""
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -113,13 +110,14 @@ class Noise:
     @classmethod
     def seeded(cls, seed: int, base_seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
         """All noise of an image whose models have these seeds; sizes are (height, width) in latent pixels."""
-        base_steps, upgraded_steps = STEP_SEEDS
+        # as in the WebUI, samplers that add noise go on where the first noise came from
+        base_steps, upgraded_steps = _generator(base_seed), _generator(seed)
         return cls(
-            _standard_normal(base_seed, base_size),
-            _standard_normal(seed, upgraded_size),
-            _standard_normal(base_seed + BASE_NOISE_SEED, base_size),
-            _generator(base_seed + base_steps),
-            _generator(seed + upgraded_steps),
+            _standard_normal(base_steps, base_size),
+            _standard_normal(upgraded_steps, upgraded_size),
+            _standard_normal(_generator(base_seed + BASE_NOISE_SEED), base_size),
+            base_steps,
+            upgraded_steps,
             _generator(seed),
             _generator(base_seed),
         )
@@ -129,8 +127,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(4, *size, generator=_generator(seed))
+def _standard_normal(generator: torch.Generator, size: tuple[int, int]) -> Tensor:
+    return torch.randn(4, *size, generator=generator)
 
 
 class NoiseSource(Protocol):

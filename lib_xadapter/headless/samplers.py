@@ -156,10 +156,18 @@ def _webui_ladder(scheduler: Any, steps: int, reached: int | None) -> Steps:
 
 def _unrounded(scheduler: Any) -> Tensor:
     """The timesteps of a scheduler's noise levels, where it rounds those that it gives the model."""
-    if not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+    levels = scheduler.sigmas
+    if isinstance(scheduler, (diffusers.KDPM2DiscreteScheduler, diffusers.KDPM2AncestralDiscreteScheduler)):
+        # every second evaluation is between two levels
+        between = scheduler.sigmas_interpol.to(levels)
+        if isinstance(scheduler, diffusers.KDPM2AncestralDiscreteScheduler):
+            between = between.roll(1)
+        levels = levels.clone()
+        levels[1::2] = between[1::2]
+    elif not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
         return scheduler.timesteps
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
-    timesteps = [schedule.timestep_at(float(sigma)) for sigma in scheduler.sigmas[:-1]]
+    timesteps = [schedule.timestep_at(float(sigma)) for sigma in levels[: len(scheduler.timesteps)]]
     return torch.tensor(timesteps, device=scheduler.timesteps.device)
 
 
@@ -187,6 +195,10 @@ def released_steps(
 
 def _begun(scheduler: Any, timesteps: Tensor, left_out: int) -> Tensor:
     begin = left_out * scheduler.order
+    if isinstance(scheduler, diffusers.LMSDiscreteScheduler):
+        # it takes the steps before its first for a history, which is not there
+        scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[begin:], scheduler.timesteps[begin:]
+        begin, timesteps = 0, timesteps[begin:]
     scheduler.set_begin_index(begin)
     return timesteps[begin:]
 
