@@ -135,7 +135,7 @@ def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> La
 
 
 def where_painted(latents: Latents, job: Job) -> Latents:
-    """Inside the mask alone: some of the WebUI's samplers finish with something else outside, which it then blends out."""
+    """Inside the mask alone: some of the WebUI's samplers finish with something else outside, which is blended out."""
     painted = Painted(job.init_image, job.strength, job.mask)
     inside, of_base = (painted.latent_mask(size, job.batch) for size in (job.size, job.base_size))
     base = None if latents.base is None else latents.base * of_base
