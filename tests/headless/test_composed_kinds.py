@@ -9,6 +9,7 @@ import torch
 from lib_xadapter.errors import DoesNotFit
 from lib_xadapter.headless import XAdapterPipeline
 from lib_xadapter.headless.samplers import check_scheduler
+from lib_xadapter.headless.schedulers import denoised_from
 from tests.headless.test_composed import latents
 
 SMALL = {"width": 64, "height": 64}
@@ -137,6 +138,25 @@ def test_flow_levels_of_a_solver_that_has_both_are_refused(pipe):
     pipe.upgraded.scheduler = diffusers.UniPCMultistepScheduler.from_config(config, use_flow_sigmas=True)
     with pytest.raises(DoesNotFit, match="flow matching"):
         latents(pipe, **SMALL)
+
+
+@pytest.mark.parametrize("part", ["base", "upgraded"])
+def test_v_prediction_and_zero_terminal_snr(pipe, part):
+    pipeline = getattr(pipe, part)
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    led, alone = (latents(pipe, num_inference_steps=3, weight=weight, **SMALL) for weight in (1.0, 0.0))
+    assert bool(torch.isfinite(led).all())
+    assert float((led - alone).norm() / alone.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_prediction_of_each_kind_tells_the_same_clean_latent(kind):
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    sigma = 2.5
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * alpha * clean, "sample": clean}[kind]
+    assert torch.allclose(denoised_from(output, clean + sigma * noise, sigma, kind), clean, atol=1e-5)
 
 
 @pytest.fixture

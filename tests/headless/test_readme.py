@@ -26,7 +26,7 @@ FILES = {
 def example() -> str:
     """The block of code, with few steps."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    return re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", code)
+    return re.sub(r"\"num_inference_steps\": \d+", '"num_inference_steps": 2', code)
 
 
 @pytest.fixture
