@@ -500,7 +500,7 @@ class XAdapterPipeline:
 
     def _size(self, width: int | None, height: int | None, painted: Painted | None) -> tuple[int, int]:
         if painted is not None and (width is None or height is None):
-            wide, tall = painted.pictures(1)[0].size
+            wide, tall = painted.size
             width, height = width or wide // LATENT_PIXEL * LATENT_PIXEL, height or tall // LATENT_PIXEL * LATENT_PIXEL
         usual = self.upgraded.default_sample_size * self.upgraded.vae_scale_factor
         size = width or usual, height or usual
@@ -570,6 +570,9 @@ def check_pipeline(pipeline: Any, name: str) -> None:
             f"'{name}' is a {kind}, expected a text-to-image pipeline of "
             f"{'SD1.5 or SD2' if name == 'base' else 'SDXL'}, such as {PIPELINES[name]}."
         )
+    channels = pipeline.unet.config.in_channels
+    if channels not in TAKEN_CHANNELS:
+        raise DoesNotFit(f"The UNet of '{name}' takes {channels} channels, expected 4, or 9 of an inpainting model.")
     is_sdxl = hasattr(pipeline, "text_encoder_2")
     if is_sdxl != (name == "upgraded"):
         raise DoesNotFit(f"'{name}' is a {kind}, expected a pipeline such as {PIPELINES[name]}.")
@@ -588,6 +591,7 @@ def check_unet(unet: Any, name: str) -> None:
         )
 
 
+TAKEN_CHANNELS = (4, 9)
 PIPELINES = {"base": "StableDiffusionPipeline", "upgraded": "StableDiffusionXLPipeline"}
 
 

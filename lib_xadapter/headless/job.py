@@ -72,9 +72,6 @@ class Job:
         self._check_size("height", self.height)
         if not 1 <= self.cfg_scale <= LARGEST_CFG:
             raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
-        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
-            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
-
         if not 0 < self.strength <= 1:
             raise WrongArgument(f"'strength' is {self.strength:g}, expected a number above 0, up to 1.")
         if self.mask is not None and self.init_image is None:
@@ -85,6 +82,8 @@ class Job:
             raise WrongArgument(
                 f"'base_start' is '{self.settings.base_start}', but over an --init-image the base starts from that."
             )
+        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
+            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
         if self.init_image is not None and self.settings.single_stage:
             raise WrongArgument("--init-image is given, but a single stage starts from noise.")
 

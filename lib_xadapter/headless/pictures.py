@@ -37,6 +37,11 @@ class Painted:
     strength: float
     mask: Any = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, the first where there are several."""
+        return _as_pictures(self.image)[0].size
+
     def pictures(self, images: int) -> list[Image.Image]:
         """In 8 bits, one an image of the batch."""
         return as_pictures(self.image, images)

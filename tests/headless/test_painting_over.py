@@ -14,7 +14,7 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
-from lib_xadapter.errors import WrongArgument
+from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
 from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.models import noise_schedule_of
@@ -121,6 +121,7 @@ def test_a_picture_of_another_size_is_brought_to_the_one_asked_for(pipe, picture
 def test_a_picture_and_a_mask_for_each_image(pipe, picture, mask):
     upside_down = mask.rotate(180)
     given = {"prompt": ["a cat", "a dog"], "image": [picture, picture], "mask_image": [mask, upside_down]}
+    given |= {"width": None, "height": None}
     made = latents(pipe, num_inference_steps=2, generator=[seeded(3), seeded(4)], **given)
     alone = latents(pipe, prompt="a dog", image=picture, mask_image=upside_down, num_inference_steps=2,
                     generator=[seeded(4)])  # fmt: skip
@@ -156,6 +157,13 @@ def test_an_inpainting_model_as_base_without_a_picture_paints_everything(inpaint
     inpainting_base.base.unet.register_forward_pre_hook(lambda module, given: told.append(given[0][:1, 4]))
     latents(inpainting_base, num_inference_steps=2)
     assert all(channel.min() == 1 for channel in told)
+
+
+def test_models_that_are_told_something_else_are_refused(pipe):
+    unet = UNet2DConditionModel.from_config({**pipe.base.unet.config, "in_channels": 8})
+    base = type(pipe.base)(**{**pipe.base.components, "unet": unet}, requires_safety_checker=False)
+    with pytest.raises(DoesNotFit, match="The UNet of 'base' takes 8 channels"):
+        XAdapterPipeline(base, pipe.upgraded, pipe.adapter)
 
 
 @pytest.mark.parametrize(
