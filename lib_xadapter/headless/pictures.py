@@ -46,10 +46,9 @@ class Painted:
         """In 8 bits, one an image of the batch."""
         return as_pictures(self.image, images)
 
-    def masks(self, size: tuple[int, int]) -> list[Image.Image]:
-        """Black and white, of a size (width, height); one for all images, or one each."""
-        found = (picture.convert("L") for picture in _as_pictures(self.mask))
-        return [picture.resize(size, Image.Resampling.LANCZOS) for picture in found]
+    def mask_picture(self) -> Image.Image:
+        """The mask in 8 bits, the first where there are several."""
+        return _as_pictures(self.mask)[0].convert("L")
 
     def latent_mask(self, size: tuple[int, int], images: int) -> Tensor:
         """(images, 1, h, w), 1 where something new is painted; `size` is (width, height) of the picture.
@@ -57,11 +56,12 @@ class Painted:
         By the WebUI's rule: `processing.py`, `StableDiffusionProcessingImg2Img.init`.
         """
         small = (size[0] // LATENT_PIXEL, size[1] // LATENT_PIXEL)
-        masks = [
-            torch.from_numpy(numpy.array(mask.resize(small, Image.Resampling.BICUBIC), dtype=numpy.float32) / 255)
-            for mask in self.masks(size)
-        ]
-        return torch.stack([mask.round() for mask in masks for _ in range(images // len(masks))])[:, None]
+        masks = []
+        for picture in _as_pictures(self.mask):
+            resized = picture.convert("L").resize(size, Image.Resampling.LANCZOS)
+            grey = numpy.array(resized.resize(small, Image.Resampling.BICUBIC), dtype=numpy.float32)
+            masks.append(torch.from_numpy(grey / 255).round())
+        return torch.stack([mask for mask in masks for _ in range(images // len(masks))])[:, None]
 
 
 def as_pictures(given: Any, images: int) -> list[Image.Image]:
@@ -143,30 +143,6 @@ class Given:
     noise: Tensor
     mask: Tensor | None = None
     channels: Tensor | None = None
-
-
-@torch.no_grad()
-def masked_channels(
-    vae: AutoencoderKL, painted: Painted | None, size: tuple[int, int], images: int, device: torch.device | str
-) -> Tensor:
-    """What an inpainting model is told, (images, 5, h, w): mask and masked picture; without a mask all is masked.
-
-    Source: `processing.py`, `inpainting_image_conditioning`.
-    """
-    width, height = size
-    pixels = torch.zeros(images, 3, height, width)
-    mask = torch.ones(images, 1, height // LATENT_PIXEL, width // LATENT_PIXEL)
-    if painted is not None and painted.mask is not None:
-        found = [picture.resize(size, Image.Resampling.LANCZOS) for picture in painted.pictures(images)]
-        masks = torch.cat([to_tensor(one)[:, :1] for one in painted.masks(size)])
-        outside = (masks < 0.5).repeat_interleave(images // len(masks), dim=0)
-        pixels = (2 * torch.cat(list(map(to_tensor, found))) - 1) * outside
-        mask = painted.latent_mask(size, images)
-    told = [
-        vae.config.scaling_factor * vae.encode(one[None].to(device, vae.dtype)).latent_dist.mode().float()
-        for one in pixels
-    ]
-    return torch.cat([mask.to(device), torch.cat(told)], dim=1)
 
 
 # --- as diffusers' own image-to-image pipelines do it -----------------------------------------------------------------

@@ -33,8 +33,9 @@ from ..trajectory import same_level
 from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
 from .base_steps import BaseSteps
-from .inpainting import Kept, KeptByNoise, KeptByPrediction, KeptInSight
+from .inpainting import LATENT_CHANNELS, inpainting_channels
 from .job import LATENT_PIXEL
+from .kept import Kept, KeptByNoise, KeptByPrediction, KeptInSight
 from .models import Models, noise_schedule_of, parts_at_work
 from .pictures import (
     Generators,
@@ -43,7 +44,6 @@ from .pictures import (
     as_pictures,
     encoded,
     given_to_inpaint,
-    masked_channels,
     to_latents,
     to_pictures,
 )
@@ -390,11 +390,8 @@ class TwoStages:
 
     def _channels(self, request: Request, side: Side) -> Tensor | None:
         """What an inpainting model is told beside its latent; None for other models."""
-        if not takes_channels(side):
-            return None
-        vae = side.pipeline.vae
-        with self.placement.holding(vae):
-            return masked_channels(vae, request.painted, side.size, request.images, self._device)
+        with self.placement.holding(side.pipeline.vae):
+            return inpainting_channels(side.pipeline, request.painted, request.images, side.size, self._device)
 
     def _encoded(self, request: Request, side: Side, pictures: Any) -> Tensor:
         """Clean latents of pictures, one an image, at a model's size."""
@@ -577,9 +574,6 @@ class TwoStages:
             pictures = to_pictures(pipeline.vae, latents, self.rules.to_whole)
         pipeline.maybe_free_model_hooks()
         return pictures
-
-
-LATENT_CHANNELS = 4
 
 
 def takes_channels(side: Side) -> bool:

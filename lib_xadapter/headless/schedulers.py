@@ -15,7 +15,7 @@ from ..evaluations import Evaluation
 from ..feature_sources import BaseStep
 from ..rows import Row, batch_rows
 from ..taps import FeatureReader
-from .inpainting import Kept
+from .kept import Kept
 from .noise_schedule import NoiseSchedule
 from .samplers import Steps
 from .turns import Turns

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from lib_xadapter.headless.inpainting import Kept, KeptByNoise, KeptByPrediction, KeptInSight
+from lib_xadapter.headless.kept import Kept, KeptByNoise, KeptByPrediction, KeptInSight
 from lib_xadapter.headless.noise_schedule import NoiseSchedule
 from lib_xadapter.headless.sampler_table import SAMPLERS
 from lib_xadapter.headless.samplers import diffusers_steps, webui_steps
