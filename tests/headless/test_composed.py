@@ -312,7 +312,14 @@ class TestLeavesNothingBehind:
         assert hooks.are_as_before()
         assert torch.equal(latents(pipe), plain)
 
-    def test_after_ctrl_c_while_the_base_works_beside_sdxl(self, pipe, plain):
+    @pytest.fixture
+    def listening(self):
+        """Programs that were started in the background do not hear Ctrl-C."""
+        own = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, own)
+
+    def test_after_ctrl_c_while_the_base_works_beside_sdxl(self, pipe, plain, listening):
         hooks = Hooks(pipe)
 
         def press(*_):
