@@ -349,8 +349,7 @@ class TwoStages:
         self, request: Request, side: Side, steps: Steps, instead: Callable[[], Tensor] | None = None
     ) -> Start:
         """From a given picture; `instead` makes clean latents that take its place where a mask is white."""
-        with self.placement.holding(side.pipeline.vae):
-            given = self._given(request, side)
+        given = self._given(request, side)
         clean = given.clean if instead is None else Kept(given.clean, given.mask).over(instead())
         latents = steps.noised(clean, given.noise)
         if given.mask is not None and not self.rules.precise and instead is None and request.painted.strength == 1:
@@ -361,7 +360,8 @@ class TwoStages:
     def _given(self, request: Request, side: Side) -> Given:
         painted, images = request.painted, request.images
         if not self.rules.precise and painted.mask is not None:
-            return given_to_inpaint(side.pipeline, painted, side.encoding, side.draw, images, side.size)
+            with self.placement.holding(side.pipeline.vae):
+                return given_to_inpaint(side.pipeline, painted, side.encoding, side.draw, images, side.size)
         clean = self._encoded(request, side, painted.image)
         mask = None if painted.mask is None else self._here(painted.latent_mask(side.size, images))
         return Given(clean, self._here(side.draw()).to(clean), mask, self._channels(request, side))
