@@ -99,8 +99,8 @@ def test_t2i_adapters(pipe, plain, picture, count):
     ]
     led = with_base(pipe, StableDiffusionAdapterPipeline, adapter=adapters if count > 1 else adapters[0])
     images = picture if count == 1 else [picture, picture.rotate(90)]
-    check_acts(led, plain, control_image=images)
-    off = {"adapter_conditioning_scale": 0.0 if count == 1 else [0.0, 0.0]}
+    on, off = ({"adapter_conditioning_scale": scale if count == 1 else [scale] * 2} for scale in (1.0, 0.0))
+    check_acts(led, plain, control_image=images, base_arguments=on)
     assert torch.allclose(latents(led, control_image=images, base_arguments=off, **SMALL), plain, atol=1e-4)
 
 
