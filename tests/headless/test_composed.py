@@ -242,6 +242,11 @@ class Hooks:
 
     def __init__(self, pipe: XAdapterPipeline) -> None:
         self._pipe = pipe
+        for pipeline in (pipe.base, pipe.upgraded):
+            for name in ("text_encoder", "text_encoder_2"):
+                if getattr(pipeline, name, None) is not None:
+                    # transformers hooks its own models when they are first called
+                    getattr(pipeline, name)(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
         self.before = self._state()
 
     def _state(self) -> list:
