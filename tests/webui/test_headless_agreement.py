@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,21 @@ def plain_models(files) -> Models:
 
 
 def headless(models: Models, job: Job) -> Latents:
-    stages, request = TwoStages(models), request_of(models, job, job.settings)
+    scales = tuple(scale for (scale,) in job.control_scales)
+    stages, request = TwoStages(models), request_of(models, job, job.settings, scales)
     base = None if job.settings.single_stage else stages.base_latents(request)
     steps = stages.joint_steps_of(request)
     start = steps.scaled(stages.start(request, base, steps).latents, steps.timesteps[0])
     # whoever asks twice draws other noise from the generators
-    request = request_of(models, job, job.settings)
+    request = request_of(models, job, job.settings, scales)
     finished = stages.upgraded_latents(request, base)
     return Latents(base if request.has_stage_one else None, start, finished)
 
 
-def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> Latents:
+def in_the_webui(
+    server: WebUIServer, job: Job, prompt: str | None = None, size: str = "tiny", units: Sequence[dict] = ()
+) -> Latents:
+    """`size` names base and adapter, `units` are those of the ControlNet extension."""
     given = {name: value for name, value in dataclasses.asdict(job.settings).items() if value != default_of(name)}
     over = {} if job.init_image is None else {"denoising_strength": job.strength}
     if job.mask is not None:
@@ -126,7 +131,10 @@ def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> La
             seed=job.seed,
             batch_size=job.batch,
             **over,
-            **arguments(base_checkpoint="tiny15", adapter="tiny", **given),
+            alwayson_scripts={
+                **({"ControlNet": {"args": list(units)}} if units else {}),
+                **arguments(base_checkpoint=f"{size}15", adapter=size, **given)["alwayson_scripts"],
+            },
         )
     made(answer)
     *base, joint = samplings
