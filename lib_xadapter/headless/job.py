@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, SAME_SEED, Settings, half
+from ..settings import CONTROL_IMAGE, NOISE, PICTURE, SAME_SEED, Settings, half
 
 LATENT_PIXEL = 8
 SMALLEST, LARGEST = 64, 4096
@@ -34,7 +34,7 @@ class Job:
         switch_points, weights: values that are tried, each with each.
         control_images: one for each ControlNet.
         control_scales: values that are tried for each ControlNet.
-        init_image: what takes the place of the base's picture; None where the base paints one.
+        init_image: a picture to paint over; None where the base paints one.
         mask: white where the picture is painted anew; None for everywhere.
         strength: of painting over it.
         clip_skip: of SD1.5's text encoder, as in the WebUI; 1 for none.
@@ -72,13 +72,18 @@ class Job:
         self._check_size("height", self.height)
         if not 1 <= self.cfg_scale <= LARGEST_CFG:
             raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
-        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
-            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
-
         if not 0 < self.strength <= 1:
             raise WrongArgument(f"'strength' is {self.strength:g}, expected a number above 0, up to 1.")
         if self.mask is not None and self.init_image is None:
             raise WrongArgument("'mask' is given, but there is no --init-image that it belongs to.")
+        if self.init_image is None and self.settings.img2img_start != PICTURE:
+            raise WrongArgument(f"'img2img_start' is '{self.settings.img2img_start}', but there is no --init-image.")
+        if self.init_image is not None and self.settings.base_start != NOISE:
+            raise WrongArgument(
+                f"'base_start' is '{self.settings.base_start}', but over an --init-image the base starts from that."
+            )
+        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
+            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
         if self.init_image is not None and self.settings.single_stage:
             raise WrongArgument("--init-image is given, but a single stage starts from noise.")
 

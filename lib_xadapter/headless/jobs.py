@@ -70,7 +70,8 @@ def make_pictures(
             request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
             made = pipeline.run(request, side, return_base_images=side is None)
             side, base_images = made.base_side, made.base_images or base_images
-            for image, base_image, seed, text in zip(made.images, base_images, job.seeds, texts, strict=True):
+            images = [_in_its_picture(image, job) for image in made.images]
+            for image, base_image, seed, text in zip(images, base_images, job.seeds, texts, strict=True):
                 yield Picture(image, base_image, settings, scales, seed, text, job.prompt)
 
 
@@ -114,6 +115,14 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         base_told=None if base.is_plain else base,
         upgraded_told=None if upgraded.is_plain else upgraded,
     )
+
+
+def _in_its_picture(image: Image.Image, job: Job) -> Image.Image:
+    """Outside of a mask the given picture itself, whatever its way through the VAE has made of it."""
+    if job.mask is None:
+        return image
+    picture = job.init_image.convert("RGB").resize(job.size, Image.Resampling.LANCZOS)
+    return Image.composite(image, picture, job.mask.convert("L").resize(job.size, Image.Resampling.LANCZOS))
 
 
 def _painted(job: Job) -> Painted | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
-    DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
@@ -22,7 +21,7 @@ from ..mapping_choice import MappingChoice
 from ..memory import Work, fits_together, make_room
 from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import NoiseSchedule, trained_alphas
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,4 @@ def device_of(module: nn.Module) -> torch.device:
 
 def noise_schedule_of(pipeline: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with."""
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    config = {key: value for key, value in pipeline.scheduler.config.items() if key in known}
-    zero_snr = pipeline.scheduler.config.get("rescale_betas_zero_snr", False)
-    return NoiseSchedule(DDIMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod)
+    return NoiseSchedule(trained_alphas(pipeline.scheduler.config))

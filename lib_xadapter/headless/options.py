@@ -15,8 +15,8 @@ from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
 
-SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight", "img2img_start", "hires")
-"""Fields of `Settings` that are options of another kind, or concern tabs of the WebUI that this host has not."""
+SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "weight", "hires")
+"""Fields of `Settings` that are options of another kind, or concern what this host has not."""
 MAPPING_CHOICES = ("auto", "eager", "cuda")
 """Of `mapping_choice`, which imports torch: help must not wait for that."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -157,7 +157,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--styles", type=Path, metavar="FILE", help="a WebUI's styles.csv, for --style")
     picture.add_argument("--style", action="extend", nargs="+", default=[], metavar="NAME", help="one or more of them")
     picture.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, each for its own pictures")
-    picture.add_argument("--init-image", type=Path, metavar="IMAGE", help="painted over instead of a picture of SD1.5")
+    picture.add_argument("--init-image", type=Path, metavar="IMAGE", help="a picture to paint over")
     picture.add_argument("--mask", type=Path, metavar="IMAGE", help="white where --init-image is painted anew")
     picture.add_argument(
         "--strength", type=float, default=0.75, help="of painting over --init-image, 0 to 1; default: %(default)s"
