@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import WrongArgument, WrongFile
 from ..settings import defaults, read_settings
+from .annotator_names import read_annotators
 from .job import Job, open_picture
 from .lora_names import Lora, LoraTags, read_lora, take_tags
 from .named_files import find_file
@@ -46,6 +47,7 @@ class Files:
     adapter: Path | None
     loras: tuple[Lora, ...]
     controlnets: tuple[Path, ...]
+    embeddings: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def read_asked(options: argparse.Namespace) -> Asked:
     check_folder(options.out)
     prompt, negative_prompt = styled(options)
     options.negative_prompt = negative_prompt
-    prompts = take_tags(prompt)
-    files = find_files(options, prompts)
+    prompts, base_prompts = take_tags(prompt, "--prompt"), take_tags(options.base_prompt, "--base-prompt")
+    options.base_prompt = base_prompts.prompt
+    files = find_files(options, prompts, base_prompts)
     job = read_job(options, files, prompts)
     batches = batches_of(options.seed or [0], options.num, options.batch)
     return Asked(
@@ -149,7 +152,7 @@ def check_folder(folder: Path) -> None:
         raise WrongFile(f"--out is {folder}, which cannot be written to: {error.strerror or error}.") from error
 
 
-def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
+def find_files(options: argparse.Namespace, prompts: LoraTags, base_prompts: LoraTags) -> Files:
     """All files that the options name.
 
     Raises:
@@ -158,17 +161,37 @@ def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
     folder = options.models_dir
     if folder is not None and not folder.is_dir():
         raise WrongFile(f"--models-dir: there is no folder {folder}.")
-    named = [(*read_lora(text), "--lora") for text in options.lora]
-    named += [(name, weight, "--prompt") for name, weight in prompts.loras]
+    named = [(read_lora(text), "--lora") for text in options.lora]
+    # what the base's own prompt names, too, goes to the base as it stands there
+    own = {lora.path for lora in base_prompts.loras}
+    named += [(lora, "--prompt") for lora in prompts.loras if lora.path not in own]
+    named += [(replace(lora, models=("base",)), "--base-prompt") for lora in base_prompts.loras]
     return Files(
         base=find_file(options.base, "checkpoint", folder, "--base"),
         upgraded=find_file(options.upgraded, "checkpoint", folder, "--upgraded"),
         adapter=None
         if options.adapter.lower() == "none"
         else find_file(options.adapter, "adapter", folder, "--adapter"),
-        loras=tuple(Lora(find_file(name, "lora", folder, option), weight) for name, weight, option in named),
+        loras=tuple(replace(lora, path=find_file(str(lora.path), "lora", folder, option)) for lora, option in named),
         controlnets=tuple(find_file(name, "controlnet", folder, "--controlnet") for name in options.controlnet),
+        embeddings=embedding_folders(folder, options.embeddings),
     )
+
+
+def embedding_folders(models_folder: Path | None, given: Path | None) -> tuple[Path, ...]:
+    """Where textual inversions are looked for: the WebUI keeps them beside its `models/`.
+
+    Raises:
+        WrongFile: the folder that was given is none.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise WrongFile(f"--embeddings: there is no folder {given}.")
+        return (given,)
+    if models_folder is None:
+        return ()
+    folders = (models_folder / "embeddings", models_folder.absolute().parent / "embeddings")
+    return tuple(folder for folder in folders if folder.is_dir())
 
 
 def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Job:
@@ -204,9 +227,10 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             switch_points=tuple(options.switch_point),
             weights=tuple(options.weight),
             control_images=tuple(open_picture(path, "--control-image") for path in options.control_image),
+            annotators=read_annotators(options.annotate, len(files.controlnets)),
             control_scales=tuple(map(tuple, scales)),
             model=files.upgraded.stem,
-            loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
+            loras=files.loras,
             control_names=tuple(path.stem for path in files.controlnets),
             init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
             mask=open_picture(options.mask, "--mask") if options.mask else None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .. import __version__
 from ..infotext import write_infotext
 from ..settings import Settings
+from .lora_names import Lora
 from .sampler_table import sampler_named
 
 PNG_KEY = "parameters"
@@ -47,13 +48,13 @@ class PictureText:
     size: tuple[int, int]
     model: str
     settings: Settings
-    loras: Sequence[tuple[str, float]] = ()
+    loras: Sequence[Lora] = ()
     controls: Sequence[ControlUnit] = ()
     strength: float | None = None
     clip_skip: int = 1
 
     def written(self) -> str:
-        tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight in self.loras)
+        tags = "".join(f" {lora.tag()}" for lora in self.loras)
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""
         parameters = {
             "Steps": self.steps,

@@ -123,7 +123,7 @@ def _painted(job: Job) -> Painted | None:
 
 
 def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
-    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_images]
+    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_maps or job.control_images]
     if not maps:
         return {}
     if len(maps) == 1:

@@ -35,6 +35,10 @@ class Painted:
         found = _as_pictures(self.image)
         return [picture.convert("RGB") for picture in found for _ in range(images // len(found))]
 
+    def mask_picture(self) -> Image.Image:
+        """The mask in 8 bits."""
+        return _as_pictures(self.mask)[0].convert("L")
+
     def latent_mask(self, size: tuple[int, int]) -> Tensor:
         """(1, 1, h, w), 1 where something new is painted; `size` is (width, height) of the picture."""
         width, height = size

@@ -32,6 +32,7 @@ from ..taps import read_features
 from ..trajectory import same_level
 from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
+from .inpainting import inpainting_channels
 from .job import LATENT_PIXEL
 from .models import Models, noise_schedule_of, parts_at_work
 from .pictures import Painted, encoded, start_of, to_latents, to_pictures
@@ -299,14 +300,16 @@ class TwoStages:
             return to_latents(vae, sized, request.noise.base_encoding, self._device)
 
     def _base_channels(self, request: Request) -> Tensor | None:
-        """What an inpainting model as base is told of the picture: nothing of it is given, all of it is painted."""
+        """What an inpainting model as base is told."""
         base = self.models.base
-        if base.unet.config.in_channels == LATENT_CHANNELS:
-            return None
-        grey = Image.new("RGB", request.base_size, (127, 127, 127))
         with self.placement.holding(base.vae):
-            told = to_latents(base.vae, [grey], None, self._device)
-        return torch.cat([torch.ones_like(told[:, :1]), told], dim=1).repeat(request.images, 1, 1, 1)
+            return inpainting_channels(base, request.painted, request.images, request.base_size, self._device)
+
+    def _upgraded_channels(self, request: Request) -> Tensor | None:
+        """What an inpainting model of SDXL is told."""
+        upgraded = self.models.upgraded
+        with self.placement.holding(upgraded.vae):
+            return inpainting_channels(upgraded, request.painted, request.images, request.size, self._device)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
@@ -339,8 +342,9 @@ class TwoStages:
     @torch.no_grad()
     def start(self, request: Request, finished: Tensor | None, steps: Steps) -> Start:
         """The switch: what the joint stage starts from."""
+        channels = self._upgraded_channels(request)
         if finished is None and request.painted is None:
-            return Start(steps.from_noise(self._here(request.noise.upgraded())))
+            return Start(steps.from_noise(self._here(request.noise.upgraded())), channels=channels)
         if request.painted is not None and not self.rules.precise:
             return self._as_diffusers_starts(request, request.painted, steps)
         if request.painted is not None:
@@ -351,13 +355,17 @@ class TwoStages:
         kept = None
         if request.painted is not None and request.painted.mask is not None:
             kept = Kept(clean, noise, self._here(request.painted.latent_mask(request.size)))
-        return Start(steps.noised(clean, noise), kept)
+        return Start(steps.noised(clean, noise), kept, channels)
 
     def _as_diffusers_starts(self, request: Request, painted: Painted, steps: Steps) -> Start:
         upgraded = self.models.upgraded
         with self.placement.holding(upgraded.vae):
             found = start_of(upgraded, painted, steps, request.noise, request.images, request.size, self._unet_dtype)
-        return Start(found.latents, Kept(*found.kept) if found.kept is not None else None, found.channels)
+        return Start(
+            found.latents,
+            Kept(*found.kept) if found.kept is not None else None,
+            found.channels if found.channels is not None else self._upgraded_channels(request),
+        )
 
     @property
     def _unet_dtype(self) -> torch.dtype:
@@ -500,9 +508,6 @@ class TwoStages:
             pictures = to_pictures(pipeline.vae, latents, self.rules.to_whole)
         pipeline.maybe_free_model_hooks()
         return pictures
-
-
-LATENT_CHANNELS = 4
 
 
 @contextmanager

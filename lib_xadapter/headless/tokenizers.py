@@ -15,8 +15,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
 SHIPPED_TABLES = (("clip", "bpe_simple_vocab_16e6.txt.gz"), ("open_clip", "bpe_simple_vocab_16e6.txt.gz"))
 """Packages that carry CLIP's table of merges (OpenAI CLIP, `simple_tokenizer.py`)."""
-SDXL_SECOND_PADDING = "!"
-"""SDXL's second text encoder fills up with token 0."""
+OPEN_CLIP_PADDING = "!"
+"""SD2's text encoder and SDXL's second fill up with token 0."""
 
 
 def load_tokenizer(folder: Path | None = None, pad_token: str = END) -> CLIPTokenizer:
