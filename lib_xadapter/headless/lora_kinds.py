@@ -101,7 +101,7 @@ def _decomposed(factors: Factors, weight: Tensor, delta: Tensor) -> Tensor:
     else:
         over = list(range(1, weight.ndim))
         magnitude = factors["lora_magnitude_vector"].reshape(-1, *[1] * (weight.ndim - 1))
-    return changed * (magnitude / changed.norm(dim=over, keepdim=True)) - weight
+    return changed * (magnitude / changed.square().sum(dim=over, keepdim=True).sqrt()) - weight
 
 
 # --- one function a kind ----------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _lokr(factors: Factors, weight: Tensor, used_rank: int | None) -> Tensor:
         second = _through_core(factors["lokr_t2"], factors["lokr_w2_a"], factors["lokr_w2_b"])
     else:
         second = factors["lokr_w2_a"] @ factors["lokr_w2_b"]
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
 
 
 def _lokr_rank(factors: Factors) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
@@ -72,7 +74,9 @@ def as_checkpoint(pipeline, model: str) -> dict[str, torch.Tensor]:
 
 
 def changed_by(case: Case, pipelines, before, folder) -> dict[str, torch.Tensor]:
-    assert merge_lora(case.write(folder), pipelines["base"], pipelines["upgraded"]) == case.model
+    # models as narrow as these are not told by their widths
+    lora = replace(case.write(folder), models=(case.model,))
+    assert merge_lora(lora, pipelines["base"], pipelines["upgraded"]) == case.model
     after = as_checkpoint(pipelines[case.model], case.model)
     return {key: value for key, value in after.items() if not torch.equal(value, before[case.model][key])}
 
