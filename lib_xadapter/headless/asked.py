@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 import tempfile
@@ -66,12 +67,11 @@ class Asked:
 def read_asked(options: argparse.Namespace) -> Asked:
     """Raises: XAdapterError: naming the option that is wrong."""
     check_folder(options.out)
-    prompt, negative_prompt = styled(options)
-    options.negative_prompt = negative_prompt
+    prompt, negative_prompt = styled(options, options.prompt)
     prompts, base_prompts = take_tags(prompt, "--prompt"), take_tags(options.base_prompt, "--base-prompt")
     options.base_prompt = base_prompts.prompt
     files = find_files(options, prompts, base_prompts)
-    job = read_job(options, files, prompts)
+    job = replace(read_job(options, files, prompts), negative_prompt=negative_prompt)
     batches = batches_of(options.seed or [0], options.num, options.batch)
     return Asked(
         files,
@@ -83,26 +83,26 @@ def read_asked(options: argparse.Namespace) -> Asked:
     )
 
 
-def styled(options: argparse.Namespace) -> tuple[str, str]:
-    """Prompt and negative prompt in the styles that are named.
+def styled(options: argparse.Namespace, prompt: str) -> tuple[str, str]:
+    """A prompt and the negative prompt in the styles that are named.
 
     Raises:
         WrongArgument: there is no such style.
     """
-    prompt, negative_prompt = options.prompt, options.negative_prompt
     if not options.style:
-        return prompt, negative_prompt
+        return prompt, options.negative_prompt
     if options.styles is None:
         raise WrongArgument("--style is given, but there are no --styles to find it in.")
     styles = read_styles(options.styles)
-    for name in options.style:
-        if name not in styles:
-            raise WrongArgument(
-                f"--style: there is no '{name}' in {options.styles.name}; there is {', '.join(styles)}."
-            )
-        prompt = with_style(prompt, styles[name].prompt)
-        negative_prompt = with_style(negative_prompt, styles[name].negative_prompt)
-    return prompt, negative_prompt
+    if unknown := [name for name in options.style if name not in styles]:
+        raise WrongArgument(
+            f"--style: there is no '{unknown[0]}' in {options.styles.name}; there is {', '.join(styles)}."
+        )
+    named = [styles[name] for name in options.style]
+    return (
+        functools.reduce(with_style, (style.prompt for style in named), prompt),
+        functools.reduce(with_style, (style.negative_prompt for style in named), options.negative_prompt),
+    )
 
 
 def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
@@ -135,7 +135,8 @@ def read_prompts(options: argparse.Namespace, prompt: str) -> list[str]:
         raise WrongArgument(f"--prompt-file: {path.name} holds no prompt.")
     if tagged := next((line for line in prompts if take_tags(line).loras), None):
         raise WrongArgument(f"--prompt-file: '{tagged}' names a LoRA; name those of all prompts by --lora.")
-    return prompts
+    # LoRAs of the styles are merged for all of them
+    return [take_tags(styled(options, line)[0]).prompt for line in prompts]
 
 
 def check_folder(folder: Path) -> None:

@@ -39,7 +39,8 @@ class Lora:
         """As it stands in a prompt of the WebUI."""
         unet = "" if self.unet_weight is None else f":{self.unet_weight:g}"
         rank = "" if self.rank is None else f":dyn={self.rank}"
-        return f"<lora:{self.path.stem}:{self.weight:g}{unet}{rank}>"
+        model = next((f":model={name}" for name, models in MODELS.items() if models == self.models), "")
+        return f"<lora:{self.path.stem}:{self.weight:g}{unet}{rank}{model}>"
 
 
 def read_lora(text: str) -> Lora:

@@ -168,7 +168,7 @@ def test_tags_are_taken_out_of_the_prompt():
 )
 def test_tags_say_what_they_say_in_the_webui(tag, lora):
     assert take_tags(tag).loras == (lora,)
-    assert take_tags(lora.tag()).loras == (replace(lora, models=()),)
+    assert take_tags(lora.tag()).loras == (lora,)
 
 
 @pytest.mark.parametrize(

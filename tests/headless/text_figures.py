@@ -26,7 +26,7 @@ from lib_xadapter.headless.compvis_layout import clip_origin, open_clip_origin, 
 from lib_xadapter.headless.inversions import Inversions
 from lib_xadapter.headless.prompts import encode, encoders_of
 from lib_xadapter.headless.small_models import seeded
-from lib_xadapter.headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer
+from lib_xadapter.headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer, read_shipped_table
 from lib_xadapter.headless.words import prompt_schedule
 from tests.webui.server import Installation
 
@@ -119,6 +119,17 @@ def _sizes(activation: str, layers: int) -> dict[str, Any]:
     }
 
 
+def write_tokenizer(folder: Path) -> None:
+    """As older versions of transformers read it."""
+    vocabulary, merges = read_shipped_table()
+    end = "<|endoftext|>"
+    special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
+
+
 def write_inversions(folder: Path) -> None:
     folder.mkdir()
     generator = torch.Generator().manual_seed(3)
@@ -150,9 +161,7 @@ def told_here(encoders: SmallEncoders, embeddings: Path) -> dict[str, Tensor]:
 def of_the_webui(installation: Installation, encoders: SmallEncoders, folder: Path) -> dict[str, Tensor]:
     """The same by the WebUI's own code."""
     encoders.write(folder)
-    tokenizer = load_tokenizer()
-    (folder / "tokenizer").mkdir()
-    tokenizer.save_pretrained(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     asked = {"clip": _sizes("quick_gelu", 2), "prompts": PROMPTS, "steps": STEPS}
     (folder / "asked.json").write_text(json.dumps(asked))
     command = [installation.python, SCRIPT, installation.folder, folder]
