@@ -127,7 +127,6 @@ def pair(name: str, inner: int = 32, outer: int = 32) -> dict[str, torch.Tensor]
             DoesNotFit,
             "changes a bias, and the model's layer has none",
         ),
-        (pair(BASE_LAYER.replace("lora_unet", "lora_te2")), DoesNotFit, "there is no layer"),
         (
             pair(BASE_LAYER) | pair(BASE_LAYER.replace("attn1", "attn7")),
             DoesNotFit,
