@@ -12,24 +12,31 @@ from ..errors import WrongArgument
 
 @dataclass(frozen=True)
 class Detector:
-    """A class of controlnet_aux, and the files of weights that it reads from a folder."""
+    """A class of controlnet_aux.
+
+    Attributes:
+        kind: its name.
+        module: what sd-webui-controlnet calls the same annotator, for the text under a picture.
+        weights: the files that it reads from a folder.
+    """
 
     kind: str
+    module: str
     weights: tuple[str, ...] = ()
 
 
 ANNOTATORS = {
-    "canny": Detector("CannyDetector"),
-    "lineart_standard": Detector("LineartStandardDetector"),
-    "depth": Detector("MidasDetector", ("dpt_hybrid-midas-501f0c75.pt",)),
-    "hed": Detector("HEDdetector", ("ControlNetHED.pth",)),
-    "lineart": Detector("LineartDetector", ("sk_model.pth", "sk_model2.pth")),
-    "lineart_anime": Detector("LineartAnimeDetector", ("netG.pth",)),
-    "mlsd": Detector("MLSDdetector", ("mlsd_large_512_fp32.pth",)),
-    "normal": Detector("NormalBaeDetector", ("scannet.pt",)),
-    "openpose": Detector("OpenposeDetector", ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth")),
-    "pidi": Detector("PidiNetDetector", ("table5_pidinet.pth",)),
-    "zoe": Detector("ZoeDetector", ("ZoeD_M12_N.pt",)),
+    "canny": Detector("CannyDetector", "canny"),
+    "lineart_standard": Detector("LineartStandardDetector", "lineart_standard"),
+    "depth": Detector("MidasDetector", "depth_midas", ("dpt_hybrid-midas-501f0c75.pt",)),
+    "hed": Detector("HEDdetector", "softedge_hed", ("ControlNetHED.pth",)),
+    "lineart": Detector("LineartDetector", "lineart_realistic", ("sk_model.pth", "sk_model2.pth")),
+    "lineart_anime": Detector("LineartAnimeDetector", "lineart_anime", ("netG.pth",)),
+    "mlsd": Detector("MLSDdetector", "mlsd", ("mlsd_large_512_fp32.pth",)),
+    "normal": Detector("NormalBaeDetector", "normal_bae", ("scannet.pt",)),
+    "openpose": Detector("OpenposeDetector", "openpose", ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth")),
+    "pidi": Detector("PidiNetDetector", "softedge_pidinet", ("table5_pidinet.pth",)),
+    "zoe": Detector("ZoeDetector", "depth_zoe", ("ZoeD_M12_N.pt",)),
 }
 NO_ANNOTATOR = "none"
 
@@ -40,6 +47,11 @@ class Annotator:
 
     name: str
     folder: Path | None = None
+
+    @property
+    def module(self) -> str:
+        """As sd-webui-controlnet calls it."""
+        return ANNOTATORS[self.name].module
 
 
 def read_annotators(given: Sequence[str], nets: int) -> tuple[Annotator | None, ...]:

@@ -21,10 +21,11 @@ class ControlUnit:
 
     name: str
     scale: float
+    module: str = "none"
 
     def written(self) -> str:
         fields = {
-            "Module": "none",
+            "Module": self.module,
             "Model": self.name,
             "Weight": f"{self.scale:g}",
             "Resize Mode": "Just Resize",

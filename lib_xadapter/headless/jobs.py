@@ -141,7 +141,8 @@ def _noises(job: Job) -> list[Noise]:
 
 
 def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> str:
-    units = tuple(ControlUnit(name, scale) for name, scale in zip(job.control_names, scales, strict=True))
+    modules = [annotator.module if annotator else "none" for annotator in job.annotators or [None] * len(scales)]
+    units = tuple(map(ControlUnit, job.control_names, scales, modules))
     return PictureText(
         job.prompt,
         job.negative_prompt,
