@@ -91,8 +91,9 @@ class SmallEncoders:
         if family == "sd2":
             # its last layer is not used
             module = CLIPTextModel(_config("gelu")).eval()
-            state = self.open_clip.state_dict()
-            module.load_state_dict({name: state[name] for name in module.state_dict()})
+            # with and without a prefix, as transformers has it
+            state = {name.removeprefix("text_model."): value for name, value in self.open_clip.state_dict().items()}
+            module.load_state_dict({name: state[name.removeprefix("text_model.")] for name in module.state_dict()})
             return SimpleNamespace(unet=unet, tokenizer=second, text_encoder=module)
         parts = SimpleNamespace(unet=unet, tokenizer=tokenizer, text_encoder=self.clip)
         if family == "sdxl":
