@@ -24,7 +24,7 @@ from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pictures import Painted, to_tensor
-from lib_xadapter.headless.pipeline import TwoStages
+from lib_xadapter.headless.pipeline import DIFFUSERS_RULES, TwoStages
 from lib_xadapter.settings import Settings
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
@@ -234,10 +234,9 @@ def test_a_controlnet_stands_beside_an_inpainting_model(inpainting, upgraded, sm
 def test_a_base_paints_what_diffusers_own_inpainting_pipeline_paints(inpainting, upgraded, small):
     """From words alone, which is a mask of all and a grey picture there."""
     models = Models(inpainting, upgraded)
-    request = request_of(models, replace(JOB, sampler="DDIM", settings=Settings(base_steps=4)), Settings(base_steps=4))
-    ours = TwoStages(models).base_latents(request)
+    request = request_of(models, replace(JOB, steps=4), JOB.settings)
+    ours = TwoStages(models, DIFFUSERS_RULES).base_latents(request)
     theirs = StableDiffusionInpaintPipeline(**inpainting.components, requires_safety_checker=False)
-    theirs.scheduler = type(theirs.scheduler).from_config(theirs.scheduler.config, timestep_spacing="leading")
     theirs.set_progress_bar_config(disable=True)
     given = {name: value for name, value in request.base.items() if name not in ("width", "height")}
     made = theirs(
