@@ -21,6 +21,7 @@ from torch import Tensor
 from lib_xadapter.headless.lora_names import Lora
 from lib_xadapter.headless.small_models import SmallModels, make_small_models
 from tests import lora_formats
+from tests.headless.small_sd2 import saved, sd2_weights
 from tests.lora_formats import Format, Layer, Model, Shapes, file_of, kohya, kohya_text
 from tests.webui.server import Installation
 from tests.webui.small_loras import filled
@@ -31,6 +32,7 @@ SAMPLES = 24
 
 MODELS: Mapping[str, Model] = {
     "base": replace(lora_formats.SD15, channels=(32, 64, 128, 128), context_width=64, text_encoders=((64, 2),)),
+    "sd2": replace(lora_formats.SD21, channels=(32, 64, 128, 128), context_width=64, text_encoders=((64, 2),)),
     "upgraded": replace(
         lora_formats.SDXL, channels=(32, 64, 128), depths=(0, 1, 2), context_width=128, text_encoders=((64, 2),) * 2
     ),
@@ -105,6 +107,8 @@ def cases() -> list[Case]:
         found.append(Case(f"base {name}", "base", {**_unet(make, "base"), **_text(make, "base")}))
         of_text = _text(make, "upgraded") if name in OF_ATTENTION else {}
         found.append(Case(f"upgraded {name}", "upgraded", {**_unet(make, "upgraded"), **of_text}))
+        if name in OF_ATTENTION:
+            found.append(Case(f"sd2 {name}", "sd2", {**_unet(make, "sd2"), **_text(make, "sd2")}))
     both = {**_unet(lora_formats.lora, "base"), **_text(lora_formats.lora, "base")}
     return [
         *found,
@@ -135,7 +139,8 @@ def of_the_webui(
 ) -> dict[str, dict[str, Tensor]]:
     """What the extension changes, by case and by the checkpoint's key."""
     changed: dict[str, dict[str, Tensor]] = {case.name: {} for case in asked}
-    for model, checkpoint in (("base", small.base), ("upgraded", small.upgraded)):
+    sd2 = saved(sd2_weights(small.base), folder / "sd2.safetensors")
+    for model, checkpoint in (("base", small.base), ("sd2", sd2), ("upgraded", small.upgraded)):
         out = folder / f"{model}.out"
         loras = [_told(case.write(folder)) for case in asked if case.model == model]
         command = [installation.python, SCRIPT, installation.folder, checkpoint, out, *loras]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy
 import pytest
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
-from transformers import CLIPTextModelWithProjection
 
 from lib_xadapter import load_adapter
 from lib_xadapter.errors import DoesNotFit, WrongFile
 from lib_xadapter.headless import load_lora, small_models
-from lib_xadapter.headless.compvis_layout import SD2_TEXT_PREFIX, open_clip_origin, write_compvis
 from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.inpainting import inpainting_channels
 from lib_xadapter.headless.job import Job
@@ -26,38 +23,15 @@ from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pictures import Painted, to_tensor
 from lib_xadapter.headless.pipeline import DIFFUSERS_RULES, TwoStages
 from lib_xadapter.settings import Settings
+from tests.headless.small_sd2 import saved, sd2_text_encoder, sd2_unet, sd2_weights
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 LAST_BIAS = "model.diffusion_model.out.2.bias"
 
 
-def sd2_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        block_out_channels=small_models.BASE_CHANNELS,
-        cross_attention_dim=small_models.TEXT_WIDTH,
-        attention_head_dim=(1, 1, 2, 2),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        use_linear_projection=True,
-    )
-
-
-def sd2_text_encoder() -> CLIPTextModelWithProjection:
-    """With the last layer, that is in the file and is not used."""
-    config = small_models.text_config("gelu")
-    config.num_hidden_layers = 3
-    return small_models.seeded(CLIPTextModelWithProjection(config), "sd2.text", gain=1.5)
-
-
 @pytest.fixture(scope="module")
-def sd2_weights(small):
-    base = safetensors.torch.load_file(small.base)
-    text = {key: value for key, value in sd2_text_encoder().state_dict().items() if value.dtype.is_floating_point}
-    return {
-        **{key: value for key, value in base.items() if key.startswith("first_stage_model.")},
-        **small_models.unet_tensors(small_models.seeded(sd2_unet(), "sd2.unet")),
-        **write_compvis(text, SD2_TEXT_PREFIX, open_clip_origin),
-    }
+def of_sd2(small):
+    return sd2_weights(small.base)
 
 
 def with_channels(weights, channels: int):
@@ -66,19 +40,14 @@ def with_channels(weights, channels: int):
     return weights | {FIRST_CONVOLUTION: torch.cat([weights[FIRST_CONVOLUTION], more], dim=1)}
 
 
-def saved(weights, path: Path) -> Path:
-    safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("kinds")
 
 
 @pytest.fixture(scope="module")
-def sd2(small, sd2_weights, folder):
-    return load_base(saved(sd2_weights, folder / "sd2.safetensors"), torch.float32, small.tokenizer)
+def sd2(small, of_sd2, folder):
+    return load_base(saved(of_sd2, folder / "sd2.safetensors"), torch.float32, small.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +83,9 @@ def test_sd2_is_read_whole_but_for_the_last_layer_of_its_text_encoder(sd2):
     torch.testing.assert_close(sd2.text_encoder(tokens).last_hidden_state, norm(hidden))
 
 
-def test_sd2_tells_by_its_answer_what_it_predicts(small, sd2, sd2_weights, folder):
+def test_sd2_tells_by_its_answer_what_it_predicts(small, sd2, of_sd2, folder):
     assert sd2.scheduler.config.prediction_type == "epsilon"
-    by_velocity = sd2_weights | {LAST_BIAS: sd2_weights[LAST_BIAS] - 3}
+    by_velocity = of_sd2 | {LAST_BIAS: of_sd2[LAST_BIAS] - 3}
     path = saved(by_velocity, folder / "velocity.safetensors")
     for dtype in (torch.float32, torch.bfloat16):
         assert load_base(path, dtype, small.tokenizer).scheduler.config.prediction_type == "v_prediction"
@@ -174,6 +143,15 @@ def test_with_a_mask_the_picture_outside_of_it_is_told(inpainting):
     kept = 2 * to_tensor(picture(64)) - 1
     kept[..., :32] = 0
     torch.testing.assert_close(told[:, 1:], latent_of(inpainting.vae, kept))
+
+
+def test_a_folder_of_sd2_is_the_same_model(sd2, tmp_path):
+    sd2.save_pretrained(tmp_path / "folder")
+    again = load_base(tmp_path / "folder", torch.float32)
+    for part in ("unet", "text_encoder"):
+        expected = getattr(sd2, part).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(again, part).state_dict().items())
+    assert again.tokenizer("a cat", padding="max_length")["input_ids"][-1] == 0
 
 
 @pytest.mark.parametrize("which", ["inpainting", "upgraded_inpainting"])

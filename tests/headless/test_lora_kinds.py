@@ -11,6 +11,7 @@ import torch
 from lib_xadapter.headless.compvis_layout import (
     BASE_TEXT_PREFIX,
     FIRST_TEXT_PREFIX,
+    SD2_TEXT_PREFIX,
     SECOND_TEXT_PREFIX,
     clip_origin,
     open_clip_origin,
@@ -20,11 +21,13 @@ from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.small_models import unet_tensors
 from tests.headless.lora_figures import GOLDEN, Case, cases, of_the_webui, sampled
+from tests.headless.small_sd2 import saved, sd2_weights
 from tests.webui.server import Installation
 
 CASES = cases()
 TEXT_ENCODERS = {
     "base": ((BASE_TEXT_PREFIX, "text_encoder", clip_origin),),
+    "sd2": ((SD2_TEXT_PREFIX, "text_encoder", open_clip_origin),),
     "upgraded": (
         (FIRST_TEXT_PREFIX, "text_encoder", clip_origin),
         (SECOND_TEXT_PREFIX, "text_encoder_2", open_clip_origin),
@@ -34,9 +37,11 @@ NEARLY = 1e-5
 
 
 @pytest.fixture(scope="module")
-def loaded(small):
+def loaded(small, tmp_path_factory):
+    sd2 = saved(sd2_weights(small.base), tmp_path_factory.mktemp("sd2") / "sd2.safetensors")
     return {
         "base": load_base(small.base, torch.float32, small.tokenizer),
+        "sd2": load_base(sd2, torch.float32, small.tokenizer),
         "upgraded": load_upgraded(small.upgraded, torch.float32, small.tokenizer),
     }
 
@@ -75,8 +80,10 @@ def as_checkpoint(pipeline, model: str) -> dict[str, torch.Tensor]:
 
 def changed_by(case: Case, pipelines, before, folder) -> dict[str, torch.Tensor]:
     # models as narrow as these are not told by their widths
-    lora = replace(case.write(folder), models=(case.model,))
-    assert merge_lora(lora, pipelines["base"], pipelines["upgraded"]) == case.model
+    model = "upgraded" if case.model == "upgraded" else "base"
+    base = pipelines["sd2" if case.model == "sd2" else "base"]
+    lora = replace(case.write(folder), models=(model,))
+    assert merge_lora(lora, base, pipelines["upgraded"]) == model
     after = as_checkpoint(pipelines[case.model], case.model)
     return {key: value for key, value in after.items() if not torch.equal(value, before[case.model][key])}
 

@@ -108,6 +108,9 @@ def main() -> None:
     weights = load_file(checkpoint)
     layers = layers_of(weights)
     modules = {name: module for name, (_, module) in layers.items()}
+    if any(name.startswith("model_transformer_resblocks_") for name in modules):
+        # by which the extension knows SD2
+        modules["model_transformer_resblocks"] = nn.ModuleList()
     networks = lora_extension(Path(webui), modules, sdxl="1_model_ln_final" in layers)
     found = {}
     for lora in loras:
