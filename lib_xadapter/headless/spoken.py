@@ -98,7 +98,7 @@ def encode_prompt(
         WrongFile: a textual inversion that is named cannot be read.
     """
     if loras := take_tags(prompt).loras:
-        raise WrongArgument(f"prompt: '{loras[0].tag()}' names a LoRA, which is to be merged by load_lora.")
+        raise WrongArgument(f"prompt: the LoRA '{loras[0].path}' is named, which is to be merged by load_lora.")
     inversions = Inversions.below(Path(embeddings)) if embeddings is not None else None
     told = told_to(pipeline, Wanted(prompt, negative_prompt, steps), clip_skip, inversions)
     first, uncond = told.conds[0].at(0), told.uncond.at(0)

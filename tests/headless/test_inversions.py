@@ -197,5 +197,5 @@ def test_a_prompt_that_changes_on_the_way_is_told_step_by_step(base):
 
 
 def test_a_lora_in_the_words_is_refused(base):
-    with pytest.raises(WrongArgument, match=r"'<lora:ink:0.5>' names a LoRA, which is to be merged by load_lora"):
+    with pytest.raises(WrongArgument, match=r"the LoRA 'ink' is named, which is to be merged by load_lora"):
         encode_prompt(base, "a cat <lora:ink:0.5>")
