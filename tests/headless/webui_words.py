@@ -2,7 +2,7 @@
 
     python webui_words.py WEBUI FIGURES
 
-To be run with the WebUI's own Python. FIGURES is JSON like tests/golden/webui_words.json; the same prompts are read anew
+To be run with the WebUI's own Python. FIGURES is JSON like tests/golden/webui_words.json; its prompts are read anew
 and written to the standard output, each with what the parser gives.
 """
 
