@@ -36,7 +36,7 @@ def _map_of(image: Image.Image, annotator: Annotator | None, size: tuple[int, in
     side = max(SMALLEST, min(size))
     known = inspect.signature(detect.__call__).parameters
     sides = {name: side for name in ("detect_resolution", "image_resolution") if name in known}
-    return detect(image.resize(size, Image.Resampling.LANCZOS), **sides).convert("RGB")
+    return detect(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), **sides).convert("RGB")
 
 
 def _detector(annotator: Annotator) -> Any:

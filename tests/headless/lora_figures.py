@@ -143,6 +143,8 @@ def of_the_webui(
     for model, checkpoint in (("base", small.base), ("sd2", sd2), ("upgraded", small.upgraded)):
         out = folder / f"{model}.out"
         loras = [_told(case.write(folder)) for case in asked if case.model == model]
+        if not loras:
+            continue
         command = [installation.python, SCRIPT, installation.folder, checkpoint, out, *loras]
         ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
         if ended.returncode:
