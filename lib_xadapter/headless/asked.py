@@ -25,6 +25,7 @@ from .words import read_styles, with_style
 MOST_CONTROL = 2.0
 JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
 OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
+NO_TAGS = LoraTags("")
 FIELD = re.compile(r"'([a-z_]+)'")
 
 
@@ -153,7 +154,7 @@ def check_folder(folder: Path) -> None:
         raise WrongFile(f"--out is {folder}, which cannot be written to: {error.strerror or error}.") from error
 
 
-def find_files(options: argparse.Namespace, prompts: LoraTags, base_prompts: LoraTags) -> Files:
+def find_files(options: argparse.Namespace, prompts: LoraTags, base_prompts: LoraTags = NO_TAGS) -> Files:
     """All files that the options name.
 
     Raises:
@@ -162,7 +163,7 @@ def find_files(options: argparse.Namespace, prompts: LoraTags, base_prompts: Lor
     folder = options.models_dir
     if folder is not None and not folder.is_dir():
         raise WrongFile(f"--models-dir: there is no folder {folder}.")
-    named = [(read_lora(text), "--lora") for text in options.lora]
+    named = [(Lora(Path(name), weight), "--lora") for name, weight in map(read_lora, options.lora)]
     # what the base's own prompt names, too, goes to the base as it stands there
     own = {lora.path for lora in base_prompts.loras}
     named += [(lora, "--prompt") for lora in prompts.loras if lora.path not in own]
@@ -231,7 +232,7 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             annotators=read_annotators(options.annotate, len(files.controlnets)),
             control_scales=tuple(map(tuple, scales)),
             model=files.upgraded.stem,
-            loras=files.loras,
+            loras=tuple((lora.path.stem, lora.said) for lora in files.loras),
             control_names=tuple(path.stem for path in files.controlnets),
             init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
             mask=open_picture(options.mask, "--mask") if options.mask else None,

@@ -140,7 +140,7 @@ def _row(row: Plugins, models: Models, request: DemoRequest, progress: Progress)
         control_images=(control_map(SIZE // 2),) if row.control else (),
         control_scales=((1.0,),) if row.control else (),
         model="small-sdxl",
-        loras=(Lora(Path("small-style")),) if row.lora else (),
+        loras=(("small-style", 1.0),) if row.lora else (),
         control_names=("small-edges",) if row.control else (),
     )
     began = time.perf_counter()

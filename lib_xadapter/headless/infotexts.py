@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from .. import __version__
 from ..infotext import write_infotext
 from ..settings import Settings
-from .lora_names import Lora
 from .sampler_table import sampler_named
 
 PNG_KEY = "parameters"
@@ -49,13 +48,13 @@ class PictureText:
     size: tuple[int, int]
     model: str
     settings: Settings
-    loras: Sequence[Lora] = ()
+    loras: Sequence[tuple[str, float | str]] = ()
     controls: Sequence[ControlUnit] = ()
     strength: float | None = None
     clip_skip: int = 1
 
     def written(self) -> str:
-        tags = "".join(f" {lora.tag()}" for lora in self.loras)
+        tags = "".join(f" <lora:{name}:{_plain(said)}>" for name, said in self.loras)
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""
         parameters = {
             "Steps": self.steps,
@@ -72,6 +71,10 @@ class PictureText:
         }
         written = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in parameters.items() if value != "")
         return f"{self.prompt}{tags}{negative}\n{written}"
+
+
+def _plain(said: float | str) -> str:
+    return said if isinstance(said, str) else f"{said:g}"
 
 
 def _quoted(text: str) -> str:

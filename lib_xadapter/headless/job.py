@@ -12,7 +12,6 @@ from PIL import Image
 from ..errors import WrongArgument
 from ..settings import CONTROL_IMAGE, SAME_SEED, Settings, half
 from .annotator_names import Annotator
-from .lora_names import Lora
 
 LATENT_PIXEL = 8
 SMALLEST, LARGEST = 64, 4096
@@ -42,7 +41,7 @@ class Job:
         mask: white where the picture is painted anew; None for everywhere.
         strength: of painting over it.
         clip_skip: of SD1.5's text encoder, as in the WebUI; 1 for none.
-        model, loras, control_names: for the text under the pictures.
+        model, loras, control_names: for the text under the pictures; a LoRA's name and what is said behind it.
     """
 
     prompt: str = ""
@@ -66,7 +65,7 @@ class Job:
     strength: float = 0.75
     clip_skip: int = 1
     model: str = ""
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[tuple[str, float | str], ...] = ()
     control_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -35,15 +35,16 @@ class Lora:
     rank: int | None = None
     models: tuple[str, ...] = ()
 
-    def tag(self) -> str:
-        """As it stands in a prompt of the WebUI."""
+    @property
+    def said(self) -> str:
+        """What stands behind its name in a tag."""
         unet = "" if self.unet_weight is None else f":{self.unet_weight:g}"
         rank = "" if self.rank is None else f":dyn={self.rank}"
         model = next((f":model={name}" for name, models in MODELS.items() if models == self.models), "")
-        return f"<lora:{self.path.stem}:{self.weight:g}{unet}{rank}{model}>"
+        return f"{self.weight:g}{unet}{rank}{model}"
 
 
-def read_lora(text: str) -> Lora:
+def read_lora(text: str) -> tuple[str, float]:
     """Name and weight of `name:0.8`; 1 where no weight follows.
 
     Raises:
@@ -52,9 +53,9 @@ def read_lora(text: str) -> Lora:
     name, colon, weight = text.rpartition(":")
     # the colon of C:\\style.safetensors is none of ours
     if not colon or re.match(r"[\\/]", weight):
-        return Lora(Path(text))
+        return text, 1.0
     try:
-        return Lora(Path(name), float(weight))
+        return name, float(weight)
     except ValueError:
         raise WrongArgument(f"--lora: '{text}' is no FILE or FILE:WEIGHT, as '{weight}' is no number.") from None
 

@@ -143,9 +143,9 @@ def test_a_lora_that_does_not_go_in_whole_changes_nothing(tensors, kind, sentenc
 
 
 def test_file_and_weight_are_read_from_one_word():
-    assert read_lora("style.safetensors:0.8") == Lora(Path("style.safetensors"), 0.8)
-    assert read_lora("style") == Lora(Path("style"))
-    assert read_lora(r"C:\loras\style.safetensors") == Lora(Path(r"C:\loras\style.safetensors"))
+    assert read_lora("style.safetensors:0.8") == ("style.safetensors", 0.8)
+    assert read_lora("style") == ("style", 1.0)
+    assert read_lora(r"C:\loras\style.safetensors") == (r"C:\loras\style.safetensors", 1.0)
     with pytest.raises(WrongArgument, match="'strong' is no number"):
         read_lora("style:strong")
 
@@ -167,7 +167,7 @@ def test_tags_are_taken_out_of_the_prompt():
 )
 def test_tags_say_what_they_say_in_the_webui(tag, lora):
     assert take_tags(tag).loras == (lora,)
-    assert take_tags(lora.tag()).loras == (lora,)
+    assert take_tags(f"<lora:ink:{lora.said}>").loras == (lora,)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_text_under_a_headless_picture_makes_it_again_in_the_webui(webui, files,
         switch_points=(0.7,),
         weights=((1.0, 0.5, 1.5),),
         model="tinyxl",
-        loras=(files.lora("style15", 0.8),),
+        loras=(("style15", 0.8),),
     )
     ours = next(make_pictures(files.models(files.lora("style15", 0.8)), job))
     read = png_info(webui, save_picture(tmp_path / "ours.png", ours.image, ours.text))
