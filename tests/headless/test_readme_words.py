@@ -18,8 +18,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 @pytest.fixture
 def example() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (found,) = (block for block in blocks if "encode_prompt(" in block)
+    (found,) = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     return found
 
 
