@@ -30,9 +30,9 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a pipeline that LoRAs change."""
+    """A layer of a pipeline that LoRAs change: linear, convolution or norm."""
 
-    module: nn.Module
+    module: Any
     of_unet: bool
 
 
