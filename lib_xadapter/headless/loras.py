@@ -144,16 +144,19 @@ def _change(name: str, factors: Factors, layer: Layer, lora: Lora) -> Change:
         ) from error
     if change is None:
         raise WrongFile(f"{file_name}: '{name}' has {', '.join(sorted(factors))}, which is no kind that is known.")
-    bias = getattr(layer.module, "bias", None)
-    for what, delta, own in (("weight", change.weight, weight), ("bias", change.bias, bias)):
-        if delta is not None and (own is None or delta.shape != own.shape):
-            found, expected = ("x".join(map(str, shape)) for shape in (delta.shape, () if own is None else own.shape))
-            raise DoesNotFit(
-                f"{file_name}: '{name}' changes a {what} of {found}, the model's is {expected}."
-                if own is not None
-                else f"{file_name}: '{name}' changes a {what}, and the model's layer has none."
-            )
+    where = f"{file_name}: '{name}' changes a"
+    _check_shape(f"{where} weight", change.weight, weight)
+    if change.bias is not None:
+        _check_shape(f"{where} bias", change.bias, layer.module.bias)
     return change
+
+
+def _check_shape(what: str, delta: Tensor, own: Tensor | None) -> None:
+    if own is None:
+        raise DoesNotFit(f"{what}, and the model's layer has none.")
+    if delta.shape != own.shape:
+        found, expected = ("x".join(map(str, tensor.shape)) for tensor in (delta, own))
+        raise DoesNotFit(f"{what} of {found}, the model's is {expected}.")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
