@@ -132,7 +132,7 @@ def _painted(job: Job) -> Painted | None:
 
 
 def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
-    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_images]
+    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_maps or job.control_images]
     if not maps:
         return {}
     if len(maps) == 1:
@@ -150,7 +150,8 @@ def _noises(job: Job) -> list[Noise]:
 
 
 def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> str:
-    units = tuple(ControlUnit(name, scale) for name, scale in zip(job.control_names, scales, strict=True))
+    modules = [annotator.module if annotator else "none" for annotator in job.annotators or [None] * len(scales)]
+    units = tuple(map(ControlUnit, job.control_names, scales, modules))
     return PictureText(
         job.prompt,
         job.negative_prompt,

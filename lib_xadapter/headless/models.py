@@ -21,6 +21,7 @@ from ..mapping_choice import MappingChoice
 from ..memory import Work, fits_together, make_room
 from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
+from .inversions import Inversions
 from .noise_schedule import NoiseSchedule, trained_alphas
 
 
@@ -65,12 +66,14 @@ class Models:
         upgraded: one of SDXL.
         adapter: the mapping layers, None for the SDEdit + SDXL baseline.
         placement: where they run.
+        inversions: that prompts may name.
     """
 
     base: Any
     upgraded: Any
     adapter: MappingLayers | None = None
     placement: Placement = field(default_factory=Placement)
+    inversions: Inversions = field(default_factory=Inversions)
 
     def share_the_device(self, memory: str, work: Work) -> Models:
         """These models, of which base and upgraded one are never on the device together if memory wants it so.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import WrongArgument
 from ..settings import Settings, arguments, checked, defaults, expectation
+from .annotator_names import ANNOTATORS
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
@@ -120,12 +121,21 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
     models.add_argument("--upgraded", metavar="FILE", help="SDXL checkpoint")
-    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 checkpoint")
+    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 or SD2 checkpoint")
     models.add_argument("--adapter", metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
-    models.add_argument("--controlnet", **several, metavar="FILE", help="of SD1.5, one or more, each with")
-    models.add_argument("--control-image", **several, type=Path, metavar="IMAGE", help="its map")
+    models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of the base or SDXL, one or more")
+    models.add_argument("--controlnet", **several, metavar="FILE", help="of the base, one or more, each with")
+    models.add_argument(
+        "--control-image", **several, type=Path, metavar="IMAGE", help="its map, or a picture to --annotate"
+    )
+    models.add_argument(
+        "--annotate",
+        **several,
+        metavar="NAME[:PATH]",
+        help=f"what makes the map of the picture, given once for each: none, {', '.join(ANNOTATORS)}; those with "
+        "weights are given a folder with them",
+    )
     models.add_argument(
         "--control-scale",
         action="append",
@@ -136,6 +146,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="and its strength, given once for each; several values make a grid",
     )
     models.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
+    models.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="DIR",
+        help="textual inversions, which prompts name (default: embeddings in --models-dir or beside it)",
+    )
     models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
 
     picture = parser.add_argument_group("picture")

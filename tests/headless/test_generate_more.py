@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from lib_xadapter.headless.asked import batches_of, styled
+from lib_xadapter.headless.asked import batches_of, read_prompts, styled
 from lib_xadapter.headless.options import read_options
 
 
@@ -70,7 +70,12 @@ def test_styles_are_put_around_the_prompt(generate, tmp_path):
     path = tmp_path / "styles.csv"
     path.write_text('name,prompt,negative_prompt\nink,"ink, {prompt}",grey\n')
     words = generate.words("--styles", str(path), "--style", "ink", prompt="a cat")
-    assert styled(read_options(words)) == ("ink, a cat", "grey")
+    options = read_options(words)
+    assert styled(options, options.prompt) == ("ink, a cat", "grey")
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a dog\n")
+    options.prompt_file = lines
+    assert read_prompts(options, "") == ["ink, a dog"]
 
 
 def test_options_go_before_what_is_taken_over(generate):
