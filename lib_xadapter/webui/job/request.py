@@ -146,7 +146,8 @@ def _obstacle_to_recording(
     width, height = size(request.settings, p) if size else base_size(request.settings, p.width, p.height)
     recorded = request.coupling.window.base_evaluations(evaluations)
     latent_size = height // processing.opt_f, width // processing.opt_f
-    expected = expected_size(request.base.unet, 2 * p.batch_size, latent_size, len(recorded))
+    taps = request.coupling.mapping.adapter.taps
+    expected = expected_size(request.base.unet, 2 * p.batch_size, latent_size, len(recorded), taps)
     missing = expected - free_ram()
     return f"the recording would need {missing / 2**30:.1f} GB more RAM than is free" if missing > 0 else ""
 
