@@ -37,6 +37,8 @@ from .tensor_files import read_metadata
 METADATA = "xadapter."
 """What our keys in a file's metadata begin with."""
 
+NORM_GROUPS = 32
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -89,7 +91,7 @@ class ResNetBlock(nn.Module):
         self.in_conv = nn.Conv2d(inner, outer, kernel, padding=padding) if layout.changes_channels else None
         self.block1 = nn.Conv2d(outer, outer, 3, padding=1)
         self.timestep_proj = TimestepProjection(layout.time_channels, outer) if layout.time_channels else None
-        self.norm1 = nn.GroupNorm(32, outer, eps=1e-6) if layout.has_norm else None
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, outer, eps=1e-6) if layout.has_norm else None
         self.block2 = nn.Conv2d(outer, outer, kernel, padding=padding)
         # the released class feeds the skip convolution what in_conv gave, so its input has the outer width
         self.skep = nn.Conv2d(outer, outer, kernel, padding=padding) if layout.has_skip_convolution else None
@@ -323,6 +325,8 @@ def _level(
     enlarged = 2 * base_stride / upgraded_stride
     if enlarged not in (1, 2):
         raise DoesNotFit(f"Mapping layers make features as large or twice as large, here {enlarged:g} times.")
+    if more["has_norm"] and out_channels % NORM_GROUPS:
+        raise DoesNotFit(f"GroupNorm needs multiples of {NORM_GROUPS} channels, one level has {out_channels}.")
     first = BlockLayout(
         in_channels, out_channels, upsamples=enlarged == 2, changes_channels=in_channels != out_channels, **more
     )

@@ -108,7 +108,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode
         safetensors.torch.save_file(held, beside, dict(metadata))
+        # others may read what is trained, as they may any file that is written here
+        beside.chmod(mode)
         _reach_the_disk(beside)
         os.replace(beside, path)
         _reach_the_disk(path.parent)
