@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Says what has to be said to train a tiny adapter on the CPU; options may be given other values, None leaves out."""
+    """Says what has to be said to train a tiny adapter on the CPU; options can be given other values, or None."""
 
     folder: Path
     data: Path
@@ -52,9 +52,8 @@ class TrainCommand:
     def start(self, *more: str, processes: int = 1, code: str = "", **replaced: object) -> subprocess.Popen:
         """The command in processes of its own; `code` runs in each of them before it."""
         words = self.words(*more, **replaced)
-        driver = (
-            f"import sys; sys.argv[1:] = {words!r}\n{code}\nfrom lib_xadapter.headless.cli import program\nprogram()"
-        )
+        called = "from lib_xadapter.headless.cli import program\nprogram()"
+        driver = f"import sys\nsys.argv[1:] = {words!r}\n{code}\n{called}"
         path = self.out.parent / f"driver-{abs(hash(driver))}.py"
         path.write_text(driver, encoding="utf-8")
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
