@@ -24,7 +24,7 @@ from ..headless.generate import naming
 from ..headless.lora_names import Lora, read_lora
 from ..headless.loras import merge_lora
 from ..headless.model_files import load_base, load_upgraded
-from ..headless.models import Models, Placement
+from ..headless.models import Models, Placement, alphas_cumprod_of
 from ..headless.named_files import find_file
 from ..headless.options import EXIT_WRONG, say
 from ..lora_files import detect_lora_base
@@ -36,6 +36,7 @@ from .encoding import Encoder
 from .engine import Outcome, Training
 from .pictures import PictureOptions, Pictures, open_pictures
 from .recipe import AUTOMATIC, NO_TRACKER, Course, Recipe, check_same, read, written
+from .step import Diffusion
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
         pictures = open_pictures(options.data, filters, options.cache)
     layers = _layers(options, recipe, base.unet, upgraded.unet)
     facts = {
-        "models": {"base": fingerprint_of(base.unet), "upgraded": fingerprint_of(upgraded.unet)},
+        "models": {"base": fingerprint_of(base), "upgraded": fingerprint_of(upgraded)},
         "pictures": pictures.fingerprint,
     }
     if earlier is not None:
@@ -252,10 +253,11 @@ def _metadata(options: argparse.Namespace, recipe: Recipe, base: Any, pictures: 
     return {**Pair(family, "sdxl").metadata(), **{METADATA + name: value for name, value in told.items()}}
 
 
-def fingerprint_of(unet: UNet2DConditionModel) -> str:
-    """What tells a UNet from another: its tensors' names, shapes and first numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        first = tensor.flatten()[:SAMPLED].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first)
+def fingerprint_of(pipeline: Any) -> str:
+    """What tells a model from another: its noise schedule, and its tensors' names, shapes and first numbers."""
+    digest = hashlib.sha256(f"{Diffusion.of(pipeline).predicts} {alphas_cumprod_of(pipeline).tolist()}".encode())
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
+            first = tensor.flatten()[:SAMPLED].float().cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + first)
     return digest.hexdigest()

@@ -103,9 +103,8 @@ def test_another_recipe_does_not_go_on(options, sentence, refused, train):
 def test_other_pictures_and_models_do_not_go_on(refused, train, pictures, tmp_path):
     train(steps=1)
     fewer = shutil.copytree(pictures, tmp_path / "fewer", ignore=shutil.ignore_patterns("000.*"))
-    assert "--data is another than that which the checkpoint was trained with" in refused(
-        "--resume", steps=1, data=fewer
-    )
+    said = refused("--resume", steps=1, data=fewer)
+    assert "--data is another than that which the checkpoint was trained with" in said
     other = save_upgraded(tmp_path / "other", prediction_type="v_prediction")
     assert "--upgraded is another" in refused("--resume", steps=1, upgraded=other)
 
