@@ -42,10 +42,6 @@ STEP, BASE, UPGRADED, LAYERS = "step", "base, forward", "upgraded model, forward
 DECODER, LAYERS_BACKWARD = "upgraded decoder, backward", "mapping layers, backward"
 UPGRADED_BOTH, LAYERS_BOTH = "upgraded model, decoder also backward", "mapping layers, both ways"
 OPTIMIZER = "optimizer"
-    "upgraded model, decoder also backward",
-    "mapping layers, both ways",
-    "optimizer",
-)
 
 
 class Parts:
