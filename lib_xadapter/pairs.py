@@ -34,12 +34,17 @@ class Pair:
         names = [FAMILY_NAMES.get(family, family) for family in (self.base, self.upgraded)]
         return ARROW.join(names) if all(names) else ""
 
+    def told(self, base: str) -> str:
+        """In a sentence, with what is to be remarked; "" where it is not known. `base` as for `remark`."""
+        remark = self.remark(base)
+        return f"{remark[:1].upper()}{remark[1:]}." if remark else f"The adapter is for {self}." if str(self) else ""
+
     def remark(self, base: str) -> str:
-        """What is to be said where a base of another family is selected, "" where it is one of these.
+        """What is to be said where a base of another family is selected, as a clause; "" where it is one of these.
 
         Args:
             base: its family, "" where that is not known.
         """
         if not str(self) or not base or base == self.base:
             return ""
-        return f"The adapter was trained for {self}, the base selected is {FAMILY_NAMES.get(base, base)}."
+        return f"the adapter was trained for {self}, the base selected is {FAMILY_NAMES.get(base, base)}"

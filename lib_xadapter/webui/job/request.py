@@ -108,6 +108,8 @@ def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, argum
     if path is not None:
         mapping = models.mapping(path)
         check_fit(mapping.adapter, base.unet, shared.sd_model.model.diffusion_model)
+        if remark := model_files.adapter_pair(path).remark(base.family):
+            notify(p, remark)
         if couples:
             window = GuidanceWindow.from_settings(settings)
             coupling = Coupling(mapping, settings.weights, window, settings.cond_only)
