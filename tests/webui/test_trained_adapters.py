@@ -15,8 +15,9 @@ from .conftest import PLAIN
 from .test_headless_agreement import JOB, Files, check, headless, in_the_webui, relative_error
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-for needed in ("diffusers", "accelerate", "datasets"):
-    pytest.importorskip(needed, reason="needs the extra 'train'")
+pytest.importorskip("diffusers", reason="needs the extra 'train'")
+pytest.importorskip("accelerate", reason="needs the extra 'train'")
+pytest.importorskip("datasets", reason="needs the extra 'train'")
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless.cli import main
