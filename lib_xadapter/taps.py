@@ -121,7 +121,7 @@ def spade(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
         residual: β and γ, one after the other along the channels.
     """
     shift, scale = residual.chunk(2, dim=1)
-    return feature + weight * (shift + scale * functional.instance_norm(feature))
+    return feature + weight * (shift + scale * functional.layer_norm(feature, feature.shape[-2:]))
 
 
 FUSIONS: Mapping[str, Fusion] = {"addition": addition, "guidance": guidance, "spade": spade}

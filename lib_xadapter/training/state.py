@@ -31,7 +31,9 @@ class TrainedState:
         self.parameters = list(layers.parameters())
         self._clip = recipe.clip
         self._optimizer = _optimizer(self.parameters, recipe)
-        self._schedule = get_scheduler(_schedule_name(recipe), self._optimizer, recipe.warmup, steps)
+        self._schedule = get_scheduler(
+            _schedule_name(recipe), self._optimizer, num_warmup_steps=recipe.warmup, num_training_steps=steps
+        )
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == FLOAT16)
         self._ema = EMAModel(self.parameters, decay=recipe.ema) if recipe.ema else None

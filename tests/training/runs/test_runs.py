@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lib_xadapter.headless.inspection import describe
-from lib_xadapter.mapping import load_adapter, save_adapter
+from lib_xadapter.mapping import BlockLayout, MappingLayers, load_adapter, save_adapter
 from lib_xadapter.training import engine
 from lib_xadapter.training.checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from lib_xadapter.training.engine import Training
+from lib_xadapter.training.recipe import Recipe
+from lib_xadapter.training.state import TrainedState
 from tests.training.tiny_models import save_pictures
 
 
@@ -56,7 +58,7 @@ def ended_by(monkeypatch, number: int, at: int) -> Iterator[None]:
     inner = Training._compute
 
     def computed(training, part, rows, sums):
-        if part.step == at:
+        if part.step == at and 0 in part.rows:
             signal.raise_signal(number)
         inner(training, part, rows, sums)
 
@@ -91,6 +93,22 @@ def test_after_an_interruption_it_goes_on_to_the_bit(train, way, tmp_path, monke
     ours, theirs = (read_checkpoint(Checkpoints(out / "checkpoints", 1).last) for out in (train.out, whole))
     assert ours.facts == theirs.facts
     assert all(same(ours.tensors[group], theirs.tensors[group]) for group in theirs.tensors)
+
+
+def test_the_learning_rate_is_constant_unless_it_is_told_to_warm_up_and_fall():
+    def rates(**options: object) -> list[float]:
+        recipe = Recipe(steps=4, learning_rate=1.0, **options)
+        state = TrainedState(MappingLayers([[BlockLayout(1, 1)]] * 3), recipe, recipe.steps)
+        found = []
+        for _ in range(recipe.steps):
+            found.append(state.learning_rate)
+            state.forget_gradients()
+            state.take_step()
+        return found
+
+    assert rates() == [1, 1, 1, 1]
+    assert rates(warmup=2) == [0, 0.5, 1, 1]
+    assert rates(schedule="linear", warmup=2) == [0, 0.5, 1, 0.5]
 
 
 def test_gradients_in_parts_are_those_of_the_whole(train, tmp_path):
