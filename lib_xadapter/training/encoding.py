@@ -204,7 +204,7 @@ def _cropped(picture: Image.Image, crop: Crop) -> tuple[Image.Image, Image.Image
 
 
 def _size_conditioning(pictures: Pictures, crop: Crop) -> Tensor:
-    width, height = pictures.sizes[crop.example].tolist()
+    width, height = pictures.original_sizes[crop.example].tolist()
     return torch.tensor([height, width, crop.top, crop.left, crop.height, crop.width], dtype=torch.float32)
 
 
