@@ -242,13 +242,10 @@ def _parquet(path: Path) -> Iterator[Sample]:
         with _open_parquet(path) as file:
             column = _picture_column(path, file.schema_arrow)
             others = [name for name in file.schema_arrow.names if name != column and _is_plain(file.schema_arrow, name)]
-            row = 0
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column, *others], use_threads=False):
-                for found in batch.to_pylist():
-                    columns = {name.lower(): found[name] for name in others}
-                    place = Place(str(path), row, column=column)
-                    yield Sample(f"{path.name}, row {row}", place, _data(found[column]), columns)
-                    row += 1
+            for row, found in enumerate(_rows(file, [column, *others])):
+                columns = {name.lower(): found[name] for name in others}
+                place = Place(str(path), row, column=column)
+                yield Sample(f"{path.name}, row {row}", place, _data(found[column]), columns)
     except pyarrow.ArrowException as error:
         raise WrongFile(f"{path} is cut off or is no .parquet: {first_line(error)}") from error
     except OSError as error:
@@ -258,6 +255,13 @@ def _parquet(path: Path) -> Iterator[Sample]:
 def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     # a buffer, else a whole column of a row group is read at once
     return pyarrow.parquet.ParquetFile(path, buffer_size=2**16)
+
+
+def _rows(file: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    # group after group: a reader of several holds on to what it has read
+    for group in range(file.metadata.num_row_groups):
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _picture_column(path: Path, schema: pyarrow.Schema) -> str:
