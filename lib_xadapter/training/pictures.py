@@ -123,6 +123,7 @@ class Pictures(Sequence[Example]):
         skipped: names of those that are not usable, by reason.
         fingerprint: a hash of all bytes and captions that are used, in their order.
         sizes: (pictures, 2), width and height of each in pixels.
+        columns: names, in small letters, of what stands beside any picture.
         original_sizes: the same before it was resized for the data set, where that is known.
     """
 
@@ -131,6 +132,7 @@ class Pictures(Sequence[Example]):
         self._rows = Dataset.from_file(str(folder / PICTURES_FILE))
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         self.fingerprint: str = facts["fingerprint"]
+        self.columns = frozenset(facts["columns"])
         self.sizes: numpy.ndarray = _numbers(self._rows, "width", "height")
         self.original_sizes: numpy.ndarray = _numbers(self._rows, "original_width", "original_height")
         self.skipped: Mapping[str, Sequence[str]] = _skipped(folder)
@@ -179,6 +181,7 @@ def open_pictures(source: str, options: PictureOptions | None = None, cache: Pat
             _write_whole_index(folder, files, options)
     pictures = Pictures(folder, owned)
     _report(source, pictures)
+    _report_columns(source, pictures, options)
     return pictures
 
 
@@ -239,12 +242,14 @@ def _write_whole_index(folder: Path, files: Sequence[Path], options: PictureOpti
 
 def _write_index(folder: Path, files: Sequence[Path], options: PictureOptions) -> None:
     whole = hashlib.sha256()
+    columns: set[str] = set()
     samples = (sample for path in files for sample in samples_of(path))
     with (
         ArrowWriter(path=str(folder / PICTURES_FILE), features=PICTURE_ROW, writer_batch_size=ROWS_AT_ONCE) as usable,
         ArrowWriter(path=str(folder / SKIPPED_FILE), features=SKIPPED_ROW, writer_batch_size=ROWS_AT_ONCE) as skipped,
     ):
         for judged in _in_order(lambda sample: _judge(sample, options), samples):
+            columns.update(judged.sample.columns)
             if judged.reason is not None:
                 skipped.write({"name": judged.sample.name, "reason": judged.reason})
                 continue
@@ -252,7 +257,7 @@ def _write_index(folder: Path, files: Sequence[Path], options: PictureOptions) -
             whole.update(judged.digest + hashlib.sha256(judged.caption.encode()).digest())
         usable.finalize()
         skipped.finalize()
-    facts = {"fingerprint": whole.hexdigest()}
+    facts = {"fingerprint": whole.hexdigest(), "columns": sorted(columns)}
     (folder / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -351,6 +356,16 @@ def _report(source: str, pictures: Pictures) -> None:
     if set(pictures.skipped) == {NO_CAPTION}:
         hint = "; a caption stands in a .txt of the picture's name or in a metadata.jsonl"
     raise WrongFile(f"{source} holds no usable picture: {told}{hint}.")
+
+
+def _report_columns(source: str, pictures: Pictures, options: PictureOptions) -> None:
+    filters = (
+        ("aesthetics", options.minimum_aesthetics, AESTHETICS),
+        ("watermark", options.maximum_watermark, WATERMARK),
+    )
+    for what, limit, names in filters:
+        if limit is not None and not pictures.columns.intersection(names):
+            logger.warning("Nothing in %s is filtered by %s: it has no column %s.", source, what, " or ".join(names))
 
 
 def _named(names: Sequence[str]) -> str:

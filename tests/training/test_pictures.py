@@ -207,6 +207,14 @@ def test_laions_watermark_is_looked_at(tmp_path):
     assert list(pictures.skipped) == ["with a watermark likelier than 0.5"]
 
 
+def test_a_filter_whose_column_is_nowhere_says_so(folder, tmp_path, caplog):
+    for _ in range(2):
+        open_pictures(str(folder), PictureOptions(minimum_aesthetics=5), tmp_path / "cache")
+    told = "is filtered by aesthetics: it has no column aesthetic or aesthetic_score or aesthetics."
+    assert caplog.text.count(told) == 2
+    assert "watermark" not in caplog.text
+
+
 def test_a_caption_can_come_from_a_column_of_ones_own(tmp_path):
     path = shard(tmp_path / "a.tar", range(1), alt="an alternative")
     assert captions(open_pictures(str(path), PictureOptions(caption_column="alt"))) == ["an alternative"]
