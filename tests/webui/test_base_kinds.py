@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .. import lora_formats
-from .asking import HALF, arguments, made, plain, sdedit, with_xadapter
+from .asking import HALF, TITLE, arguments, made, plain, sdedit, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, is_between
 from .server import Installation, WebUIServer, environment
 from .small_loras import TINY15, add_lora
@@ -152,6 +152,25 @@ def test_a_base_that_needs_a_given_picture_is_refused_by_name(server):
 def test_an_inpainting_bases_picture_in_a_batch_is_the_one_made_alone(server, kind):
     alone = ours(server, kind, seed=PLAIN["seed"] + 1).images[1]
     assert grey_levels_apart(ours(server, kind, batch_size=2, do_not_save_grid=True).images[3], alone) <= 1
+
+
+@pytest.mark.parametrize("memory", ["lockstep", "recorded"])
+@pytest.mark.parametrize("keeping", ["Keep on the GPU", "Keep in RAM", "Unload after each job"])
+def test_a_picture_with_another_base_in_the_midst_of_a_job_leaves_it_its_own(server, memory, keeping):
+    outer, inner = {"memory": memory}, {"memory": memory, "base_checkpoint": "tiny21"}
+    server.post("/sdapi/v1/options", {"xadapter_keep_models": keeping})
+    try:
+        expected = [with_xadapter(server, outer, seed=seed, **STEPS).image for seed in (60, 61)]
+        between = with_xadapter(server, inner, seed=123, **STEPS).image
+        scripts = {TITLE: {"args": [outer]}, "Inner": {"args": [inner]}}
+        asked = {**PLAIN, **STEPS, "seed": 60, "n_iter": 2, "do_not_save_grid": True}
+        answer = made(server.txt2img(**asked, alwayson_scripts=scripts))
+    finally:
+        server.post("/sdapi/v1/options", {"xadapter_keep_models": "Keep on the GPU"})
+    first = answer.info["index_of_first_image"]
+    for one, other in zip(answer.images[first:], [*expected, between, between], strict=True):
+        assert grey_levels_apart(one, other) <= 1
+    assert server.state()["hooks"] == []
 
 
 @pytest.fixture

@@ -22,12 +22,20 @@ HIRES = {
     "denoising_strength": 0.6,
     "hr_second_pass_steps": 3,
 }
+ONLY_MASKED = {"inpaint_full_res": True, "inpaint_full_res_padding": 8}
 MEMORY = [{"memory": "lockstep"}, {"memory": "recorded"}]
 
 
 @pytest.fixture(scope="module")
 def webui(controlnet_webui: WebUIServer) -> WebUIServer:
     return controlnet_webui
+
+
+def part_of_picture() -> Image.Image:
+    """A mask of the picture that is painted over."""
+    mask = Image.new("L", picture().size, 0)
+    ImageDraw.Draw(mask).rectangle((100, 40, 170, 100), fill=255)
+    return mask
 
 
 def over(server: WebUIServer, units: list[dict], given: dict | None, **request):
@@ -60,6 +68,31 @@ class TestOverAPicture:
         assert grey_levels_apart(ours.convert("RGB"), theirs.convert("RGB")) <= 1
         assert grey_levels_apart(theirs.convert("RGB"), without.convert("RGB")) > 1
 
+    @pytest.mark.parametrize("module", ["inpaint", "inpaint_only"])
+    @pytest.mark.parametrize("area", [{"inpaint_full_res": False}, ONLY_MASKED], ids=json.dumps)
+    def test_inpainting_units_see_the_tabs_mask_as_in_the_tab(self, webui, module, area):
+        units = [{**WITHOUT_PICTURE, "module": module}]
+        given = {"img2img_start": "base", "weight": 0, "switch_point": 0.5, "return_base_image": True}
+        masked = {"mask": part_of_picture(), "mask_blur": 0, **area}
+        ours = of_the_base(over(webui, units, given, **masked))[0]
+        webui.post("/sdapi/v1/options", {"sd_model_checkpoint": "tiny15"})
+        try:
+            theirs = of_the_base(over(webui, units, None, **masked, **HALF))[0]
+        finally:
+            webui.post("/sdapi/v1/options", {"sd_model_checkpoint": "tinyxl"})
+        assert grey_levels_apart(ours.convert("RGB"), theirs.convert("RGB")) <= 1
+
+    @pytest.mark.parametrize("module", ["inpaint", "inpaint_only"])
+    def test_inpainting_units_act_inside_the_mask_alike_in_both_memory_modes(self, webui, module):
+        before, masked = plain(webui), {"mask": part_of_picture(), "inpaint_full_res": False}
+        units = [{**WITHOUT_PICTURE, "module": module}]
+        beside, recorded = (over(webui, units, memory, **masked).images[0] for memory in MEMORY)
+        assert same_bytes(beside, recorded)
+        without = over(webui, [], {}, **masked).images[0]
+        assert grey_levels_apart(beside, without) > 1
+        assert same_bytes(beside.crop((0, 0, 64, 256)), without.crop((0, 0, 64, 256)))
+        assert same_bytes(plain(webui), before)
+
     @pytest.mark.parametrize("units", [[WITHOUT_PICTURE], [LINES, LINES_XL]], ids=["the base's", "both"])
     def test_they_act_beside_sdxl_alike_in_both_memory_modes(self, webui, units):
         before = plain(webui)
@@ -70,9 +103,7 @@ class TestOverAPicture:
         assert webui.state()["hooks"] == []
 
     def test_only_masked_they_see_the_whole_picture_or_the_part_as_the_extension_has_it(self, webui):
-        mask = Image.new("L", picture().size, 0)
-        ImageDraw.Draw(mask).rectangle((100, 40, 170, 100), fill=255)
-        masked = {"inpaint_full_res": True, "inpaint_full_res_padding": 8, "mask": mask}
+        masked = {**ONLY_MASKED, "mask": part_of_picture()}
         cropped, whole = ({**WITHOUT_PICTURE, "inpaint_crop_input_image": crop} for crop in (True, False))
         one, other = (over(webui, [units], {}, **masked).images[0] for units in (cropped, whole))
         assert grey_levels_apart(one, other) > 1

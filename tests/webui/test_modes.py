@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import pytest
 
-from .asking import arguments, made, with_xadapter
+from .asking import arguments, made, over, plain, with_xadapter
 from .conftest import PLAIN, grey_levels_apart, same_bytes
 from .server import decode_image
 
@@ -66,31 +68,76 @@ def test_adapters_are_found_in_the_folder_of_the_settings(webui, models, tmp_pat
     assert same_bytes(own, with_xadapter(webui, {"adapter": "tiny.safetensors"}).image)
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way of making a picture: what the request says, the models of each of its jobs and their pictures' sizes."""
+
+    request: dict[str, Any]
+    given: dict[str, Any]
+    models: list[set[str]]
+    sizes: list[int]
+    is_over_a_picture: bool = False
+
+
+SIDE = PLAIN["width"] // LATENT_SCALE
+HIRES = {
+    "enable_hr": True,
+    "hr_scale": 2,
+    "hr_upscaler": "Lanczos",
+    "denoising_strength": 0.6,
+    "hr_second_pass_steps": 4,
+}
+WAYS = {
+    "txt2img": Way({}, {}, [{BASE}, {BASE, SDXL}], [SIDE // 2, SIDE]),
+    "hires": Way(HIRES, {}, [{BASE}, {BASE, SDXL}, {BASE, SDXL}], [SIDE // 2, SIDE, 2 * SIDE]),
+    "hires recorded": Way(
+        HIRES,
+        {"memory": "recorded"},
+        [{BASE}, {BASE}, {SDXL}, {BASE}, {SDXL}],
+        # the picture before stays while the base is recorded
+        [SIDE // 2, SIDE // 2, SIDE, SIDE, 2 * SIDE],
+    ),
+    "img2img": Way({}, {}, [{BASE, SDXL}], [SIDE], is_over_a_picture=True),
+    "img2img from the base's": Way(
+        {}, {"img2img_start": "base"}, [{BASE}, {BASE, SDXL}], [SIDE // 2, SIDE], is_over_a_picture=True
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request):
+    return WAYS[request.param]
+
+
+@pytest.fixture(scope="module")
+def calls(webui, way):
+    """The calls of the UNets for two pictures, and what the progress route said at each."""
+    webui.post("/sdapi/v1/options", {"show_progress_every_n_steps": 1})
+    start = plain(webui)
+    with webui.recorded(progress=True) as calls:
+        if way.is_over_a_picture:
+            over(webui, start, way.given, n_iter=2, **way.request)
+        else:
+            with_xadapter(webui, way.given, n_iter=2, **way.request)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def jobs(calls):
+    """The calls of each job, as the route counts them."""
+    return [list(job) for _, job in groupby(calls, key=lambda call: call["said"]["state"]["job_no"])]
+
+
 class TestProgress:
-    @pytest.fixture(scope="class")
-    def calls(self, webui):
-        """The calls of the UNets for two pictures, and what the progress route said at each."""
-        webui.post("/sdapi/v1/options", {"show_progress_every_n_steps": 1})
-        with webui.recorded(progress=True) as calls:
-            with_xadapter(webui, n_iter=2)
-        return calls
-
-    @pytest.fixture(scope="class")
-    def jobs(self, calls):
-        """The calls of each job, as the route counts them."""
-        return [list(job) for _, job in groupby(calls, key=lambda call: call["said"]["state"]["job_no"])]
-
-    def test_each_stage_counts_as_a_job(self, calls, jobs):
-        assert {call["said"]["state"]["job_count"] for call in calls} == {4}
-        assert [{call["model"] for call in job} for job in jobs] == [{BASE}, {BASE, SDXL}] * 2
+    def test_each_stage_counts_as_a_job(self, way, calls, jobs):
+        assert {call["said"]["state"]["job_count"] for call in calls} == {2 * len(way.models)}
+        assert [{call["model"] for call in job} for job in jobs] == way.models * 2
 
     def test_progress_never_goes_back(self, calls):
         said = [call["said"]["progress"] for call in calls]
         assert said == sorted(said)
-        assert 0 < said[0] < 0.25 < 0.75 < said[-1] < 1
+        assert 0 <= said[0] < 0.25 < 0.75 < said[-1] < 1
 
-    def test_each_stage_shows_its_own_picture(self, jobs):
+    def test_each_stage_shows_its_own_picture(self, way, jobs):
         sizes = [decode_image(job[-1]["said"]["current_image"]).size for job in jobs]
-        upgraded = (PLAIN["width"] // LATENT_SCALE, PLAIN["height"] // LATENT_SCALE)
-        base = (upgraded[0] // 2, upgraded[1] // 2)
-        assert sizes == [base, upgraded] * 2
+        assert sizes == [(side, side) for side in way.sizes] * 2

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lib_xadapter.settings import arguments as arguments_of_the_table
 
-from .asking import BASE, UPGRADED, with_xadapter
-from .conftest import PLAIN
+from .asking import BASE, UPGRADED, over, plain, with_xadapter
+from .conftest import PLAIN, grey_levels_apart
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
@@ -78,6 +78,11 @@ def enable(page, prefix: str = ID) -> None:
     page.wait_for_selector(f"{prefix}switch_point", state="visible")
 
 
+def open_more(page, prefix: str = ID) -> None:
+    page.locator(f"{prefix}more .label-wrap").first.click()
+    page.wait_for_selector(f"{prefix}base_prompt", state="visible")
+
+
 def wait_for_line(page, text: str, line: str = f"{ID}forecast") -> None:
     """Until the server has answered, and the page shows it."""
     page.wait_for_function("([id, text]) => document.querySelector(id).textContent.includes(text)", arg=[line, text])
@@ -114,7 +119,7 @@ def test_open_tick_set_generate_and_read_back(page, tmp_path):
     wait_for_line(page, "SD1.5 (128×128) samples 6 steps from noise. Then SD1.5 (128×128) and SDXL (256×256)")
     fill(page, f"{ID}switch_point", 0.6)
     fill(page, f"{ID}weight", 1.25)
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
     fill(page, f"{ID}base_steps", 5)
     infotext = generate(page)
@@ -240,7 +245,7 @@ class TestTheLine:
         wait_for_line(page, "sample the last 5 of 6 steps together over that picture (switch point 0.8).")
         fill(page, f"{ID}switch_point", 0.5)
         wait_for_line(page, "the last 4 of 6 steps together over that picture (switch point 0.5).")
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         fill(page, f"{ID}base_width", 192)
         wait_for_line(page, "SD1.5 (192×128)")
         page.locator(f"{ID}memory label", has_text="recorded").click()
@@ -262,7 +267,7 @@ class TestTheLine:
         fill(page, "#txt2img_hr_scale", 1.5)
         fill(page, "#txt2img_hires_steps", 4)
         wait_for_line(page, "Hires. fix: SD1.5 (192×192) and SDXL (384×384) sample 4 steps together")
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         tick(page, f"{ID}hires")
         wait_for_line(page, "Hires. fix: SDXL (384×384) samples 4 steps")
 
@@ -299,18 +304,19 @@ def give_picture(page, width: int, height: int, place: str = "#img2img_image") -
 class TestBothTabs:
     def test_each_shows_the_controls_that_are_of_use_in_it(self, page):
         enable(page)
-        page.locator(f"{ID}more .label-wrap").first.click()
+        open_more(page)
         assert page.locator(f"{ID}img2img_start").is_hidden()
         assert all(page.locator(f"{ID}{name}").is_visible() for name in ONLY_IN_TXT2IMG)
         open_img2img(page)
         enable(page, IMG2IMG)
-        page.locator(f"{IMG2IMG}more .label-wrap").first.click()
+        open_more(page, IMG2IMG)
         assert page.locator(f"{IMG2IMG}img2img_start").is_visible()
         assert all(page.locator(f"{IMG2IMG}{name}").is_hidden() for name in ONLY_IN_TXT2IMG)
 
     def test_send_to_img2img_carries_it_along(self, page):
         ask_for(page)
         enable(page)
+        open_more(page)
         fill(page, f"{ID}switch_point", 0.6)
         fill(page, f"{ID}base_prompt", "a dog, (soft:1.2)")
         fill(page, f"{ID}weight_1", 0.5)
@@ -338,6 +344,125 @@ class TestBothTabs:
         assert value(page, "base_checkpoint", IMG2IMG) == "tiny15.safetensors"
 
 
+def painted(page) -> Image.Image:
+    """What the img2img tab makes."""
+    shown = page.locator("#img2img_gallery img")
+    before = shown.first.get_attribute("src") if shown.count() else ""
+    page.locator("#img2img_generate").click()
+    page.wait_for_function(
+        "before => (document.querySelector('#img2img_gallery img')?.src ?? before) !== before"
+        " || document.querySelector('#html_log_img2img .error') !== null",
+        arg=before,
+        timeout=PATIENCE,
+    )
+    assert page.locator("#html_log_img2img .error").count() == 0
+    address = page.locator("#img2img_gallery img").first.get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")
+
+
+def open_mode(page, name: str) -> None:
+    page.locator("#mode_img2img > .tab-nav button", has_text=re.compile(rf"^\s*{name}\s*$")).click()
+
+
+def draw(page, place: str) -> None:
+    """A stroke across the picture, which the editor follows from frame to frame."""
+    page.locator(place).get_by_text("Start drawing").wait_for(state="visible")
+    box = page.locator(f"{place} canvas").last.bounding_box()
+
+    def move(across: float) -> None:
+        page.mouse.move(box["x"] + box["width"] * across, box["y"] + box["height"] * across)
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+
+    move(0.3)
+    page.mouse.down()
+    for percent in range(30, 71, 2):
+        move(percent / 100)
+    page.mouse.up()
+
+
+def upload(page, place: str, picture: Image.Image) -> None:
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    page.locator(f"{place} input[type=file]").set_input_files(
+        {"name": "given.png", "mimeType": "image/png", "buffer": png.getvalue()}
+    )
+    page.wait_for_selector(f"{place} img, {place} canvas", state="attached")
+
+
+def sketch(page, picture: Image.Image) -> None:
+    open_mode(page, "Sketch")
+    upload(page, "#img2img_sketch", picture)
+    draw(page, "#img2img_sketch")
+
+
+def inpaint(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint")
+    upload(page, "#img2maskimg", picture)
+    draw(page, "#img2maskimg")
+
+
+def inpaint_sketch(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint sketch")
+    upload(page, "#inpaint_sketch", picture)
+    draw(page, "#inpaint_sketch")
+
+
+def inpaint_upload(page, picture: Image.Image) -> None:
+    open_mode(page, "Inpaint upload")
+    upload(page, "#img_inpaint_base", picture)
+    mask = Image.new("RGB", picture.size)
+    mask.paste("white", (80, 80, 200, 200))
+    upload(page, "#img_inpaint_mask", mask)
+
+
+@pytest.fixture(scope="module")
+def given(webui) -> Image.Image:
+    """A picture to paint over."""
+    return plain(webui, seed=70)
+
+
+class TestWaysToGiveAPicture:
+    @pytest.mark.parametrize("prepare", [sketch, inpaint, inpaint_sketch, inpaint_upload], ids=lambda way: way.__name__)
+    def test_at_weight_0_each_gives_the_webuis_own_picture_and_the_adapter_changes_it(self, page, given, prepare):
+        open_img2img(page)
+        prepare(page, given)
+        ask_for(page, "img2img")
+        alone = painted(page)
+        enable(page, IMG2IMG)
+        fill(page, f"{IMG2IMG}weight", 0)
+        at_weight_0 = painted(page)
+        fill(page, f"{IMG2IMG}weight", 1)
+        guided = painted(page)
+        assert grey_levels_apart(alone, given) > 1
+        assert grey_levels_apart(at_weight_0, alone) <= 1
+        assert grey_levels_apart(guided, alone) > 1
+
+    @pytest.mark.parametrize("start", ["picture", "base"])
+    def test_each_picture_of_a_folder_is_painted_over(self, page, webui, given, start, tmp_path):
+        pictures = {"one": given, "two": plain(webui, seed=71)}
+        for folder in ("in", "out"):
+            (tmp_path / folder).mkdir()
+        for name, picture in pictures.items():
+            picture.save(tmp_path / "in" / f"{name}.png")
+        open_img2img(page)
+        ask_for(page, "img2img")
+        open_mode(page, "Batch")
+        page.locator("#img2img_batch_source > .tab-nav button", has_text="From directory").click()
+        for place, folder in (("input", "in"), ("output", "out")):
+            fill(page, f"#img2img_batch_{place}_dir", tmp_path / folder)
+        enable(page, IMG2IMG)
+        page.locator(f"{IMG2IMG}img2img_start label", has_text=start).click()
+        painted(page)
+        for name, picture in pictures.items():
+            [file] = (tmp_path / "out").glob(f"*-{name}.png")
+            with Image.open(file) as saved:
+                assert "X-Adapter version" in saved.info["parameters"]
+                usual = {"sampler_name": "DPM++ 2M", "denoising_strength": 0.75}
+                alone = over(webui, picture, {"img2img_start": start}, **usual).image
+                assert grey_levels_apart(saved.convert("RGB"), alone) <= 1
+        assert webui.state()["hooks"] == []
+
+
 def test_each_tab_has_its_own_saved_defaults(browser, start_webui, tmp_path):
     saved = {"txt2img": 0.3, "img2img": 0.9}
     config = {f"customscript/xadapter.py/{tab}/Switch point/value": value for tab, value in saved.items()}
@@ -357,7 +482,7 @@ def test_labels_and_tooltips_name_the_bases_family(page):
     page.route("**/xadapter/v1/plan", answer)
     enable(page)
     wait_for_line(page, "SD2 samples.")
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     accordion = page.locator(f"{ID}enabled")
     for label in ("SD2 checkpoint", "SD2 prompt", "SD2 width", "SD2 starts from", "Show the SD2 picture"):
         assert label in accordion.inner_text()
@@ -377,7 +502,7 @@ def test_labels_and_tooltips_name_the_bases_family(page):
 def test_stage_ones_picture_shows_its_own_text(page):
     ask_for(page)
     enable(page)
-    page.locator(f"{ID}more .label-wrap").first.click()
+    open_more(page)
     tick(page, f"{ID}return_base_image")
     assert "X-Adapter version" in generate(page)
     page.locator("#txt2img_gallery .thumbnail-item").nth(1).click()
@@ -434,6 +559,7 @@ def test_the_lines_can_be_read_in_both_themes(page, webui, theme):
     enable(page)
     wait_for_line(page, "samples")
     assert page.locator(f"{ID}forecast").evaluate(CONTRAST) >= 4.5
+    open_more(page)
     fill(page, f"{ID}guidance_start", 1)
     fill(page, f"{ID}guidance_end", 0.5)
     wait_for_line(page, "'guidance_start' is 1")
@@ -457,8 +583,7 @@ class TestUpscaleButton:
         ask_for(page)
         enable(page)
         assert "X-Adapter version" in generate(page)
-        # a click on the header of an open accordion unticks it
-        tick(page, f"{ID}enabled-checkbox")
+        page.locator(f"{ID}enabled-visible-checkbox").click()
         assert BASE in self.upscaled(page, webui)
 
     def test_a_picture_without_it_is_enlarged_without_it(self, page, webui):

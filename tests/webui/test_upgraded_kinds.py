@@ -36,7 +36,7 @@ def upgraded(installation: Installation, models: Path, tmp_path_factory: pytest.
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=lambda kept: f"{kept} kept")
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda kept: f"{kept} kept")
 def server(start_webui, models: Path, upgraded: Path, request) -> Iterator[WebUIServer]:
     """Servers that keep one and several checkpoints loaded."""
     options = {"sd_checkpoints_limit": request.param, "sd_checkpoints_keep_in_cpu": True}

@@ -58,7 +58,6 @@ IMG2IMG_FIELDS = (
     "inpaint_full_res_padding",
     "inpainting_mask_invert",
     "initial_noise_multiplier",
-    "latent_mask",
 )
 """What it takes beside these in the img2img tab."""
 CONTROL_FIELDS = (
@@ -201,6 +200,9 @@ def of_img2img(
     """The base's own picture over the given one, as the img2img tab would make it at the base's size."""
     size = base_size(settings, p.width, p.height)
     own = {name: getattr(p, name) for name in IMG2IMG_FIELDS} | {"mask": p.image_mask}
+    if p.latent_mask is not None:
+        # scripts give it at the size that is sampled
+        own["latent_mask"] = p.latent_mask.resize(size)
     return _shared(StableDiffusionProcessingImg2Img, p, settings, prompts, size, settings.base_steps or p.steps, **own)
 
 

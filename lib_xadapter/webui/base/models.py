@@ -110,24 +110,6 @@ class Models:
             return None
         return self.side_stream
 
-    def make_room_to_decode(self, pixels: int) -> None:
-        """The base leaves a GPU on which SDXL's pictures, of so many pixels, could not be decoded beside it."""
-        if self._base is None or devices.device.type != "cuda":
-            return
-        if free_memory(devices.device) < decoding_memory(pixels):
-            self._base.to_ram()
-
-    def base_to_device(self) -> None:
-        """SDXL leaves the GPU to the base."""
-        sd_models.send_model_to_cpu(shared.sd_model)
-        self._base.to_gpu()
-
-    def upgraded_to_device(self) -> None:
-        """The base leaves the GPU to SDXL."""
-        if self._base is not None:
-            self._base.to_ram()
-        sd_models.send_model_to_device(shared.sd_model)
-
     def rest(self) -> None:
         """What happens after a job: stay, move to RAM, or go."""
         if options.keeping() == options.UNLOAD:
@@ -153,6 +135,24 @@ def loaded_models() -> Models:
     if not hasattr(sd_models.model_data, ATTRIBUTE):
         setattr(sd_models.model_data, ATTRIBUTE, Models())
     return getattr(sd_models.model_data, ATTRIBUTE)
+
+
+def make_room_to_decode(base: BaseModel, pixels: int) -> None:
+    """The base leaves a GPU on which SDXL's pictures, of so many pixels, could not be decoded beside it."""
+    if devices.device.type == "cuda" and free_memory(devices.device) < decoding_memory(pixels):
+        base.to_ram()
+
+
+def base_to_device(base: BaseModel) -> None:
+    """SDXL leaves the GPU to the base."""
+    sd_models.send_model_to_cpu(shared.sd_model)
+    base.to_gpu()
+
+
+def upgraded_to_device(base: BaseModel) -> None:
+    """The base leaves the GPU to SDXL."""
+    base.to_ram()
+    sd_models.send_model_to_device(shared.sd_model)
 
 
 @contextmanager

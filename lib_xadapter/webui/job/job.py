@@ -33,7 +33,7 @@ from ...wrapping import copied_as_it_was, wrapped
 from ..base import plugins
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
-from ..base.models import Models
+from ..base.models import Models, make_room_to_decode, upgraded_to_device
 from ..plots.cells import is_one_of_several
 from ..sampling import switch
 from ..sampling.samplings import Sampling, Start
@@ -126,7 +126,7 @@ class Job:
             self.settings = request.settings
             p.extra_generation_params.update(write_infotext(request.settings, __version__))
             if request.sequential:
-                self._scope.callback(self._models.upgraded_to_device)
+                self._scope.callback(upgraded_to_device, request.base)
             with counted(p, request), given_picture(p) as given:
                 host(*args)
             self._wrap(p, "parse_extra_network_prompts", partial(self._share_out, request, given))
@@ -190,7 +190,7 @@ class Job:
                 request.base.to_gpu()
             samples = run(host_of_batch, self._plan(request, planned, batch), self._models.recordings)
             self.base_pictures += host_of_batch.base_pictures
-            self._models.make_room_to_decode(request.work.pixels)
+            make_room_to_decode(request.base, request.work.pixels)
             return samples
 
     def _at_hires(self, request: Request, planned: PlannedSampling) -> PlannedSampling:

@@ -55,7 +55,9 @@ def key_of(
         {
             "checkpoint": base.file,
             "job": {name: getattr(job, name) for name in (*JOB_FIELDS, *SHARED_FIELDS)},
-            "given picture": {name: getattr(job, name, None) for name in (*IMG2IMG_FIELDS, "image_mask")},
+            "given picture": {
+                name: getattr(job, name, None) for name in (*IMG2IMG_FIELDS, "image_mask", "latent_mask")
+            },
             # drawn anew for each job, whether they are used or not
             "subseeds": job.subseeds if job.subseed_strength else [],
             "settings": {name: getattr(settings, name) for name in SIDE_SETTINGS},

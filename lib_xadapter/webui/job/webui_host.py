@@ -26,7 +26,7 @@ from ..base.base_infotext import base_infotexts
 from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
 from ..base.hooked_units import HookedUnits
-from ..base.models import Models
+from ..base.models import Models, base_to_device, upgraded_to_device
 from ..base.stage_one import base_noise, finished, sample_base, start_from
 from ..sampling import switch
 from ..sampling.coupling import coupled
@@ -235,10 +235,10 @@ class WebUIHost:
     # ---- moving models, recordings, what the user sees
 
     def base_to_device(self) -> None:
-        self._models.base_to_device()
+        base_to_device(self._request.base)
 
     def upgraded_to_device(self) -> None:
-        self._models.upgraded_to_device()
+        upgraded_to_device(self._request.base)
 
     @contextmanager
     def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
