@@ -7,7 +7,6 @@ every epoch also where it is encoded once.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -73,16 +72,19 @@ class Encoder:
     def __init__(self, base: Any, upgraded: Any, *, cache: Path | None = None, upgraded_captions: bool = True) -> None:
         self._base = base
         self._upgraded = upgraded
-        self._device = device_of(upgraded.unet)
         self._upgraded_captions = upgraded_captions
         for pipeline in (base, upgraded):
             if pipeline.vae.dtype != torch.float32:
                 pipeline.vae.to(torch.float32)
         self._cache = None if cache is None else LatentCache(cache / "latents")
-        self._empty = functools.lru_cache(maxsize=1)(lambda: self._upgraded_text(""))
+        self._empty: Entry | None = None
         self._vaes = _fingerprint(base.vae, upgraded.vae) if cache else ""
         self._base_encoder = _fingerprint(base.text_encoder) if cache else ""
         self._upgraded_encoders = _fingerprint(upgraded.text_encoder, upgraded.text_encoder_2) if cache else ""
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self._upgraded.unet)
 
     def rows(self, pictures: Pictures, crops: Sequence[Crop]) -> EncodedRows:
         """A batch's rows; crops must be of one size.
@@ -93,7 +95,8 @@ class Encoder:
         latents = self._latents(pictures, crops)
         captions = [pictures.noted(crop.example).caption for crop in crops]
         base_texts = [self._base_text(caption) for caption in captions]
-        empty = [self._empty()] * len(crops)
+        self._empty = self._empty or self._upgraded_text("")
+        empty = [self._empty] * len(crops)
         texts = [self._upgraded_text(caption) for caption in captions] if self._upgraded_captions else empty
         return EncodedRows(
             **{name: self._stacked(latents, name) for name in latents[0]},
@@ -204,7 +207,7 @@ def _cropped(picture: Image.Image, crop: Crop) -> tuple[Image.Image, Image.Image
 
 
 def _size_conditioning(pictures: Pictures, crop: Crop) -> Tensor:
-    width, height = pictures.sizes[crop.example].tolist()
+    width, height = pictures.original_sizes[crop.example].tolist()
     return torch.tensor([height, width, crop.top, crop.left, crop.height, crop.width], dtype=torch.float32)
 
 

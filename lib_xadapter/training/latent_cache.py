@@ -82,6 +82,8 @@ class LatentCache:
     def flush(self) -> None:
         """Write what is not on disk yet."""
         _write_shard(self._folder, self._waiting)
+        # the folder's time may be too coarse to tell
+        self._changed = -1
 
     def _look_again(self) -> None:
         """Take in the shards that have come since."""
@@ -122,5 +124,5 @@ def _write_shard(folder: Path, waiting: dict[str, Entry]) -> None:
     metadata = {KEYS: json.dumps(list(waiting))}
     # a name of its own: nobody writes over what another process wrote
     path = folder / f"{uuid.uuid4().hex}{SUFFIX}"
-    write_whole(path, lambda to: safetensors.torch.save_file(tensors, to, metadata))
+    write_whole(path, lambda to: to.write_bytes(safetensors.torch.save(tensors, metadata)))
     waiting.clear()

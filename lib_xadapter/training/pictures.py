@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -39,8 +40,10 @@ CAPTIONS = ("txt", "text", "caption", "prompt")
 AESTHETICS = ("aesthetic", "aesthetic_score", "aesthetics")
 """LAION-Aesthetics' names (v1, v2)."""
 WATERMARK = ("pwatermark", "watermark")
+ORIGINAL_WIDTH, ORIGINAL_HEIGHT = ("original_width",), ("original_height",)
+"""What a picture measured before img2dataset resized it."""
 
-BROKEN, NO_CAPTION = "broken", "without a caption"
+MISSING, BROKEN, NO_CAPTION = "not there", "broken", "without a caption"
 NAMED = 3
 """Skipped pictures that a message names."""
 
@@ -51,6 +54,8 @@ PICTURE_ROW = Features(
         "digest": Value("binary"),
         "width": Value("int32"),
         "height": Value("int32"),
+        "original_width": Value("int32"),
+        "original_height": Value("int32"),
         "file": Value("string"),
         "start": Value("int64"),
         "length": Value("int64"),
@@ -118,6 +123,8 @@ class Pictures(Sequence[Example]):
         skipped: names of those that are not usable, by reason.
         fingerprint: a hash of all bytes and captions that are used, in their order.
         sizes: (pictures, 2), width and height of each in pixels.
+        columns: names, in small letters, of what stands beside any picture.
+        original_sizes: the same before it was resized for the data set, where that is known.
     """
 
     def __init__(self, folder: Path, owned: tempfile.TemporaryDirectory | None = None) -> None:
@@ -125,7 +132,9 @@ class Pictures(Sequence[Example]):
         self._rows = Dataset.from_file(str(folder / PICTURES_FILE))
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         self.fingerprint: str = facts["fingerprint"]
-        self.sizes: numpy.ndarray = _sizes(self._rows)
+        self.columns = frozenset(facts["columns"])
+        self.sizes: numpy.ndarray = _numbers(self._rows, "width", "height")
+        self.original_sizes: numpy.ndarray = _numbers(self._rows, "original_width", "original_height")
         self.skipped: Mapping[str, Sequence[str]] = _skipped(folder)
 
     def __len__(self) -> int:
@@ -172,6 +181,7 @@ def open_pictures(source: str, options: PictureOptions | None = None, cache: Pat
             _write_whole_index(folder, files, options)
     pictures = Pictures(folder, owned)
     _report(source, pictures)
+    _report_columns(source, pictures, options)
     return pictures
 
 
@@ -197,9 +207,17 @@ class _Judged:
     size: tuple[int, int] = (0, 0)
 
     def row(self) -> dict[str, Any]:
-        width, height = self.size
-        named = {"name": self.sample.name, "caption": self.caption, "digest": self.digest}
-        return named | {"width": width, "height": height} | asdict(self.sample.place)
+        (width, height), columns = self.size, self.sample.columns
+        return {
+            "name": self.sample.name,
+            "caption": self.caption,
+            "digest": self.digest,
+            "width": width,
+            "height": height,
+            "original_width": int(_number(columns, ORIGINAL_WIDTH) or width),
+            "original_height": int(_number(columns, ORIGINAL_HEIGHT) or height),
+            **asdict(self.sample.place),
+        }
 
 
 def _write_whole_index(folder: Path, files: Sequence[Path], options: PictureOptions) -> None:
@@ -224,12 +242,14 @@ def _write_whole_index(folder: Path, files: Sequence[Path], options: PictureOpti
 
 def _write_index(folder: Path, files: Sequence[Path], options: PictureOptions) -> None:
     whole = hashlib.sha256()
+    columns: set[str] = set()
     samples = (sample for path in files for sample in samples_of(path))
     with (
         ArrowWriter(path=str(folder / PICTURES_FILE), features=PICTURE_ROW, writer_batch_size=ROWS_AT_ONCE) as usable,
         ArrowWriter(path=str(folder / SKIPPED_FILE), features=SKIPPED_ROW, writer_batch_size=ROWS_AT_ONCE) as skipped,
     ):
         for judged in _in_order(lambda sample: _judge(sample, options), samples):
+            columns.update(judged.sample.columns)
             if judged.reason is not None:
                 skipped.write({"name": judged.sample.name, "reason": judged.reason})
                 continue
@@ -237,7 +257,7 @@ def _write_index(folder: Path, files: Sequence[Path], options: PictureOptions) -
             whole.update(judged.digest + hashlib.sha256(judged.caption.encode()).digest())
         usable.finalize()
         skipped.finalize()
-    facts = {"fingerprint": whole.hexdigest()}
+    facts = {"fingerprint": whole.hexdigest(), "columns": sorted(columns)}
     (folder / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -246,8 +266,10 @@ def _judge(sample: Sample, options: PictureOptions) -> _Judged:
     caption = _caption(sample.columns, options)
     if reason := _filtered(sample.columns, options):
         return _Judged(sample, reason)
+    if sample.data is None:
+        return _Judged(sample, MISSING)
     try:
-        size = upright(sample.data or b"").size
+        size = upright(sample.data).size
     except Exception as error:  # a broken picture can raise anything
         logger.debug("%s is broken: %s", sample.name, error)
         return _Judged(sample, BROKEN)
@@ -255,9 +277,7 @@ def _judge(sample: Sample, options: PictureOptions) -> _Judged:
         return _Judged(sample, NO_CAPTION)
     if min(size) < options.minimum_size:
         return _Judged(sample, f"smaller than {options.minimum_size} pixels")
-    digest = _digest(sample.data)
-    place = Sample(sample.name, sample.place, None)
-    return _Judged(place, None, caption, digest, size)
+    return _Judged(sample, None, caption, _digest(sample.data), size)
 
 
 def _digest(data: bytes) -> bytes:
@@ -281,7 +301,7 @@ def _filtered(columns: Mapping[str, Any], options: PictureOptions) -> str | None
 
 def _number(columns: Mapping[str, Any], names: Sequence[str]) -> float | None:
     found = (columns[name] for name in names if isinstance(columns.get(name), (int, float)))
-    return next(found, None)
+    return next(filter(math.isfinite, found), None)
 
 
 Given, Made = TypeVar("Given"), TypeVar("Made")
@@ -310,9 +330,9 @@ def _key(files: Sequence[Path], options: PictureOptions) -> str:
     return key.hexdigest()[:32]
 
 
-def _sizes(rows: Dataset) -> numpy.ndarray:
-    table = rows.data.select(["width", "height"])
-    return numpy.stack([table.column(side).to_numpy() for side in ("width", "height")], axis=1).astype(numpy.int32)
+def _numbers(rows: Dataset, *columns: str) -> numpy.ndarray:
+    """(rows, columns) of the index."""
+    return numpy.stack([rows.data.column(name).to_numpy() for name in columns], axis=1)
 
 
 def _skipped(folder: Path) -> Mapping[str, Sequence[str]]:
@@ -336,6 +356,16 @@ def _report(source: str, pictures: Pictures) -> None:
     if set(pictures.skipped) == {NO_CAPTION}:
         hint = "; a caption stands in a .txt of the picture's name or in a metadata.jsonl"
     raise WrongFile(f"{source} holds no usable picture: {told}{hint}.")
+
+
+def _report_columns(source: str, pictures: Pictures, options: PictureOptions) -> None:
+    filters = (
+        ("aesthetics", options.minimum_aesthetics, AESTHETICS),
+        ("watermark", options.maximum_watermark, WATERMARK),
+    )
+    for what, limit, names in filters:
+        if limit is not None and not pictures.columns.intersection(names):
+            logger.warning("Nothing in %s is filtered by %s: it has no column %s.", source, what, " or ".join(names))
 
 
 def _named(names: Sequence[str]) -> str:

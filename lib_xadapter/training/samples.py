@@ -136,9 +136,10 @@ def _folder(folder: Path) -> Iterator[Sample]:
     for path in files_below(folder):
         if path.suffix.lower() in PICTURES:
             columns = _beside(path) | dict(told.pop(path, {}))
-            yield Sample(str(path.relative_to(folder)), Place(str(path)), _read(path), columns)
-    for path in told:
-        yield Sample(str(path.relative_to(folder)), Place(str(path)), None)
+            yield Sample(os.path.relpath(path, folder), Place(str(path)), _read(path), columns)
+    for path, columns in told.items():
+        data = _read(path) if path.is_file() else None
+        yield Sample(os.path.relpath(path, folder), Place(str(path)), data, columns)
 
 
 def _read(path: Path) -> bytes:
@@ -151,7 +152,7 @@ def _read(path: Path) -> bytes:
 def _read_metadata(path: Path) -> dict[Path, Mapping[str, Any]]:
     """Hugging Face's: a line for each picture, an object with `file_name` and what belongs to it."""
     found = {}
-    for number, line in enumerate(_read(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(_text(_read(path)).splitlines(), 1):
         if not line.strip():
             continue
         row = _json_object(line)
@@ -164,10 +165,15 @@ def _read_metadata(path: Path) -> dict[Path, Mapping[str, Any]]:
 def _beside(picture: Path) -> dict[str, Any]:
     columns = {}
     if (path := picture.with_suffix(".json")).is_file():
-        columns |= _json_object(_read(path).decode("utf-8", "replace")) or {}
+        columns |= _json_object(_text(_read(path))) or {}
     if (path := picture.with_suffix(".txt")).is_file():
-        columns["txt"] = _read(path).decode("utf-8", "replace")
+        columns["txt"] = _text(_read(path))
     return columns
+
+
+def _text(data: bytes) -> str:
+    # editors of Windows begin with a byte order mark
+    return data.decode("utf-8-sig", "replace")
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -221,9 +227,9 @@ def _tar_sample(path: Path, archive: tarfile.TarFile, parts: Mapping[str, tarfil
         return
     columns = {}
     if ".json" in parts:
-        columns |= _json_object(archive.extractfile(parts[".json"]).read().decode("utf-8", "replace")) or {}
+        columns |= _json_object(_text(archive.extractfile(parts[".json"]).read())) or {}
     if ".txt" in parts:
-        columns["txt"] = archive.extractfile(parts[".txt"]).read().decode("utf-8", "replace")
+        columns["txt"] = _text(archive.extractfile(parts[".txt"]).read())
     place = Place(str(path), picture.offset_data, picture.size)
     yield Sample(f"{path.name}/{picture.name}", place, archive.extractfile(picture).read(), columns)
 
@@ -236,13 +242,10 @@ def _parquet(path: Path) -> Iterator[Sample]:
         with _open_parquet(path) as file:
             column = _picture_column(path, file.schema_arrow)
             others = [name for name in file.schema_arrow.names if name != column and _is_plain(file.schema_arrow, name)]
-            row = 0
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column, *others], use_threads=False):
-                for found in batch.to_pylist():
-                    columns = {name.lower(): found[name] for name in others}
-                    place = Place(str(path), row, column=column)
-                    yield Sample(f"{path.name}, row {row}", place, _data(found[column]), columns)
-                    row += 1
+            for row, found in enumerate(_rows(file, [column, *others])):
+                columns = {name.lower(): found[name] for name in others}
+                place = Place(str(path), row, column=column)
+                yield Sample(f"{path.name}, row {row}", place, _data(found[column]), columns)
     except pyarrow.ArrowException as error:
         raise WrongFile(f"{path} is cut off or is no .parquet: {first_line(error)}") from error
     except OSError as error:
@@ -252,6 +255,13 @@ def _parquet(path: Path) -> Iterator[Sample]:
 def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     # a buffer, else a whole column of a row group is read at once
     return pyarrow.parquet.ParquetFile(path, buffer_size=2**16)
+
+
+def _rows(file: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    # group after group: a reader of several holds on to what it has read
+    for group in range(file.metadata.num_row_groups):
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _picture_column(path: Path, schema: pyarrow.Schema) -> str:
