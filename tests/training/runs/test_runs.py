@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lib_xadapter.headless.cli import main
 from lib_xadapter.headless.inspection import describe
+from lib_xadapter.headless.small_models import make_small_models
 from lib_xadapter.mapping import BlockLayout, MappingLayers, load_adapter, save_adapter
 from lib_xadapter.training import engine
 from lib_xadapter.training.checkpoints import Checkpoint, Checkpoints, read_checkpoint
@@ -201,6 +205,30 @@ def test_validation_grids_are_painted_and_change_nothing(train, tmp_path):
         "step-00000001.png",
         "step-00000002.png",
     ]
+
+
+def test_a_plugin_in_validation_grids_leaves_the_training_alone(train, tmp_path):
+    small = make_small_models(tmp_path / "small")
+    models = {"base": small.base, "upgraded": small.upgraded, "tokenizer": small.tokenizer, "size": 64, "batch": 1}
+    told = ("--validation-prompt", "a cat", "--validate-every", "1", "--validation-steps", "1")
+    grids = []
+    for name, more in (("without", ()), ("with", ("--validation-lora", f"{small.lora}:2"))):
+        assert train(*told, *more, **models, steps=2, out=tmp_path / name) == 0
+        grids.append((tmp_path / name / "validation/step-00000002.png").read_bytes())
+    assert grids[0] != grids[1]
+    assert same(weights_of(tmp_path / "with"), weights_of(tmp_path / "without"))
+
+
+def test_what_is_trained_makes_pictures(train, tiny, tmp_path):
+    train(learning_rate=0.05, fusion="spade", positions="both")
+    pictures = []
+    for adapter in (str(train.out / "adapter.safetensors"), "None"):
+        words = ["--base", tiny / "base", "--upgraded", tiny / "upgraded", "--adapter", adapter, "--device", "cpu"]
+        words += ["--width", 64, "--height", 64, "--steps", 2, "--out", tmp_path / adapter[-4:]]
+        assert main(["generate", *map(str, words)]) == 0
+        pictures.append(next((tmp_path / adapter[-4:]).glob("*.png")))
+    one, other = (numpy.asarray(Image.open(path)) for path in pictures)
+    assert (one != other).any()
 
 
 def test_figures_go_to_tensorboard(train):
