@@ -207,9 +207,9 @@ class Training:
     def parts_of(self, step: int) -> list[Part]:
         """This process's share of a step."""
         crops, accelerator = self._batches.at(step), self._accelerator
-        mine = range(accelerator.process_index, len(crops), accelerator.num_processes)
-        shares = numpy.array_split(numpy.array(mine), min(self._course.accumulation, len(mine))) if len(mine) else []
-        return [Part(step, tuple(rows), tuple(crops[row] for row in rows), len(crops)) for rows in _whole(shares)]
+        mine = numpy.arange(accelerator.process_index, len(crops), accelerator.num_processes)
+        shares = (share.tolist() for share in numpy.array_split(mine, self._course.accumulation))
+        return [Part(step, tuple(rows), tuple(crops[row] for row in rows), len(crops)) for rows in shares if rows]
 
     def _step(self, parts: Sequence[tuple[Part, Future[EncodedRows]]], interruption: Interruption) -> Sums:
         """One step of all processes together."""
@@ -332,7 +332,3 @@ def naming_lost_processes(checkpoints: Checkpoints) -> Iterator[None]:
         last = checkpoints.last
         kept = f"go on from {last.name} by --resume" if last is not None else "no checkpoint was written yet"
         raise LostProcess(f"Another process of this training is gone ({first_line(error)}); {kept}.") from error
-
-
-def _whole(shares: Sequence[numpy.ndarray]) -> list[list[int]]:
-    return [share.tolist() for share in shares]
