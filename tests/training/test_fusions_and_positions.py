@@ -23,21 +23,11 @@ from lib_xadapter.taps import FUSIONS, POSITIONS, check_fit, encoder_blocks, rea
 from lib_xadapter.trajectory import Trajectory
 from tests.seeded import fill, seeded
 
-from .tiny_pair import BASE_WIDTH, POOLED, TOKENS, UPGRADED_WIDTH, sizes, tiny_base, tiny_upgraded
+from .tiny_pair import BASE_WIDTH, POOLED, TOKENS, UPGRADED_WIDTH, sizes
 
 ROWS, TIMESTEP = 2, 500
 WEIGHTS = (1.0, 0.5, 0.25)
 Change = Callable[[tuple[str, int], Tensor], Tensor]
-
-
-@pytest.fixture(scope="module")
-def base() -> nn.Module:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
-def upgraded() -> nn.Module:
-    return tiny_upgraded()
 
 
 def told(upgraded: bool) -> tuple[Tensor, Tensor]:
@@ -196,7 +186,7 @@ def test_a_spade_file_without_its_scales_is_told_by_its_key(base, upgraded, tmp_
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_layers_take_the_time_and_norms_where_they_are_asked_to(base, upgraded, positions):
-    layout = layout_for(tiny_base(), upgraded, 2, positions, timestep=True)
+    layout = layout_for(base, upgraded, 2, positions, timestep=True)
     assert {block.time_channels for level in layout for block in level} == {4 * 8}
     with read_features(base, POSITIONS[positions]) as reader:
         call(base, False)

@@ -70,16 +70,6 @@ def loss_of(step: TrainingStep, rows: EncodedRows, draws: Draws) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def base() -> nn.Module:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
-def upgraded() -> nn.Module:
-    return tiny_upgraded()
-
-
-@pytest.fixture(scope="module")
 def precise() -> tuple[nn.Module, nn.Module]:
     """Both in float64."""
     return tiny_base().double(), tiny_upgraded().double()

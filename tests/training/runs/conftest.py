@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pytest
 
-for needed in ("diffusers", "accelerate", "datasets"):
-    pytest.importorskip(needed, reason="needs the extra 'train'")
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 REPOSITORY = Path(__file__).parents[3]
 
 
