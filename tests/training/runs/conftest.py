@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 1800
+"""Seconds after which a command hangs, also on a machine that many share."""
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -68,7 +70,7 @@ class TrainCommand:
         """Exit status and output of the command in processes of its own."""
         started = self.start(*more, **replaced)
         try:
-            output, _ = started.communicate(timeout=500)
+            output, _ = started.communicate(timeout=PATIENCE)
         finally:
             if started.poll() is None:
                 os.killpg(started.pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ import torch
 
 from lib_xadapter.training.checkpoints import Checkpoints, read_checkpoint
 
+from .conftest import TrainCommand
 from .test_runs import farthest, same, weights_of
 
 STEPS = 200
@@ -28,17 +29,21 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.fixture(scope="module")
-def alone(tiny, pictures, tmp_path_factory) -> Path:
-    """A training of 200 steps by one process."""
-    from .conftest import TrainCommand
+def cache(tmp_path_factory) -> Path:
+    """Latents and text embeddings: what is encoded once is encoded for all."""
+    return tmp_path_factory.mktemp("cache")
 
+
+@pytest.fixture(scope="module")
+def alone(tiny, pictures, cache, tmp_path_factory) -> Path:
+    """A training of 200 steps by one process."""
     train = TrainCommand(tiny, pictures, tmp_path_factory.mktemp("alone") / "out")
-    assert train(steps=STEPS, save_every=50) == 0
+    assert train(steps=STEPS, save_every=STEPS, cache=cache) == 0
     return train.out
 
 
-def test_two_processes_learn_what_one_does(train, alone):
-    status, output = train.run(processes=2, steps=STEPS, save_every=100)
+def test_two_processes_learn_what_one_does(train, alone, cache):
+    status, output = train.run(processes=2, steps=STEPS, save_every=STEPS, cache=cache)
     assert status == 0, output
     assert farthest(weights_of(train.out), weights_of(alone)) <= 1e-6
     ours, theirs = (read_checkpoint(Checkpoints(out / "checkpoints", 3).last) for out in (train.out, alone))
@@ -46,12 +51,12 @@ def test_two_processes_learn_what_one_does(train, alone):
         torch.testing.assert_close(ours.tensors["optimizer"][name], moment, rtol=1e-3, atol=1e-6)
 
 
-def test_what_was_killed_goes_on_to_the_bit(train, alone):
+def test_what_was_killed_goes_on_to_the_bit(train, alone, cache):
     step = random.Random().randrange(1, STEPS)
     code = DIE.format(step=step, rank=0, end=KILLED)
-    status, output = train.run(code=code, steps=STEPS, save_every=7)
+    status, output = train.run(code=code, steps=STEPS, save_every=20, cache=cache)
     assert status == -9, output
-    assert train("--resume", steps=STEPS, save_every=50) == 0
+    assert train("--resume", steps=STEPS, save_every=STEPS, cache=cache) == 0
     assert same(weights_of(train.out), weights_of(alone)), f"killed in step {step}"
 
 
