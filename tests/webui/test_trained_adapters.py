@@ -55,7 +55,7 @@ def trained(files: Files, pictures: Path, out: Path, *more: str) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_file_does_the_same_in_both_hosts(kind, webui, files, pictures, tmp_path, monkeypatch):
     path = trained(files, pictures, tmp_path / "out", *KINDS[kind])
-    listed = files.folder / "X-Adapter" / f"trained-{kind}.safetensors"
+    listed = webui.data / "models/X-Adapter" / f"trained-{kind}.safetensors"
     listed.write_bytes(path.read_bytes())
     try:
         models = replace(files.models(), adapter=load_adapter(listed))
@@ -71,7 +71,7 @@ def test_a_trained_file_does_the_same_in_both_hosts(kind, webui, files, pictures
 
 
 def test_a_base_of_another_kind_is_remarked_on(webui, files):
-    listed = files.folder / "X-Adapter" / "for-sd2.safetensors"
+    listed = webui.data / "models/X-Adapter" / "for-sd2.safetensors"
     layers = load_adapter(files.folder / "X-Adapter" / "tiny.safetensors", dtype=torch.float32)
     save_adapter(layers, listed, Pair("sd2", "sdxl").metadata())
     try:
