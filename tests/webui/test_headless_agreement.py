@@ -133,7 +133,7 @@ def in_the_webui(
             **over,
             alwayson_scripts={
                 **({"ControlNet": {"args": list(units)}} if units else {}),
-                **arguments(base_checkpoint=f"{size}15", adapter=size, **given)["alwayson_scripts"],
+                **arguments(**{"base_checkpoint": f"{size}15", "adapter": size, **given})["alwayson_scripts"],
             },
         )
     made(answer)
