@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import WrongFile, first_line
+from .asked import DEPTH
 
 LOW, HIGH = 100, 200
 """Thresholds of the edges that the canny ControlNet is used with (its authors' demo)."""
@@ -49,6 +50,17 @@ class DepthEstimator:
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         return self._estimate(picture.convert("RGB"))["depth"].convert("L")
+
+
+def extractor(kind: str, depth: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """What makes maps of a kind.
+
+    Args:
+        kind: "canny" or "depth".
+        depth: the estimator's folder.
+        device: where it runs.
+    """
+    return DepthEstimator(depth, device) if kind == DEPTH else canny
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
