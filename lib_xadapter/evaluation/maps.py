@@ -37,19 +37,29 @@ class DepthEstimator:
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        from transformers import pipeline
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         if not folder.is_dir():
             raise WrongFile(f"--depth: there is no folder {folder}.")
         try:
-            self._estimate = pipeline("depth-estimation", model=str(folder), device=device)
+            self._model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise WrongFile(
                 f"--depth: {folder} holds no depth estimator of transformers ({first_line(error)})."
             ) from error
+        self._device = device
 
+    @torch.no_grad()
     def __call__(self, picture: Image.Image) -> Image.Image:
-        return self._estimate(picture.convert("RGB"))["depth"].convert("L")
+        told = self._processor(images=picture.convert("RGB"), return_tensors="pt").to(self._device)
+        size = [(picture.height, picture.width)]
+        (found,) = self._processor.post_process_depth_estimation(self._model(**told), target_sizes=size)
+        depth = found["predicted_depth"].float().cpu()
+        depth = depth - depth.min()
+        # what is flat everywhere is all far
+        levels = 255 * depth / depth.max().clamp(min=torch.finfo(depth.dtype).tiny)
+        return Image.fromarray(levels.round().byte().numpy())
 
 
 def extractor(kind: str, depth: Path | None = None, device: torch.device | str = "cpu") -> Extractor:

@@ -122,7 +122,7 @@ class Sample:
 
 def shown(parts: Sequence[Part], told: str) -> Iterator[Part]:
     """One after the other, with a progress bar."""
-    return iter(tqdm(parts, desc=told, dynamic_ncols=True))
+    return iter(tqdm(parts, desc=told, dynamic_ncols=True, leave=False))
 
 
 def opened(path: Path) -> Image.Image:

@@ -156,7 +156,8 @@ def _made_with(report: Report) -> Iterator[str]:
 
 def _section(row: Row) -> str:
     pictures = "".join(_figure(row, name, path) for name, path in row.pictures.items())
-    return f'<section><p>{_text(row.caption)} <small>seed {row.seed}</small></p><div class="row">{pictures}</div></section>'
+    told = f"<p>{_text(row.caption)} <small>seed {row.seed}</small></p>"
+    return f'<section>{told}<div class="row">{pictures}</div></section>'
 
 
 def _figure(row: Row, name: str, path: str) -> str:

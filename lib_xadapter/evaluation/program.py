@@ -15,15 +15,15 @@ from ..errors import WrongArgument, WrongFile, XAdapterError
 from ..headless.bars import Bars
 from ..headless.generate import choose_placement, load_models
 from ..headless.options import say
-from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES
+from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES, no_progress
 from ..headless.saving import write_whole
-from .asked import Evaluation, Item, read_evaluation
+from .asked import Evaluation, Item
 from .maps import extractor
 from .measuring import Measured, Measuring, Sample
 from .page import page
 from .processes import Processes
 from .report import Report, Row
-from .ways import Maker, folder_of, ways_of
+from .ways import Maker, UnusablePicture, folder_of, ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ MADE_WITH, PAGE, TABLE, FIGURES = "made-with.json", "index.html", "table.txt", "
 EXIT_NOTHING = 1
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
     """Make what is missing, measure what was asked for; status 1 where nothing at all could be measured."""
-    evaluation = read_evaluation(options)
     processes = Processes(options.device)
     try:
         if processes.is_first:
@@ -72,7 +71,8 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
     """The pictures that this process has to make."""
     ways = ways_of(evaluation.job)
     ours = processes.share(evaluation.items)
-    missing = [item for item in ours if folder_of(evaluation.out, item).missing(ways)]
+    wanted = {item: len(folder_of(evaluation.out, item).missing(ways)) for item in ours}
+    missing = [item for item, pictures in wanted.items() if pictures]
     if not missing:
         return
     placement = choose_placement(processes.device, options.dtype, options.low_memory)
@@ -80,26 +80,35 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
     kinds = {control.kind for control in evaluation.controls}
     extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in kinds}
     rules = RELEASED_RULES if evaluation.reference else WEBUI_RULES
-    pictures = sum(len(folder_of(evaluation.out, item).missing(ways)) for item in missing)
-    bars: AbstractContextManager[Bars | None] = Bars(pictures) if processes.is_first else nullcontext()
+    works = len(missing) < len(ours)
+    bars: AbstractContextManager[Bars | None] = Bars(sum(wanted.values())) if processes.is_first else nullcontext()
     with bars as shown:
-        maker = Maker(evaluation, models, rules, extractors, *([shown.show] if shown else []))
-        for place, item in enumerate(missing):
-            _make_one(maker, item, evaluation, first=place == 0)
+        maker = Maker(evaluation, models, rules, extractors, shown.show if shown else no_progress)
+        for item in missing:
+            works = _make_one(maker, item, evaluation, works) or works
             if shown:
-                shown.finished(len(ways))
+                shown.finished(wanted[item])
 
 
-def _make_one(maker: Maker, item: Item, evaluation: Evaluation, first: bool) -> None:
-    """One caption that cannot be made does not end the rest, unless it is the first: then none can."""
+def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> bool:
+    """Make the pictures of an item, or write down why not; gives whether they are made.
+
+    Args:
+        works: whether any were made before; if not, what is wrong is wrong for all.
+
+    Raises:
+        XAdapterError: it is.
+    """
     try:
         maker.make(item)
     except XAdapterError as error:
-        if first:
+        if not works and not isinstance(error, UnusablePicture):
             raise
         reason = " ".join(str(error).split())
         logger.warning("%s is left out: %s", item.key, reason)
         write_whole(folder_of(evaluation.out, item).left_out, lambda to: to.write_text(reason, encoding="utf-8"))
+        return False
+    return True
 
 
 def _tell(evaluation: Evaluation, device: str) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import WrongFile
+from ..errors import WrongArgument, WrongFile, XAdapterError
 from ..headless.composed import BaseSide
 from ..headless.generate import texts_in
 from ..headless.grid import save_picture
@@ -30,6 +30,11 @@ from ..headless.saving import write_whole
 from ..settings import NOISE
 from .asked import Evaluation, Item
 from .maps import Extractor, fitted
+
+
+class UnusablePicture(XAdapterError):
+    """A caption's picture that cannot be read: what is wrong is wrong for this caption alone."""
+
 
 BASE_LATENTS = "base.safetensors"
 SOURCE = "source.png"
@@ -165,7 +170,7 @@ class Maker:
         controls, picture = self._evaluation.controls, item.caption.picture
         if not controls or picture is None:
             return ()
-        source = fitted(open_picture(picture, "--captions"), self._evaluation.job.base_size)
+        source = fitted(_given(picture), self._evaluation.job.base_size)
         if not folder.source.is_file():
             save_picture(folder.source, source)
         return tuple(self._map(source, control.kind, folder.map_of(control.kind)) for control in controls)
@@ -174,6 +179,13 @@ class Maker:
         if not path.is_file():
             save_picture(path, self._extractors[kind](source))
         return open_picture(path, "--out")
+
+
+def _given(path: Path) -> Image.Image:
+    try:
+        return open_picture(path, "--captions")
+    except WrongArgument as error:
+        raise UnusablePicture(str(error)) from error
 
 
 def _plain(job: Job) -> Job:

@@ -62,9 +62,12 @@ def _run(options: argparse.Namespace) -> int:
 
         return generate(options, asked)
     if options.command == "evaluate":
+        from ..evaluation.asked import read_evaluation
+
+        evaluation = read_evaluation(options)
         from ..evaluation.program import evaluate
 
-        return evaluate(options)
+        return evaluate(options, evaluation)
     if options.ui:
         from .page import open_page
 

@@ -70,7 +70,7 @@ class _Gaussian:
 
 
 def _by_caption(features: NDArray, device: torch.device | str) -> Tensor:
-    tensor = torch.as_tensor(numpy.asarray(features), dtype=torch.float64)
+    tensor = torch.from_numpy(numpy.array(features, dtype=numpy.float64))
     return (tensor[:, None] if tensor.ndim == 2 else tensor).to(device)
 
 
