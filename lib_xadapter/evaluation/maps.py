@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy
 import torch
 from PIL import Image
 
-from ..errors import WrongFile, first_line
+from ..errors import WrongFile, XAdapterError, first_line
 from .asked import DEPTH
+
+try:
+    import cv2
+except ImportError as error:
+    raise XAdapterError('evaluate needs the package opencv-python-headless (pip install ".[evaluate]").') from error
 
 LOW, HIGH = 100, 200
 """Thresholds of the edges that the canny ControlNet is used with (its authors' demo)."""

@@ -161,6 +161,8 @@ class Measuring:
                 figures.append(measure())
             except XAdapterError as error:
                 not_computed[told] = str(error)
+            except ModuleNotFoundError as error:
+                not_computed[told] = f'the package {error.name} is missing (pip install ".[evaluate]").'
             except Exception as error:
                 logger.warning("%s failed:", told, exc_info=True)
                 not_computed[told] = f"{type(error).__name__}: {first_line(error)}"
