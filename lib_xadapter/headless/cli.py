@@ -54,13 +54,6 @@ def _run(options: argparse.Namespace) -> int:
         from .conversion import convert_adapter
 
         return convert_adapter(options)
-    if options.command == "generate":
-        from .asked import read_asked
-
-        asked = read_asked(options)
-        from .generate import generate
-
-        return generate(options, asked)
     if options.command == "evaluate":
         from ..evaluation.asked import read_evaluation
 
@@ -68,6 +61,13 @@ def _run(options: argparse.Namespace) -> int:
         from ..evaluation.program import evaluate
 
         return evaluate(options, evaluation)
+    if options.command == "generate":
+        from .asked import read_asked
+
+        asked = read_asked(options)
+        from .generate import generate
+
+        return generate(options, asked)
     if options.ui:
         from .page import open_page
 

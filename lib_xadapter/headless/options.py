@@ -121,7 +121,6 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     generate = commands.add_parser("generate", help="make pictures with your own models")
     _add_generate(generate)
     generate.set_defaults(**(taken_over or {}))
-    _add_evaluate(commands.add_parser("evaluate", help="make pictures of captions in several ways and measure them"))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")
@@ -129,6 +128,7 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     convert.add_argument("out", type=Path, metavar="OUT.safetensors")
     convert.add_argument("--force", action="store_true", help="write over a file that is there")
     convert.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as in FILE)")
+    _add_evaluate(commands.add_parser("evaluate", help="make pictures of captions in several ways and measure them"))
     return parser
 
 
