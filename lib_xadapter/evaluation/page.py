@@ -51,7 +51,7 @@ function zoom(factor, x, y) {
   draw();
 }
 
-function open(button) {
+function enlarge(button) {
   const section = button.closest('section');
   opener = button;
   view = {x: 0, y: 0, scale: 1};
@@ -73,7 +73,7 @@ function open(button) {
 
 document.addEventListener('click', event => {
   const button = event.target.closest('section button');
-  if (button) open(button);
+  if (button) enlarge(button);
 });
 dialog.querySelector('button').addEventListener('click', () => dialog.close());
 dialog.addEventListener('close', () => opener.focus());

@@ -53,7 +53,7 @@ def _claim(evaluation: Evaluation) -> None:
     """
     path = evaluation.out / MADE_WITH
     asked = json.loads(json.dumps(evaluation.made_with))
-    if path.is_file():
+    if path.is_file() and any((evaluation.out / "pictures").glob("*/*.png")):
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
             different = next((name for name in asked if there.get(name) != asked[name]), None)

@@ -57,7 +57,7 @@ class Report:
     @property
     def sample(self) -> str:
         return (
-            f"{self.captions} captions with {self.seeds} {'seed' if self.seeds == 1 else 'seeds'} each, "
+            f"{_counted(self.captions, 'caption')} with {_counted(self.seeds, 'seed')} each, "
             "95 % intervals by bootstrap over captions"
         )
 
@@ -114,6 +114,10 @@ class Report:
             "skipped": {reason: list(names) for reason, names in self.skipped.items()},
             "pictures": [dataclasses.asdict(row) for row in self.pictures],
         }
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def heading(figure: Figure) -> str:

@@ -107,9 +107,8 @@ class TestPictures:
         ]  # fmt: skip
         assert main(command) == 0
         theirs = [Image.open(path).tobytes() for path in sorted(tmp_path.glob("0*.png"))]
-        ours = [Image.open(folder / name).tobytes() for name in (FILES[0], FILES[1], FILES[0], FILES[2])]
-        assert [theirs[1], theirs[0]] == [ours[1], ours[0]] or theirs[:2] == ours[:2]
-        assert ours[3] in theirs
+        base, sdedit, adapter, _ = (Image.open(folder / name).tobytes() for name in FILES)
+        assert theirs == [base, sdedit, base, adapter]
 
     def test_plain_sdxl_knows_nothing_of_the_base(self, evaluate):
         """Another base prompt changes every picture but its."""
@@ -205,6 +204,10 @@ class TestGoingOn:
         ):
             assert evaluate("--limit", "1", *more) == 2
             assert told in capsys.readouterr().err
+
+    def test_a_folder_without_pictures_belongs_to_nobody(self, evaluate, capsys):
+        assert evaluate("--limit", "1", "--base", "small-sdxl") == 2
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
 
 
 class TestProcesses:
