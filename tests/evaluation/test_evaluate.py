@@ -169,7 +169,7 @@ class TestGoingOn:
             "cli.main(sys.argv[1:])\n"
         )
         ended = subprocess.run(
-            [sys.executable, "-c", killed_after_three, *evaluate.words()], capture_output=True, timeout=600
+            [sys.executable, "-c", killed_after_three, *evaluate.words()], capture_output=True, timeout=1800
         )
         assert ended.returncode == -9
         before = evaluate.pictures()
@@ -220,7 +220,7 @@ class TestProcesses:
         command = [sys.executable, "-m", *launchers[launcher], "--module" if launcher == "accelerate" else "-m"]
         seeds = ["--seed", "1", "2", "--metrics", "condition"]
         ended = subprocess.run(
-            [*command, "lib_xadapter", *evaluate.words(*seeds)], capture_output=True, text=True, timeout=900
+            [*command, "lib_xadapter", *evaluate.words(*seeds)], capture_output=True, text=True, timeout=1800
         )
         assert "Condition reconstruction: there is no --controlnet" in ended.stdout
         assert len(evaluate.pictures()) == 16
