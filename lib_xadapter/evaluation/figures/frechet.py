@@ -36,7 +36,9 @@ class FrechetDistance:
     most_resamples = MOST_RESAMPLES
 
     def __init__(self, features: NDArray, reference: NDArray, device: torch.device | str = "cpu") -> None:
-        self._sets = [_by_caption(one, device) for one in (features, reference)]
+        # Apple's GPUs have no float64
+        able = "cpu" if torch.device(device).type == "mps" else device
+        self._sets = [_by_caption(one, able) for one in (features, reference)]
 
     def __call__(self, counts: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
         return numpy.array([self._distance(row) for row in counts])
