@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ SIZE = 256
 PROMPT = "a house by the sea"
 BASELINE = "SDEdit + SDXL"
 BASE_ALONE = "SD1.5 alone"
+CONTROL_MAP = "control map"
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,58 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class DemoModels:
+    """What the pictures are made with.
+
+    Attributes:
+        files: with every plugin that a row can wear.
+        tokenizer: as in `load_models`.
+        placement: where the models run.
+    """
+
+    files: Files
+    tokenizer: Path | None = None
+    placement: Placement = field(default_factory=Placement)
+
+    @classmethod
+    def of_small(cls, small: SmallModels) -> DemoModels:
+        files = Files(small.base, small.upgraded, small.adapter, (Lora(small.lora),), (small.controlnet,))
+        return cls(files, small.tokenizer)
+
+    def worn(self, row: Plugins) -> Files:
+        """The files of a row."""
+        loras, controlnets = self.files.loras, self.files.controlnets
+        return replace(self.files, loras=loras if row.lora else (), controlnets=controlnets if row.control else ())
+
+
+@dataclass(frozen=True)
 class DemoRequest:
-    """What can be turned."""
+    """What can be turned.
+
+    Attributes:
+        prompt, base_prompt: of SDXL, and of the base where it is told something else.
+        seed, switch_point, weights, steps: as in `Job`.
+        size: of both sides, in pixels.
+        rows: one for each set of plugins.
+        control_image: the ControlNet's map; None draws one.
+        control_scale: how strong the ControlNet is.
+    """
 
     prompt: str = PROMPT
+    base_prompt: str = ""
     seed: int = 1
     switch_point: float = Settings().switch_point
     weights: tuple[float, ...] = WEIGHTS
     steps: int = STEPS
+    size: int = SIZE
     rows: tuple[Plugins, ...] = ROWS
+    control_image: Image.Image | None = None
+    control_scale: float = 1.0
+
+    @property
+    def map(self) -> Image.Image:
+        """What the ControlNet is given."""
+        return self.control_image or control_map(self.size // 2)
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -90,12 +134,12 @@ def run_demo(options: argparse.Namespace) -> int:
     request = DemoRequest(seed=options.seed)
     with Bars(len(request.rows) * len(request.weights)) as bars:
         cells = []
-        for cell in make_cells(small, request, bars.show):
+        for cell in make_cells(DemoModels.of_small(small), request, bars.show):
             cells.append(cell)
             bars.finished(cell.column != BASE_ALONE)
     for number, cell in enumerate(cells):
         save_picture(options.out / f"{number:02d} {cell.row}, {cell.column}.png", cell.image, cell.text)
-    grid = save_picture(options.out / "grid.png", cells_grid(cells))
+    grid = save_picture(options.out / "grid.png", cells_grid(cells, request))
     whole = time.perf_counter() - began
     facts = report(small, request, cells) | {"seconds": {"models": round(made_models, 1), "whole": round(whole, 1)}}
     text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -110,38 +154,29 @@ def default_cache() -> Path:
     return (Path(caches) if caches else Path.home() / ".cache") / "lib_xadapter" / "demo"
 
 
-def make_cells(small: SmallModels, request: DemoRequest, progress: Progress = no_progress) -> Iterator[Cell]:
+def make_cells(models: DemoModels, request: DemoRequest, progress: Progress = no_progress) -> Iterator[Cell]:
     """The cells of the grid, row after row, each as soon as it is finished."""
     for row in request.rows:
-        yield from _row(row, _load(small, row), request, progress)
+        files = models.worn(row)
+        yield from _row(row, files, load_models(files, models.placement, models.tokenizer), request, progress)
 
 
-def _load(small: SmallModels, row: Plugins) -> Models:
-    files = Files(
-        base=small.base,
-        upgraded=small.upgraded,
-        adapter=small.adapter,
-        loras=(Lora(small.lora),) if row.lora else (),
-        controlnets=(small.controlnet,) if row.control else (),
-    )
-    return load_models(files, Placement(), small.tokenizer)
-
-
-def _row(row: Plugins, models: Models, request: DemoRequest, progress: Progress) -> Iterator[Cell]:
+def _row(row: Plugins, files: Files, models: Models, request: DemoRequest, progress: Progress) -> Iterator[Cell]:
+    adapter = files.adapter.stem if files.adapter else "None"
     job = Job(
         prompt=request.prompt,
-        settings=Settings(base_checkpoint="small-sd15", adapter="small"),
-        width=SIZE,
-        height=SIZE,
+        settings=Settings(base_checkpoint=files.base.stem, adapter=adapter, base_prompt=request.base_prompt),
+        width=request.size,
+        height=request.size,
         steps=request.steps,
         seed=request.seed,
         switch_points=(request.switch_point,),
         weights=request.weights,
-        control_images=(control_map(SIZE // 2),) if row.control else (),
-        control_scales=((1.0,),) if row.control else (),
-        model="small-sdxl",
-        loras=(("small-style", 1.0),) if row.lora else (),
-        control_names=("small-edges",) if row.control else (),
+        control_images=(request.map,) * len(files.controlnets),
+        control_scales=((request.control_scale,),) * len(files.controlnets),
+        model=files.upgraded.stem,
+        loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
+        control_names=tuple(net.stem for net in files.controlnets),
     )
     began = time.perf_counter()
     base_alone = 0.0
@@ -175,10 +210,13 @@ def control_map(size: int) -> Image.Image:
     return image
 
 
-def cells_grid(cells: Sequence[Cell]) -> Image.Image:
-    """The cells, a row for each set of plugins."""
+def cells_grid(cells: Sequence[Cell], request: DemoRequest) -> Image.Image:
+    """The cells, a row for each set of plugins; before them the maps that ControlNets were given."""
     rows, columns = (list(dict.fromkeys(getattr(cell, side) for cell in cells)) for side in ("row", "column"))
     images = {(cell.row, cell.column): cell.image for cell in cells}
+    maps = {(row.name, CONTROL_MAP): request.map for row in request.rows if row.control and row.name in rows}
+    columns = [CONTROL_MAP, *columns] if maps else columns
+    images |= maps
     return labelled_grid([[images.get((row, column)) for column in columns] for row in rows], rows, columns)
 
 
@@ -197,8 +235,7 @@ def report(small: SmallModels, request: DemoRequest, cells: Sequence[Cell]) -> d
         },
         "machine": {"system": platform.platform(), "processors": os.cpu_count(), "threads": torch.get_num_threads()},
         "models": {str(path): path.stat().st_size for path in files},
-        "request": dataclasses.asdict(request),
-        "size": SIZE,
+        "request": dataclasses.asdict(replace(request, control_image=None)),
         "pictures": [
             {
                 "row": cell.row,

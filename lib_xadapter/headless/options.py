@@ -141,6 +141,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--ui", action="store_true", help="a page in the browser instead")
     parser.add_argument("--port", type=int, help="of the page (default: the first free one)")
+    parser.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/, whose files the page offers")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="of your own models, as for generate")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ def shown(tmp_path_factory):
     """What a quick demo leaves behind."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SIZE", 128)
-        patch.setattr(demo, "DemoRequest", functools.partial(demo.DemoRequest, steps=1, weights=(0.0, 1.0)))
+        quick = functools.partial(demo.DemoRequest, steps=1, size=128, weights=(0.0, 1.0))
+        patch.setattr(demo, "DemoRequest", quick)
         assert main(["demo", "--cache", str(folder / "cache"), "--out", str(folder / "out")]) == 0
     return folder
 
@@ -42,6 +42,25 @@ def test_its_report_says_what_was_made_and_how_far_it_is_from_the_baseline(shown
     assert all(cell["seconds"] > 0 for cell in report["pictures"])
 
 
+def test_the_grid_shows_the_map_in_the_row_of_the_controlnet(shown):
+    """A column before the others, empty in other rows."""
+    wide, tall = Image.new("RGB", (128, 128), "red"), Image.new("RGB", (128, 128), "blue")
+    cells = [demo.Cell("no plugin", "SD1.5 alone", wide, 1.0), demo.Cell("ControlNet", "SD1.5 alone", tall, 1.0)]
+    request = demo.DemoRequest(size=128, control_image=Image.new("RGB", (64, 64), "lime"))
+    grid = demo.cells_grid(cells, request)
+    colours = [[grid.getpixel((x, y)) for x in (grid.width - 210, grid.width - 80)] for y in (100, grid.height - 70)]
+    white, red, lime, blue = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert colours == [[white, red], [lime, blue]]
+    without = demo.cells_grid(cells[:1], request)
+    assert without.width < grid.width - 128
+
+
+def test_the_report_names_no_map(shown):
+    report = json.loads((shown / "out" / "report.json").read_text())
+    assert report["request"]["size"] == 128
+    assert all(cell["column"] != "control map" for cell in report["pictures"])
+
+
 def test_every_plugin_changes_the_bases_picture(shown):
     bases = [Image.open(path).tobytes() for path in sorted((shown / "out").glob("*SD1.5 alone.png"))]
     assert len(set(bases)) == 3
@@ -53,18 +72,3 @@ def test_models_that_are_there_are_not_made_again(shown):
     assert len(written) == 5
     make_small_models(shown / "cache")
     assert {path: path.stat().st_mtime_ns for path in written} == written
-
-
-def test_the_page_makes_the_same_grid(shown):
-    gradio = pytest.importorskip("gradio", reason="demo --ui needs it")
-    from lib_xadapter.headless.options import read_options
-    from lib_xadapter.headless.page import make_page
-
-    options = read_options(["demo", "--ui", "--out", str(shown / "page")])
-    page = make_page(make_small_models(shown / "cache"), options)
-    generate = next(function.fn for function in page.fns.values() if function.fn.__name__ == "generate")
-    *_, (grid, said) = generate("a cat", 0.8, ["1", "0"], ["LoRA"], 1, 2)
-    assert said == f"3 pictures, saved as {shown / 'page' / 'grid.png'}"
-    assert grid.size == Image.open(shown / "page" / "grid.png").size
-    with pytest.raises(gradio.Error, match="at least one weight"):
-        next(generate("a cat", 0.8, [], ["LoRA"], 1, 2))
