@@ -28,9 +28,12 @@ figure img { width: 100%; display: block; }
 figcaption { font-size: .8rem; }
 dialog { width: 100vw; height: 100vh; max-width: none; max-height: none; border: 0; padding: .5rem;
   box-sizing: border-box; background: Canvas; }
-dialog .row { height: calc(100% - 2.2rem); overflow: hidden; }
-dialog figure { max-width: none; display: flex; flex-direction: column; min-width: 0; flex: 1 1 0; }
-dialog .pane { flex: 1; overflow: hidden; cursor: grab; touch-action: none; }
+dialog .row { height: calc(100% - 2.2rem); overflow: hidden; display: grid; grid-auto-rows: minmax(0, 1fr);
+  grid-template-columns: repeat(auto-fit, minmax(30%, 1fr)); }
+dialog figure { max-width: none; display: flex; flex-direction: column; min-width: 0; min-height: 0; }
+dialog figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+dialog figcaption br { display: none; }
+dialog .pane { flex: 1; min-height: 0; overflow: hidden; cursor: grab; touch-action: none; }
 dialog img { width: 100%; height: 100%; object-fit: contain; transform-origin: 0 0; user-select: none; }
 dialog p { margin: 0 0 .4rem; display: flex; gap: 1rem; justify-content: space-between; }
 """
@@ -161,7 +164,7 @@ def _section(row: Row) -> str:
 
 
 def _figure(row: Row, name: str, path: str) -> str:
-    values = "".join(f"<br>{_text(figure)} {ways[name]:.3f}" for figure, ways in row.values.items() if name in ways)
+    values = "".join(f" <br>{_text(figure)} {ways[name]:.3f}" for figure, ways in row.values.items() if name in ways)
     picture = f'<img src="{quote(path)}" alt="{_text(name)}" loading="lazy">'
     return f"<figure><button>{picture}</button><figcaption>{_text(name)}{values}</figcaption></figure>"
 
