@@ -207,7 +207,7 @@ class Training:
     def parts_of(self, step: int) -> list[Part]:
         """This process's share of a step."""
         crops, accelerator = self._batches.at(step), self._accelerator
-        mine = numpy.arange(accelerator.process_index, len(crops), accelerator.num_processes)
+        mine = numpy.array_split(numpy.arange(len(crops)), accelerator.num_processes)[accelerator.process_index]
         shares = (share.tolist() for share in numpy.array_split(mine, self._course.accumulation))
         return [Part(step, tuple(rows), tuple(crops[row] for row in rows), len(crops)) for rows in shares if rows]
 

@@ -36,9 +36,9 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tiny, pictures, cache, tmp_path_factory) -> Path:
-    """A training of 200 steps by one process."""
+    """A training of 200 steps by one process, its batches in the parts that two processes would have."""
     train = TrainCommand(tiny, pictures, tmp_path_factory.mktemp("alone") / "out")
-    assert train(steps=STEPS, save_every=STEPS, cache=cache) == 0
+    assert train(steps=STEPS, save_every=STEPS, cache=cache, accumulation=2) == 0
     return train.out
 
 
@@ -54,9 +54,9 @@ def test_two_processes_learn_what_one_does(train, alone, cache):
 def test_what_was_killed_goes_on_to_the_bit(train, alone, cache):
     step = random.Random().randrange(1, STEPS)
     code = DIE.format(step=step, rank=0, end=KILLED)
-    status, output = train.run(code=code, steps=STEPS, save_every=20, cache=cache)
+    status, output = train.run(code=code, steps=STEPS, save_every=20, cache=cache, accumulation=2)
     assert status == -9, output
-    assert train("--resume", steps=STEPS, save_every=STEPS, cache=cache) == 0
+    assert train("--resume", steps=STEPS, save_every=STEPS, cache=cache, accumulation=2) == 0
     assert same(weights_of(train.out), weights_of(alone)), f"killed in step {step}"
 
 
