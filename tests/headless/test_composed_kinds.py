@@ -198,6 +198,20 @@ def test_parts_hooked_by_accelerate_stay_hooked(own_pipe, plain):
     assert all(hasattr(part, "_hf_hook") for part in (own_pipe.base.unet, own_pipe.upgraded.unet))
 
 
+def test_weights_that_are_nowhere_between_calls(own_pipe, plain):
+    """As `enable_sequential_cpu_offload` leaves them, which itself wants an accelerator."""
+    from accelerate import cpu_offload
+
+    for pipeline in (own_pipe.base, own_pipe.upgraded):
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert torch.equal(latents(own_pipe, **SMALL), plain)
+    assert torch.equal(latents(own_pipe, memory="recorded", **SMALL), plain)
+    for pipeline in (own_pipe.base, own_pipe.upgraded):
+        assert {weight.device.type for weight in pipeline.unet.parameters()} == {"meta"}
+
+
 def test_compiled_blocks_are_tapped(own_pipe, plain):
     """Also where they were called, and so compiled, before X-Adapter's hooks were there, and after."""
     torch.compiler.reset()
