@@ -42,6 +42,7 @@ REFUSED = {
     ],
     "noise levels are those of other models": ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"],
     "each of its steps needs mask, original_image": ["RePaintScheduler"],
+    "each of its steps must be told where it ends": ["UnCLIPScheduler"],
 }
 NEEDED = {
     "AmusedScheduler": {"mask_token_id": 0},
@@ -68,7 +69,6 @@ FOLLOWED = [
     "PNDMScheduler",
     "SASolverScheduler",
     "TCDScheduler",
-    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -93,9 +93,7 @@ def pipe(loaded):
 def with_scheduler(pipe: XAdapterPipeline, name: str) -> XAdapterPipeline:
     kind = getattr(diffusers, name)
     for pipeline in (pipe.base, pipe.upgraded):
-        # it takes no other noise levels than its own
-        own = {"beta_schedule": "squaredcos_cap_v2"} if name == "UnCLIPScheduler" else {}
-        pipeline.scheduler = kind.from_config({**pipeline.scheduler.config, **own})
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     return pipe
 
 
