@@ -26,7 +26,7 @@ MOST_CONTROL = 2.0
 JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
 OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
 NO_TAGS = LoraTags("")
-FIELD = re.compile(r"'([a-z_]+)'")
+FIELD = re.compile(r"'([a-z0-9_]+)'")
 
 
 @dataclass(frozen=True)

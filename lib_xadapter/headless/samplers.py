@@ -102,6 +102,8 @@ def check_scheduler(scheduler: Any) -> None:
         reason = "its noise levels are those of other models"
     elif not all(hasattr(scheduler, name) for name in ("add_noise", "init_noise_sigma", "scale_model_input")):
         reason = "it brings no picture to a noise level"
+    elif "prev_timestep" in inspect.signature(scheduler.step).parameters:
+        reason = "each of its steps must be told where it ends, which pipelines of SD1.5 and SDXL do not"
     elif not LATENT_STEP.issuperset(_required(scheduler.step)):
         reason = f"each of its steps needs {', '.join(sorted(_required(scheduler.step) - LATENT_STEP))}"
     if reason is not None:
