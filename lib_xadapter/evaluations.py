@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .settings import Settings
@@ -52,3 +53,9 @@ class GuidanceWindow:
     def base_evaluations(self, evaluations: Iterable[Evaluation]) -> list[Evaluation]:
         """Those at which the base is evaluated, in their order."""
         return [evaluation for evaluation in evaluations if self.runs_base(evaluation)]
+
+
+def nearest_level(levels: Sequence[float], sigma: float) -> int:
+    """The place of the noise level that is nearest in log σ."""
+    distances = [abs(math.log(max(level, 1e-8) / max(sigma, 1e-8))) for level in levels]
+    return min(range(len(distances)), key=distances.__getitem__)

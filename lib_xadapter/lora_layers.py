@@ -267,7 +267,8 @@ PARAMETERS = re.compile(
     r"(?P<down>lora_(?:linear_layer_)?down_weight|lora_A_(?:\w+_)?weight)|"
     r"(?P<up>lora_(?:linear_layer_)?up_weight|lora_B_(?:\w+_)?weight)|"
     r"(?P<other>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|[ab][12]_weight|weight|on_input|diff|"
-    r"w_norm|b_norm|oft_blocks|oft_diag|dora_scale|lora_mid_weight|alpha)"
+    r"diff_b|w_norm|b_norm|oft_blocks|oft_diag|rescale|dora_scale|lora_mid_weight|alpha|scale)|"
+    r"(?P<lora_magnitude_vector>lora_magnitude_vector(?:_\w+)?)"
     r")"
 )
 # tensors that have four dimensions where the changed layer is a convolution

@@ -7,18 +7,28 @@ loads, `prompts` encodes, `grid` and `infotext` label and save.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .composed import BaseSide, XAdapterPipeline, XAdapterPipelineOutput
+    from .loras import load_lora
+    from .spoken import PromptEmbeddings, encode_prompt
 
-__all__ = ["BaseSide", "XAdapterPipeline", "XAdapterPipelineOutput"]
+__all__ = [
+    "BaseSide",
+    "PromptEmbeddings",
+    "XAdapterPipeline",
+    "XAdapterPipelineOutput",
+    "encode_prompt",
+    "load_lora",
+]
+HOMES = {"load_lora": "loras", "PromptEmbeddings": "spoken", "encode_prompt": "spoken"}
+"""Where those that are not in `composed` are."""
 
 
 def __getattr__(name: str) -> Any:
     # the command line checks its arguments before anything heavy is imported
     if name in __all__:
-        from . import composed
-
-        return getattr(composed, name)
+        return getattr(import_module(f".{HOMES.get(name, 'composed')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ..errors import WrongArgument, WrongFile
 from ..settings import defaults, read_settings
+from .annotator_names import read_annotators
 from .job import Job, open_picture
 from .lora_names import Lora, LoraTags, read_lora, take_tags
 from .named_files import find_file
@@ -23,6 +25,7 @@ from .words import read_styles, with_style
 MOST_CONTROL = 2.0
 JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
 OWN_SETTINGS = defaults().keys() - set(SETTINGS_ELSEWHERE)
+NO_TAGS = LoraTags("")
 FIELD = re.compile(r"'([a-z_]+)'")
 
 
@@ -46,6 +49,7 @@ class Files:
     adapter: Path | None
     loras: tuple[Lora, ...]
     controlnets: tuple[Path, ...]
+    embeddings: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ class Asked:
 def read_asked(options: argparse.Namespace) -> Asked:
     """Raises: XAdapterError: naming the option that is wrong."""
     check_folder(options.out)
-    prompt, negative_prompt = styled(options)
-    options.negative_prompt = negative_prompt
-    prompts = take_tags(prompt)
-    files = find_files(options, prompts)
-    job = read_job(options, files, prompts)
+    prompt, negative_prompt = styled(options, options.prompt)
+    prompts, base_prompts = take_tags(prompt, "--prompt"), take_tags(options.base_prompt, "--base-prompt")
+    options.base_prompt = base_prompts.prompt
+    files = find_files(options, prompts, base_prompts)
+    job = replace(read_job(options, files, prompts), negative_prompt=negative_prompt)
     batches = batches_of(options.seed or [0], options.num, options.batch)
     return Asked(
         files,
@@ -80,26 +84,26 @@ def read_asked(options: argparse.Namespace) -> Asked:
     )
 
 
-def styled(options: argparse.Namespace) -> tuple[str, str]:
-    """Prompt and negative prompt in the styles that are named.
+def styled(options: argparse.Namespace, prompt: str) -> tuple[str, str]:
+    """A prompt and the negative prompt in the styles that are named.
 
     Raises:
         WrongArgument: there is no such style.
     """
-    prompt, negative_prompt = options.prompt, options.negative_prompt
     if not options.style:
-        return prompt, negative_prompt
+        return prompt, options.negative_prompt
     if options.styles is None:
         raise WrongArgument("--style is given, but there are no --styles to find it in.")
     styles = read_styles(options.styles)
-    for name in options.style:
-        if name not in styles:
-            raise WrongArgument(
-                f"--style: there is no '{name}' in {options.styles.name}; there is {', '.join(styles)}."
-            )
-        prompt = with_style(prompt, styles[name].prompt)
-        negative_prompt = with_style(negative_prompt, styles[name].negative_prompt)
-    return prompt, negative_prompt
+    if unknown := [name for name in options.style if name not in styles]:
+        raise WrongArgument(
+            f"--style: there is no '{unknown[0]}' in {options.styles.name}; there is {', '.join(styles)}."
+        )
+    named = [styles[name] for name in options.style]
+    return (
+        functools.reduce(with_style, (style.prompt for style in named), prompt),
+        functools.reduce(with_style, (style.negative_prompt for style in named), options.negative_prompt),
+    )
 
 
 def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
@@ -132,7 +136,8 @@ def read_prompts(options: argparse.Namespace, prompt: str) -> list[str]:
         raise WrongArgument(f"--prompt-file: {path.name} holds no prompt.")
     if tagged := next((line for line in prompts if take_tags(line).loras), None):
         raise WrongArgument(f"--prompt-file: '{tagged}' names a LoRA; name those of all prompts by --lora.")
-    return prompts
+    # LoRAs of the styles are merged for all of them
+    return [take_tags(styled(options, line)[0]).prompt for line in prompts]
 
 
 def check_folder(folder: Path) -> None:
@@ -149,7 +154,7 @@ def check_folder(folder: Path) -> None:
         raise WrongFile(f"--out is {folder}, which cannot be written to: {error.strerror or error}.") from error
 
 
-def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
+def find_files(options: argparse.Namespace, prompts: LoraTags, base_prompts: LoraTags = NO_TAGS) -> Files:
     """All files that the options name.
 
     Raises:
@@ -158,17 +163,37 @@ def find_files(options: argparse.Namespace, prompts: LoraTags) -> Files:
     folder = options.models_dir
     if folder is not None and not folder.is_dir():
         raise WrongFile(f"--models-dir: there is no folder {folder}.")
-    named = [(*read_lora(text), "--lora") for text in options.lora]
-    named += [(name, weight, "--prompt") for name, weight in prompts.loras]
+    named = [(Lora(Path(name), weight), "--lora") for name, weight in map(read_lora, options.lora)]
+    # what the base's own prompt names, too, goes to the base as it stands there
+    own = {lora.path for lora in base_prompts.loras}
+    named += [(lora, "--prompt") for lora in prompts.loras if lora.path not in own]
+    named += [(replace(lora, models=("base",)), "--base-prompt") for lora in base_prompts.loras]
     return Files(
         base=find_file(options.base, "checkpoint", folder, "--base"),
         upgraded=find_file(options.upgraded, "checkpoint", folder, "--upgraded"),
         adapter=None
         if options.adapter.lower() == "none"
         else find_file(options.adapter, "adapter", folder, "--adapter"),
-        loras=tuple(Lora(find_file(name, "lora", folder, option), weight) for name, weight, option in named),
+        loras=tuple(replace(lora, path=find_file(str(lora.path), "lora", folder, option)) for lora, option in named),
         controlnets=tuple(find_file(name, "controlnet", folder, "--controlnet") for name in options.controlnet),
+        embeddings=embedding_folders(folder, options.embeddings),
     )
+
+
+def embedding_folders(models_folder: Path | None, given: Path | None) -> tuple[Path, ...]:
+    """Where textual inversions are looked for: the WebUI keeps them beside its `models/`.
+
+    Raises:
+        WrongFile: the folder that was given is none.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise WrongFile(f"--embeddings: there is no folder {given}.")
+        return (given,)
+    if models_folder is None:
+        return ()
+    folders = (models_folder / "embeddings", models_folder.absolute().parent / "embeddings")
+    return tuple(folder for folder in folders if folder.is_dir())
 
 
 def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Job:
@@ -204,9 +229,10 @@ def read_job(options: argparse.Namespace, files: Files, prompts: LoraTags) -> Jo
             switch_points=tuple(options.switch_point),
             weights=tuple(options.weight),
             control_images=tuple(open_picture(path, "--control-image") for path in options.control_image),
+            annotators=read_annotators(options.annotate, len(files.controlnets)),
             control_scales=tuple(map(tuple, scales)),
             model=files.upgraded.stem,
-            loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
+            loras=tuple((lora.path.stem, lora.said) for lora in files.loras),
             control_names=tuple(path.stem for path in files.controlnets),
             init_image=open_picture(options.init_image, "--init-image") if options.init_image else None,
             mask=open_picture(options.mask, "--mask") if options.mask else None,

@@ -1,4 +1,4 @@
-"""`python -m lib_xadapter`: demo, generate, inspect, convert."""
+"""`python -m lib_xadapter`: demo, generate, evaluate, train, inspect, convert."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def _run(options: argparse.Namespace) -> int:
         from .conversion import convert_adapter
 
         return convert_adapter(options)
+    if options.command == "evaluate":
+        from ..evaluation.asked import read_evaluation
+
+        evaluation = read_evaluation(options)
+        from ..evaluation.program import evaluate
+
+        return evaluate(options, evaluation)
     if options.command == "generate":
         from .asked import read_asked
 
@@ -61,6 +68,10 @@ def _run(options: argparse.Namespace) -> int:
         from .generate import generate
 
         return generate(options, asked)
+    if options.command == "train":
+        from ..training.program import train
+
+        return train(options)
     if options.ui:
         from .page import open_page
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import DoesNotFit, WrongArgument
 from ..mapping import MappingLayers, load_adapter, save_adapter
 from ..recording import RecordingCache
-from ..settings import AUTO, BASE_NOISE_SEED, LOCKSTEP, RECORDED, half, read_settings
+from ..settings import AUTO, BASE_NOISE_SEED, LOCKSTEP, PICTURE, RECORDED, Settings, half, read_settings
 from .job import LATENT_PIXEL
 from .model_files import load_base, load_upgraded
 from .models import Models, Placement, device_of, moves_by_itself, parts_at_work
@@ -38,6 +38,7 @@ from .pipeline import (
     TwoStages,
     no_progress,
 )
+from .samplers import check_scheduler
 
 ADAPTER_FILE = "x_adapter.safetensors"
 SMALLEST_GUIDANCE = 1 + 2**-52
@@ -68,7 +69,7 @@ class XAdapterPipelineOutput(BaseOutput):
     Attributes:
         images: as `output_type` says.
         base_side: what the base made.
-        base_images: the base's own pictures, where they were asked for.
+        base_images: the base's own pictures, where they were asked for and it painted any.
     """
 
     images: Any
@@ -99,9 +100,9 @@ class DrawnNoise:
     ) -> None:
         self._shape, self._base_shape = shape, base_shape
         self._device, self._dtype, self._base_dtype = device, dtype, base_dtype
-        self.base_encoding = _copied(base_generator if base_generator is not None else generator)
-        self._base_seeds = self.base_encoding
+        self._base_seeds = _copied(base_generator if base_generator is not None else generator)
         self.base_steps = base_generator if base_generator is not None else _copied(generator)
+        self.base_encoding = self.base_steps
         self.encoding = self.upgraded_steps = generator
 
     def base(self) -> Tensor:
@@ -270,6 +271,7 @@ class XAdapterPipeline:
         image: Any = None,
         mask_image: Any = None,
         strength: float = 0.8,
+        img2img_start: str = PICTURE,
         control_image: Any = None,
         ip_adapter_image: Any = None,
         height: int | None = None,
@@ -312,9 +314,11 @@ class XAdapterPipeline:
         the base, and is the upgraded one's where it is not given.
 
         Args:
-            image: in image-to-image and inpainting, the picture that takes the place of the base's own.
-            mask_image: in inpainting, white where something new is painted.
-            strength: of the given picture's noising, as the switch point is of the base's own.
+            image: in image-to-image and inpainting, the picture that is painted over.
+            mask_image: in inpainting, white where something new is painted; elsewhere both models keep the picture.
+            strength: how much is painted anew over the given picture.
+            img2img_start: "picture": both models paint over the given picture, from `strength` on; "base": the base
+                alone does, with that strength, and SDXL paints over what it made, from the switch point on.
             control_image: for the base's ControlNets or T2I-Adapters.
             ip_adapter_image: for the base's IP-Adapter.
             height, width, base_height, base_width: in pixels, multiples of 8; the base's are half of the others'.
@@ -351,9 +355,10 @@ class XAdapterPipeline:
                 "cond_only": cond_only,
                 "single_stage": single_stage,
                 "memory": memory,
+                "img2img_start": img2img_start,
             }
         )
-        painted = _painted(image, mask_image, strength, single_stage)
+        painted = _painted(image, mask_image, strength, settings)
         size = self._size(width, height, painted)
         base_size = (base_width or half(size[0]), base_height or half(size[1]))
         images = num_images_per_prompt * _batch(prompt, prompt_embeds)
@@ -428,14 +433,16 @@ class XAdapterPipeline:
             base_side: of an earlier one with the same base, prompts and noise.
         """
         for name in PIPELINES:
-            check_unet(getattr(self, name).unet, name)
+            pipeline = getattr(self, name)
+            check_unet(pipeline.unet, name)
+            if not self._rules.precise:
+                check_scheduler(pipeline.scheduler)
         self._interruption.asked = False
         models, request = self._placed(request)
         with where_they_were(models):
             stages = TwoStages(models, self._rules, self._progress, self._interruption)
             if base_side is None:
-                has_picture = request.painted is not None or not request.settings.single_stage
-                base_side = BaseSide(stages.base_latents(request) if has_picture else None)
+                base_side = BaseSide(None if request.settings.single_stage else stages.base_latents(request))
             return self._finished(stages, request, base_side, output_type, return_base_images)
 
     def _finished(
@@ -454,7 +461,7 @@ class XAdapterPipeline:
         )
         if decodes:
             images = stages.upgraded_pictures(images)
-        pictures = stages.base_pictures(side.latents) if return_base_images and side.latents is not None else None
+        pictures = stages.base_pictures(side.latents) if return_base_images and request.has_stage_one else None
         return XAdapterPipelineOutput(images=images, base_side=side, base_images=pictures)
 
     def _placed(self, request: Request) -> tuple[Models, Request]:
@@ -493,7 +500,7 @@ class XAdapterPipeline:
 
     def _size(self, width: int | None, height: int | None, painted: Painted | None) -> tuple[int, int]:
         if painted is not None and (width is None or height is None):
-            wide, tall = painted.pictures(1)[0].size
+            wide, tall = painted.size
             width, height = width or wide // LATENT_PIXEL * LATENT_PIXEL, height or tall // LATENT_PIXEL * LATENT_PIXEL
         usual = self.upgraded.default_sample_size * self.upgraded.vae_scale_factor
         size = width or usual, height or usual
@@ -503,12 +510,14 @@ class XAdapterPipeline:
         return size
 
 
-def _painted(image: Any, mask: Any, strength: float, single_stage: bool) -> Painted | None:
+def _painted(image: Any, mask: Any, strength: float, settings: Settings) -> Painted | None:
     if image is None:
         if mask is not None:
             raise WrongArgument("'mask_image' is given, but there is no 'image' that it belongs to.")
+        if settings.img2img_start != PICTURE:
+            raise WrongArgument(f"'img2img_start' is '{settings.img2img_start}', but there is no 'image'.")
         return None
-    if single_stage:
+    if settings.single_stage:
         raise WrongArgument("'image' is given, but a single stage starts from noise.")
     if not 0 < strength <= 1:
         raise WrongArgument(f"'strength' is {strength:g}, expected a number above 0, up to 1.")
@@ -561,6 +570,9 @@ def check_pipeline(pipeline: Any, name: str) -> None:
             f"'{name}' is a {kind}, expected a text-to-image pipeline of "
             f"{'SD1.5 or SD2' if name == 'base' else 'SDXL'}, such as {PIPELINES[name]}."
         )
+    channels = pipeline.unet.config.in_channels
+    if channels not in TAKEN_CHANNELS:
+        raise DoesNotFit(f"The UNet of '{name}' takes {channels} channels, expected 4, or 9 of an inpainting model.")
     is_sdxl = hasattr(pipeline, "text_encoder_2")
     if is_sdxl != (name == "upgraded"):
         raise DoesNotFit(f"'{name}' is a {kind}, expected a pipeline such as {PIPELINES[name]}.")
@@ -579,6 +591,7 @@ def check_unet(unet: Any, name: str) -> None:
         )
 
 
+TAKEN_CHANNELS = (4, 9)
 PIPELINES = {"base": "StableDiffusionPipeline", "upgraded": "StableDiffusionXLPipeline"}
 
 

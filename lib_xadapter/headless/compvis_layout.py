@@ -18,6 +18,7 @@ from ..errors import WrongFile
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 BASE_TEXT_PREFIX = "cond_stage_model.transformer."
+SD2_TEXT_PREFIX = "cond_stage_model.model."
 FIRST_TEXT_PREFIX = "conditioner.embedders.0.transformer."
 SECOND_TEXT_PREFIX = "conditioner.embedders.1.model."
 CONTROLNET_PREFIX = "control_model."
@@ -141,7 +142,7 @@ def clip_origin(name: str) -> Origin:
 
 
 def open_clip_origin(name: str) -> Origin:
-    """The table of OpenCLIP-bigG."""
+    """The table of OpenCLIP, SD2's text encoder and SDXL's second."""
     name = name.removeprefix("text_model.")
     if name == "text_projection.weight":
         return Origin("text_projection", transposed=True)

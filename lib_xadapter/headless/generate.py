@@ -16,10 +16,12 @@ from PIL import Image
 
 from ..errors import WrongArgument, XAdapterError
 from ..mapping import load_adapter
+from .annotators import annotated
 from .asked import Asked, Files
 from .bars import Bars
 from .grid import labelled_grid, save_picture
 from .infotexts import PNG_KEY
+from .inversions import Inversions
 from .jobs import Picture, make_pictures
 from .loras import merge_lora
 from .model_files import load_base, load_controlnet, load_upgraded
@@ -40,7 +42,7 @@ def generate(options: argparse.Namespace, asked: Asked) -> int:
     made: list[Picture] = []
     try:
         with Bars(asked.pictures) as bars:
-            for job in asked.jobs:
+            for job in map(annotated, asked.jobs):
                 for picture in make_pictures(models, job, rules, bars.show, there):
                     _save(picture, options.out, job.settings.return_base_image)
                     made.append(picture)
@@ -111,7 +113,9 @@ def load_models(files: Files, placement: Placement, tokenizer: Path | None = Non
     with naming("--lora"):
         for lora in files.loras:
             logger.info("%s goes to the %s model.", lora.path.name, merge_lora(lora, base, upgraded))
-    models = Models(with_controlnets(base, controlnets), upgraded, adapter, placement)
+    with naming("--lora"):
+        inversions = Inversions.below(*files.embeddings).with_those_of(lora.path for lora in files.loras)
+    models = Models(with_controlnets(base, controlnets), upgraded, adapter, placement, inversions)
     with naming("--adapter"):
         models.check()
     for pipeline in (models.base, models.upgraded):

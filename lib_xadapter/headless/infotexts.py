@@ -20,10 +20,11 @@ class ControlUnit:
 
     name: str
     scale: float
+    module: str = "none"
 
     def written(self) -> str:
         fields = {
-            "Module": "none",
+            "Module": self.module,
             "Model": self.name,
             "Weight": f"{self.scale:g}",
             "Resize Mode": "Just Resize",
@@ -47,13 +48,13 @@ class PictureText:
     size: tuple[int, int]
     model: str
     settings: Settings
-    loras: Sequence[tuple[str, float]] = ()
+    loras: Sequence[tuple[str, float | str]] = ()
     controls: Sequence[ControlUnit] = ()
     strength: float | None = None
     clip_skip: int = 1
 
     def written(self) -> str:
-        tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight in self.loras)
+        tags = "".join(f" <lora:{name}:{_plain(said)}>" for name, said in self.loras)
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""
         parameters = {
             "Steps": self.steps,
@@ -70,6 +71,10 @@ class PictureText:
         }
         written = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in parameters.items() if value != "")
         return f"{self.prompt}{tags}{negative}\n{written}"
+
+
+def _plain(said: float | str) -> str:
+    return said if isinstance(said, str) else f"{said:g}"
 
 
 def _quoted(text: str) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, SAME_SEED, Settings, half
+from ..settings import CONTROL_IMAGE, NOISE, PICTURE, SAME_SEED, Settings, half
+from .annotator_names import Annotator
 
 LATENT_PIXEL = 8
 SMALLEST, LARGEST = 64, 4096
@@ -33,12 +34,14 @@ class Job:
         batch: images at once.
         switch_points, weights: values that are tried, each with each.
         control_images: one for each ControlNet.
+        annotators: what makes the map of each; None where it is one.
+        control_maps: the maps that were made; () where the images are them.
         control_scales: values that are tried for each ControlNet.
-        init_image: what takes the place of the base's picture; None where the base paints one.
+        init_image: a picture to paint over; None where the base paints one.
         mask: white where the picture is painted anew; None for everywhere.
         strength: of painting over it.
         clip_skip: of SD1.5's text encoder, as in the WebUI; 1 for none.
-        model, loras, control_names: for the text under the pictures.
+        model, loras, control_names: for the text under the pictures; a LoRA's name and what is said behind it.
     """
 
     prompt: str = ""
@@ -54,13 +57,15 @@ class Job:
     switch_points: tuple[float, ...] = (0.8,)
     weights: tuple[float | tuple[float, ...], ...] = (1.0,)
     control_images: tuple[Image.Image, ...] = ()
+    annotators: tuple[Annotator | None, ...] = ()
+    control_maps: tuple[Image.Image, ...] = ()
     control_scales: tuple[tuple[float, ...], ...] = ()
     init_image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float = 0.75
     clip_skip: int = 1
     model: str = ""
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[tuple[str, float | str], ...] = ()
     control_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,13 +77,18 @@ class Job:
         self._check_size("height", self.height)
         if not 1 <= self.cfg_scale <= LARGEST_CFG:
             raise WrongArgument(f"'cfg' is {self.cfg_scale:g}, expected a number from 1 to {LARGEST_CFG:g}.")
-        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
-            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
-
         if not 0 < self.strength <= 1:
             raise WrongArgument(f"'strength' is {self.strength:g}, expected a number above 0, up to 1.")
         if self.mask is not None and self.init_image is None:
             raise WrongArgument("'mask' is given, but there is no --init-image that it belongs to.")
+        if self.init_image is None and self.settings.img2img_start != PICTURE:
+            raise WrongArgument(f"'img2img_start' is '{self.settings.img2img_start}', but there is no --init-image.")
+        if self.init_image is not None and self.settings.base_start != NOISE:
+            raise WrongArgument(
+                f"'base_start' is '{self.settings.base_start}', but over an --init-image the base starts from that."
+            )
+        if self.settings.base_start == CONTROL_IMAGE and not self.control_images:
+            raise WrongArgument(f"'base_start' is '{CONTROL_IMAGE}', but there is no --control-image to start from.")
         if self.init_image is not None and self.settings.single_stage:
             raise WrongArgument("--init-image is given, but a single stage starts from noise.")
 

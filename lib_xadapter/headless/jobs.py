@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..errors import WrongArgument
 from ..settings import Settings
-from .composed import SMALLEST_GUIDANCE, XAdapterPipeline
+from .composed import SMALLEST_GUIDANCE, BaseSide, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
 from .job import LATENT_PIXEL, Job
 from .models import Models
@@ -32,6 +33,7 @@ class Picture:
         settings, control_scales, seed: what it was made with.
         text: settings in the WebUI's infotext form.
         prompt: of SDXL.
+        base_latents: what the base finished for its batch, (images, 4, h, w); None for a single stage.
     """
 
     image: Image.Image
@@ -41,6 +43,7 @@ class Picture:
     seed: int
     text: str
     prompt: str = ""
+    base_latents: Tensor | None = None
 
 
 def make_pictures(
@@ -49,18 +52,20 @@ def make_pictures(
     rules: Rules = WEBUI_RULES,
     progress: Progress = no_progress,
     there: Collection[str] = (),
+    base_side: BaseSide | None = None,
 ) -> Iterator[Picture]:
     """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them.
 
     Args:
         there: texts of pictures that need not be made.
+        base_side: of an earlier job, where nothing changes on the base's side; its pictures are not made again.
     """
     pipeline = XAdapterPipeline(
         models.base, models.upgraded, models.adapter, rules=rules, placement=models.placement, progress=progress
     )
     for scales in itertools.product(*job.control_scales):
         first = request_of(models, job, job.settings, scales)
-        side, base_images = None, [None] * job.batch
+        side, base_images = base_side, [None] * job.batch
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             texts = [_text(job, settings, scales, seed) for seed in job.seeds]
@@ -70,8 +75,9 @@ def make_pictures(
             request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
             made = pipeline.run(request, side, return_base_images=side is None)
             side, base_images = made.base_side, made.base_images or base_images
-            for image, base_image, seed, text in zip(made.images, base_images, job.seeds, texts, strict=True):
-                yield Picture(image, base_image, settings, scales, seed, text, job.prompt)
+            images = [_in_its_picture(image, job) for image in made.images]
+            for image, base_image, seed, text in zip(images, base_images, job.seeds, texts, strict=True):
+                yield Picture(image, base_image, settings, scales, seed, text, job.prompt, side.latents)
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:
@@ -116,6 +122,14 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
     )
 
 
+def _in_its_picture(image: Image.Image, job: Job) -> Image.Image:
+    """Outside of a mask the given picture itself, whatever its way through the VAE has made of it."""
+    if job.mask is None:
+        return image
+    picture = job.init_image.convert("RGB").resize(job.size, Image.Resampling.LANCZOS)
+    return Image.composite(image, picture, job.mask.convert("L").resize(job.size, Image.Resampling.LANCZOS))
+
+
 def _painted(job: Job) -> Painted | None:
     if job.init_image is None:
         return None
@@ -123,7 +137,7 @@ def _painted(job: Job) -> Painted | None:
 
 
 def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
-    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_images]
+    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_maps or job.control_images]
     if not maps:
         return {}
     if len(maps) == 1:
@@ -141,7 +155,8 @@ def _noises(job: Job) -> list[Noise]:
 
 
 def _text(job: Job, settings: Settings, scales: Sequence[float], seed: int) -> str:
-    units = tuple(ControlUnit(name, scale) for name, scale in zip(job.control_names, scales, strict=True))
+    modules = [annotator.module if annotator else "none" for annotator in job.annotators or [None] * len(scales)]
+    units = tuple(map(ControlUnit, job.control_names, scales, modules))
     return PictureText(
         job.prompt,
         job.negative_prompt,

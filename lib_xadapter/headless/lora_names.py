@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import WrongArgument
+
+T = TypeVar("T")
+
+
+MODELS = {"base": ("base",), "sdxl": ("upgraded",), "both": ("base", "upgraded")}
+"""What `model=` of a tag says → the models that the LoRA goes to."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file and how strongly it is merged."""
+    """A file, how strongly it is merged, and into which models.
+
+    Attributes:
+        path: the file, or its name as the user gave it.
+        weight: of its part for the text encoder, and for the UNet where that has none of its own.
+        unet_weight: of its part for the UNet.
+        rank: how much of its rank is used, None for all of it.
+        models: "base", "upgraded", or both; () for the one that the file was made for.
+    """
 
     path: Path
     weight: float = 1.0
+    unet_weight: float | None = None
+    rank: int | None = None
+    models: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What stands behind its name in a tag."""
+        unet = "" if self.unet_weight is None else f":{self.unet_weight:g}"
+        rank = "" if self.rank is None else f":dyn={self.rank}"
+        model = next((f":model={name}" for name, models in MODELS.items() if models == self.models), "")
+        return f"{self.weight:g}{unet}{rank}{model}"
 
 
 def read_lora(text: str) -> tuple[str, float]:
@@ -38,18 +65,45 @@ class LoraTags:
     """A prompt without its `<lora:name:weight>` tags, and what they named."""
 
     prompt: str
-    loras: tuple[tuple[str, float], ...] = field(default=())
+    loras: tuple[Lora, ...] = field(default=())
 
 
-TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^:>]+))?[^>]*>")
+TAG = re.compile(r"<(?:lora|lyco):([^>]+)>")
 
 
-def take_tags(prompt: str) -> LoraTags:
-    """Raises: WrongArgument: the weight of a tag is no number."""
-    loras = []
-    for found in TAG.finditer(prompt):
+def take_tags(prompt: str, option: str = "prompt") -> LoraTags:
+    """As the WebUI reads them: `<lora:name:weight>`, `<lora:name:text encoder:UNet:rank>`, `te=`, `unet=`, `dyn=`.
+
+    Raises:
+        WrongArgument: a tag says what is not known, or no number where one is expected.
+    """
+    loras = tuple(_read_tag(found, option) for found in TAG.finditer(prompt))
+    return LoraTags(re.sub(r"  +", " ", TAG.sub("", prompt)).strip(), loras)
+
+
+def _read_tag(found: re.Match[str], option: str) -> Lora:
+    name, *words = found[1].split(":")
+    placed = [word for word in words if "=" not in word]
+    said = dict(zip(("te", "unet", "dyn"), placed, strict=False)) | dict(
+        word.split("=", 1) for word in words if "=" in word
+    )
+    if unknown := sorted(said.keys() - {"te", "unet", "dyn", "model"}):
+        raise WrongArgument(f"{option}: '{found[0]}' says '{unknown[0]}', expected te, unet, dyn or model.")
+
+    def number(key: str, kind: Callable[[str], T]) -> T | None:
         try:
-            loras.append((found[1], float(found[2] or 1)))
+            return kind(said[key]) if key in said else None
         except ValueError:
-            raise WrongArgument(f"prompt: '{found[0]}' has the weight '{found[2]}', expected a number.") from None
-    return LoraTags(re.sub(r"  +", " ", TAG.sub("", prompt)).strip(), tuple(loras))
+            raise WrongArgument(
+                f"{option}: '{found[0]}' has the weight '{said[key]}', expected a {EXPECTED[kind]}."
+            ) from None
+
+    model = said.get("model")
+    if model is not None and model not in MODELS:
+        raise WrongArgument(f"{option}: '{found[0]}' says 'model={model}', expected {', '.join(MODELS)}.")
+    weight = number("te", float)
+    models = MODELS[model] if model is not None else ()
+    return Lora(Path(name), 1.0 if weight is None else weight, number("unet", float), number("dyn", int), models)
+
+
+EXPECTED = {float: "number", int: "whole number"}

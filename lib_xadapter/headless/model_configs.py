@@ -1,13 +1,13 @@
 """The configs of diffusers' models, read from the shapes in a single file, so that none has to be fetched.
 
-What shapes do not tell is the same for every SD1.5 and every SDXL: 8 attention heads in the one, heads 64 wide in the
-other. A config in yaml beside the checkpoint, as the WebUI reads it, can say otherwise.
+What shapes do not tell is the same for every model of a family: 8 attention heads in SD1.5, heads 64 wide in SD2 and
+SDXL. A config in yaml beside the checkpoint, as the WebUI reads it, can say otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ SIZE_EMBEDDING = 256
 """Channels for each of the six numbers of SDXL's time ids."""
 
 VAE_SAMPLE_SIZE = 512
-SCALING_FACTORS = {"sd1": 0.18215, "sdxl": 0.13025}
+SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -59,12 +59,12 @@ class YamlConfig:
     Attributes:
         heads: attention heads of every level, None where `head_width` decides.
         head_width: channels of each head.
-        prediction_type: "epsilon" or "v_prediction".
+        prediction_type: "epsilon" or "v_prediction", None where there is no yaml.
     """
 
     heads: int | None = None
     head_width: int | None = None
-    prediction_type: str = "epsilon"
+    prediction_type: str | None = None
 
 
 def read_yaml_beside(checkpoint: Path) -> YamlConfig:
@@ -90,9 +90,9 @@ def read_yaml_beside(checkpoint: Path) -> YamlConfig:
     )
 
 
-def scheduler_config(shapes: FileShapes, config: YamlConfig) -> dict[str, Any]:
+def scheduler_config(shapes: FileShapes, prediction_type: str) -> dict[str, Any]:
     """What the noise schedule is; SDXL files can say by two empty tensors that they predict velocities."""
-    by_velocity = config.prediction_type == "v_prediction" or "v_pred" in shapes.shapes
+    by_velocity = prediction_type == "v_prediction" or "v_pred" in shapes.shapes
     return {
         **NOISE,
         "prediction_type": "v_prediction" if by_velocity else "epsilon",
@@ -102,7 +102,7 @@ def scheduler_config(shapes: FileShapes, config: YamlConfig) -> dict[str, Any]:
 
 def unet_config(shapes: FileShapes, family: str, config: YamlConfig) -> dict[str, Any]:
     """Arguments of `UNet2DConditionModel`."""
-    levels = 4 if family == "sd1" else 3
+    levels = 3 if family == "sdxl" else 4
     channels = tuple(shapes.of(_encoder_resnet(level))[0] for level in range(levels))
     attention = {level: _attention(shapes, level) for level in range(levels)}
     depths = tuple(_depth(shapes, attention[level]) for level in range(levels))
@@ -110,7 +110,7 @@ def unet_config(shapes: FileShapes, family: str, config: YamlConfig) -> dict[str
     context = shapes.of(f"{attention[deepest]}transformer_blocks.0.attn2.to_k.weight")[1]
     first_convolution = shapes.of(f"{UNET_PREFIX}input_blocks.0.0.weight")
     config_of_unet = {
-        "sample_size": 64 if family == "sd1" else 128,
+        "sample_size": 128 if family == "sdxl" else 64,
         "in_channels": first_convolution[1],
         "block_out_channels": channels,
         "layers_per_block": RESNETS_PER_LEVEL,
@@ -122,6 +122,9 @@ def unet_config(shapes: FileShapes, family: str, config: YamlConfig) -> dict[str
         "attention_head_dim": tuple(_heads(width, family, config) for width in channels),
         "use_linear_projection": len(shapes.of(f"{attention[deepest]}proj_in.weight")) == 2,
     }
+    if family == "sd2":
+        # it overflows in float16 otherwise
+        config_of_unet["upcast_attention"] = True
     if family == "sdxl":
         config_of_unet |= {
             "addition_embed_type": "text_time",
@@ -160,6 +163,7 @@ class TextEncoder:
         inner: the wider of the two linear layers in a layer.
         projection: of the pooled prompt, None where there is none.
         activation: of the linear layers.
+        of_all: the layers that are used, of those in the file.
     """
 
     tokens: str
@@ -168,6 +172,7 @@ class TextEncoder:
     inner: str
     projection: str | None
     activation: str
+    of_all: Callable[[int], int] = lambda layers: layers
 
 
 CLIP_L = TextEncoder(
@@ -188,6 +193,9 @@ OPEN_CLIP = TextEncoder(
     activation="gelu",
 )
 """SDXL's second text encoder."""
+SD2_LAYERS = 23
+OPEN_CLIP_H = replace(OPEN_CLIP, projection=None, of_all=lambda layers: layers if layers == SD2_LAYERS else layers - 1)
+"""SD2's text encoder, of which all layers but the last are used; files that were converted lack that one."""
 
 
 def text_config(shapes: FileShapes, prefix: str, encoder: TextEncoder) -> CLIPTextConfig:
@@ -198,7 +206,7 @@ def text_config(shapes: FileShapes, prefix: str, encoder: TextEncoder) -> CLIPTe
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=shapes.of(f"{layers}0.{encoder.inner}")[0],
-        num_hidden_layers=shapes.numbered(layers),
+        num_hidden_layers=encoder.of_all(shapes.numbered(layers)),
         num_attention_heads=max(width // HEAD_WIDTH, 1),
         max_position_embeddings=shapes.of(prefix + encoder.positions)[0],
         hidden_act=encoder.activation,

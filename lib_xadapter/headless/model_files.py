@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,17 +17,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import DoesNotFit, WrongFile
-from ..families import FAMILY_NAMES
+from ..families import BASE_FAMILIES, FAMILY_NAMES
 from ..mapping import read_weights
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
     CONTROLNET_PREFIX,
     FIRST_TEXT_PREFIX,
+    SD2_TEXT_PREFIX,
     SECOND_TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
@@ -38,9 +41,11 @@ from .compvis_layout import (
     unet_table,
     vae_table,
 )
+from .inpainting import LATENT_CHANNELS
 from .model_configs import (
     CLIP_L,
     OPEN_CLIP,
+    OPEN_CLIP_H,
     FileShapes,
     YamlConfig,
     read_yaml_beside,
@@ -49,13 +54,23 @@ from .model_configs import (
     unet_config,
     vae_config,
 )
-from .tokenizers import SDXL_SECOND_PADDING, load_tokenizer
+from .tokenizers import OPEN_CLIP_PADDING, load_tokenizer
 
-PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+BASE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+UPGRADED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+INPUT_CHANNELS = (4, 9)
+"""Of ordinary models and of those for inpainting."""
+
+
+def family_of(pipeline: Any) -> str:
+    """Of SD1.5 ("sd1"), SD2 ("sd2") or SDXL ("sdxl"): SD1's UNet alone leads into its transformers by convolutions."""
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        return "sdxl"
+    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
 
 
 def load_base(path: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> StableDiffusionPipeline:
-    """SD1.5 from a single file or a folder of diffusers.
+    """SD1.5 or SD2, for inpainting or not, from a single file or a folder of diffusers.
 
     Args:
         path: the file or folder.
@@ -66,15 +81,18 @@ def load_base(path: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> 
         WrongFile: naming what is missing, or the family that the file is of instead.
     """
     if path.is_dir():
-        return _load_folder(StableDiffusionPipeline, path, "sd1", dtype, safety_checker=None)
-    file = _SingleFile(path, "sd1", dtype)
-    encoder = text_config(file.shapes, BASE_TEXT_PREFIX, CLIP_L)
+        return _load_folder(StableDiffusionPipeline, path, BASE_FAMILIES, BASE_PIPELINES, dtype, safety_checker=None)
+    file = _SingleFile(path, BASE_FAMILIES, dtype)
+    is_sd2 = file.family == "sd2"
+    prefix, layout = (SD2_TEXT_PREFIX, OPEN_CLIP_H) if is_sd2 else (BASE_TEXT_PREFIX, CLIP_L)
+    encoder = text_config(file.shapes, prefix, layout)
+    unet = file.unet()
     return StableDiffusionPipeline(
         vae=file.vae(),
-        text_encoder=file.part(lambda: CLIPTextModel(encoder), BASE_TEXT_PREFIX, clip_origin),
-        tokenizer=load_tokenizer(tokenizer),
-        unet=file.unet(),
-        scheduler=file.scheduler(),
+        text_encoder=file.part(lambda: CLIPTextModel(encoder), prefix, open_clip_origin if is_sd2 else clip_origin),
+        tokenizer=load_tokenizer(tokenizer, OPEN_CLIP_PADDING) if is_sd2 else load_tokenizer(tokenizer),
+        unet=unet,
+        scheduler=file.scheduler(unet),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -82,20 +100,21 @@ def load_base(path: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> 
 
 
 def load_upgraded(path: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> StableDiffusionXLPipeline:
-    """SDXL from a single file or a folder of diffusers; arguments and errors as for `load_base`."""
+    """SDXL, for inpainting or not; arguments and errors as for `load_base`."""
     if path.is_dir():
-        return _load_folder(StableDiffusionXLPipeline, path, "sdxl", dtype)
-    file = _SingleFile(path, "sdxl", dtype)
+        return _load_folder(StableDiffusionXLPipeline, path, ("sdxl",), UPGRADED_PIPELINES, dtype)
+    file = _SingleFile(path, ("sdxl",), dtype)
     first = text_config(file.shapes, FIRST_TEXT_PREFIX, CLIP_L)
     second = text_config(file.shapes, SECOND_TEXT_PREFIX, OPEN_CLIP)
+    unet = file.unet()
     return StableDiffusionXLPipeline(
         vae=file.vae(),
         text_encoder=file.part(lambda: CLIPTextModel(first), FIRST_TEXT_PREFIX, clip_origin),
         text_encoder_2=file.part(lambda: CLIPTextModelWithProjection(second), SECOND_TEXT_PREFIX, open_clip_origin),
         tokenizer=load_tokenizer(tokenizer),
-        tokenizer_2=load_tokenizer(tokenizer, SDXL_SECOND_PADDING),
-        unet=file.unet(),
-        scheduler=file.scheduler(),
+        tokenizer_2=load_tokenizer(tokenizer, OPEN_CLIP_PADDING),
+        unet=unet,
+        scheduler=file.scheduler(unet),
         add_watermarker=False,
     )
 
@@ -108,10 +127,10 @@ def load_controlnet(path: Path, base_unet: UNet2DConditionModel, dtype: torch.dt
         DoesNotFit: it was made for another model.
     """
     if path.is_dir():
-        net = _from_pretrained(ControlNetModel, path, dtype)
+        net = _from_pretrained(ControlNetOfLatents, path, dtype)
     else:
         with torch.device("meta"):
-            net = ControlNetModel.from_unet(base_unet, load_weights_from_unet=False)
+            net = ControlNetOfLatents.from_unet(_without_mask(base_unet), load_weights_from_unet=False)
         weights = _controlnet_weights(path, net, base_unet)
         check_finite(weights, path.name)
         with_weights(net, weights, dtype)
@@ -121,6 +140,18 @@ def load_controlnet(path: Path, base_unet: UNet2DConditionModel, dtype: torch.dt
             f"the base gives {base_unet.config.cross_attention_dim}: it was made for another model."
         )
     return net.eval().requires_grad_(False)
+
+
+class ControlNetOfLatents(ControlNetModel):
+    """Beside an inpainting model, a ControlNet gets the latent alone."""
+
+    def forward(self, sample: Tensor, *arguments: Any, **named: Any) -> Any:
+        return super().forward(sample[:, : self.config.in_channels], *arguments, **named)
+
+
+def _without_mask(unet: UNet2DConditionModel) -> Any:
+    """A UNet's config, of an ordinary model, as diffusers makes ControlNets from one."""
+    return SimpleNamespace(config=FrozenDict({**unet.config, "in_channels": LATENT_CHANNELS}))
 
 
 def _controlnet_weights(path: Path, net: ControlNetModel, base_unet: UNet2DConditionModel) -> dict[str, Tensor]:
@@ -151,15 +182,14 @@ def _unchanged(name: str) -> Origin:
 class _SingleFile:
     """A checkpoint file while its parts are taken out."""
 
-    def __init__(self, path: Path, family: str, dtype: torch.dtype) -> None:
-        found = detect_checkpoint_family(path)
-        if found != family:
-            what = f"a checkpoint of {FAMILY_NAMES[found]}" if found in FAMILY_NAMES else "no checkpoint that is known"
-            raise WrongFile(f"{path.name} is {what}, expected {FAMILY_NAMES[family]}.")
-        if input_channels(path) != 4:
-            raise WrongFile(f"{path.name} is an inpainting checkpoint ({input_channels(path)} channels), expected 4.")
+    def __init__(self, path: Path, families: Sequence[str], dtype: torch.dtype) -> None:
+        self.family = detect_checkpoint_family(path)
+        if self.family not in families:
+            known = self.family in FAMILY_NAMES
+            what = f"a checkpoint of {FAMILY_NAMES[self.family]}" if known else "no checkpoint that is known"
+            raise WrongFile(f"{path.name} is {what}, expected {_either(families)}.")
+        check_channels(path.name, input_channels(path))
         self._path = path
-        self._family = family
         self._dtype = dtype
         self._config: YamlConfig = read_yaml_beside(path)
         self._weights = read_checkpoint(path)
@@ -176,17 +206,47 @@ class _SingleFile:
         return with_weights(module, state, dtype or self._dtype)
 
     def unet(self) -> UNet2DConditionModel:
-        config = unet_config(self.shapes, self._family, self._config)
+        config = unet_config(self.shapes, self.family, self._config)
         levels = [level for level, kind in enumerate(config["up_block_types"]) if kind.startswith("CrossAttn")]
         return self.part(lambda: UNet2DConditionModel(**config), UNET_PREFIX, unet_table(levels))
 
     def vae(self) -> AutoencoderKL:
-        config = vae_config(self.shapes, self._family)
+        config = vae_config(self.shapes, self.family)
         table = vae_table(len(config["block_out_channels"]))
         return self.part(lambda: AutoencoderKL(**config), VAE_PREFIX, table, torch.float32)
 
-    def scheduler(self) -> DDIMScheduler:
-        return DDIMScheduler(**scheduler_config(self.shapes, self._config))
+    def scheduler(self, unet: UNet2DConditionModel) -> DDIMScheduler:
+        predicts = self._config.prediction_type
+        if predicts is None:
+            # SD2's checkpoints do not say it; those for inpainting all predict the noise
+            asked = self.family == "sd2" and unet.config.in_channels == LATENT_CHANNELS
+            predicts = "v_prediction" if asked and predicts_velocity(unet) else "epsilon"
+        return DDIMScheduler(**scheduler_config(self.shapes, predicts))
+
+
+@torch.no_grad()
+def predicts_velocity(unet: UNet2DConditionModel) -> bool:
+    """Whether an SD2 model predicts the velocity, told by what it makes of even grey at the noisiest timestep.
+
+    The WebUI's way, for checkpoints without a yaml (`modules/sd_models_config.py`): who predicts the noise gives about
+    its input back.
+    """
+    latent = torch.full((1, LATENT_CHANNELS, 8, 8), 0.5, dtype=unet.dtype)
+    prompt = torch.full((1, 2, unet.config.cross_attention_dim), 0.5, dtype=unet.dtype)
+    return float((unet(latent, 999, prompt).sample - latent).float().mean()) < -1
+
+
+def check_channels(name: str, channels: int | None) -> None:
+    """Raises: WrongFile: the model takes more than latents, or latents with a mask and a picture."""
+    if channels not in INPUT_CHANNELS:
+        raise WrongFile(
+            f"{name} takes {channels} channels, expected 4, or 9 for inpainting: it is made to edit pictures by words "
+            "or depth, which is not read here."
+        )
+
+
+def _either(families: Sequence[str]) -> str:
+    return " or ".join(FAMILY_NAMES[family] for family in families)
 
 
 def check_finite(weights: Mapping[str, Tensor], file_name: str) -> None:
@@ -219,7 +279,9 @@ def with_weights(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype
     return module.eval().requires_grad_(False)
 
 
-def _load_folder(kind: type, path: Path, family: str, dtype: torch.dtype, **parts: Any) -> Any:
+def _load_folder(
+    kind: type, path: Path, families: Sequence[str], names: Sequence[str], dtype: torch.dtype, **parts: Any
+) -> Any:
     index = path / "model_index.json"
     if not index.is_file():
         raise WrongFile(f"The folder {path} is no model of diffusers: it misses model_index.json.")
@@ -227,9 +289,10 @@ def _load_folder(kind: type, path: Path, family: str, dtype: torch.dtype, **part
         name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except ValueError as error:
         raise WrongFile(f"{index} is no JSON: {error}.") from error
-    if name != PIPELINES[family]:
-        raise WrongFile(f"The folder {path} holds a {name}, expected {FAMILY_NAMES[family]} ({PIPELINES[family]}).")
+    if name not in names:
+        raise WrongFile(f"The folder {path} holds a {name}, expected {_either(families)} ({' or '.join(names)}).")
     pipeline = _from_pretrained(kind, path, dtype, **parts)
+    check_channels(f"The folder {path}", pipeline.unet.config.in_channels)
     pipeline.vae.to(torch.float32)
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
-    DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
@@ -22,7 +21,8 @@ from ..mapping_choice import MappingChoice
 from ..memory import Work, fits_together, make_room
 from ..settings import AUTO, LOCKSTEP
 from ..taps import check_fit
-from .noise_schedule import NoiseSchedule
+from .inversions import Inversions
+from .noise_schedule import NoiseSchedule, trained_alphas
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class Models:
         upgraded: one of SDXL.
         adapter: the mapping layers, None for the SDEdit + SDXL baseline.
         placement: where they run.
+        inversions: that prompts may name.
     """
 
     base: Any
     upgraded: Any
     adapter: MappingLayers | None = None
     placement: Placement = field(default_factory=Placement)
+    inversions: Inversions = field(default_factory=Inversions)
 
     def share_the_device(self, memory: str, work: Work) -> Models:
         """These models, of which base and upgraded one are never on the device together if memory wants it so.
@@ -126,7 +128,4 @@ def device_of(module: nn.Module) -> torch.device:
 
 def noise_schedule_of(pipeline: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with."""
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    config = {key: value for key, value in pipeline.scheduler.config.items() if key in known}
-    zero_snr = pipeline.scheduler.config.get("rescale_betas_zero_snr", False)
-    return NoiseSchedule(DDIMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod)
+    return NoiseSchedule(trained_alphas(pipeline.scheduler.config))

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 SMALLEST_ALPHA = 5e-8
 """ᾱ of a zero-terminal-SNR model's last timestep, which would be σ = ∞."""
+
+OF_THE_MODEL = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+"""In a scheduler's config, what comes from the model's training."""
+
+
+def trained_alphas(config: Mapping[str, Any]) -> Tensor:
+    """ᾱ of every training timestep of a model, from the config of whatever scheduler it has."""
+    return DDIMScheduler(**{name: config[name] for name in OF_THE_MODEL if name in config}).alphas_cumprod
 
 
 class NoiseSchedule:

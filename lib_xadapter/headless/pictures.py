@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image
 from torch import Tensor
+
+from .job import LATENT_PIXEL
 
 Generators = list[torch.Generator] | torch.Generator | None
 
@@ -30,16 +37,37 @@ class Painted:
     strength: float
     mask: Any = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, the first where there are several."""
+        return _as_pictures(self.image)[0].size
+
     def pictures(self, images: int) -> list[Image.Image]:
         """In 8 bits, one an image of the batch."""
-        found = _as_pictures(self.image)
-        return [picture.convert("RGB") for picture in found for _ in range(images // len(found))]
+        return as_pictures(self.image, images)
 
-    def latent_mask(self, size: tuple[int, int]) -> Tensor:
-        """(1, 1, h, w), 1 where something new is painted; `size` is (width, height) of the picture."""
-        width, height = size
-        small = _as_pictures(self.mask)[0].convert("L").resize((width // 8, height // 8), Image.Resampling.LANCZOS)
-        return (torch.from_numpy(numpy.array(small, dtype=numpy.float32)) >= 128).float()[None, None]
+    def mask_picture(self) -> Image.Image:
+        """The mask in 8 bits, the first where there are several."""
+        return _as_pictures(self.mask)[0].convert("L")
+
+    def latent_mask(self, size: tuple[int, int], images: int) -> Tensor:
+        """(images, 1, h, w), 1 where something new is painted; `size` is (width, height) of the picture.
+
+        By the WebUI's rule: `processing.py`, `StableDiffusionProcessingImg2Img.init`.
+        """
+        small = (size[0] // LATENT_PIXEL, size[1] // LATENT_PIXEL)
+        masks = []
+        for picture in _as_pictures(self.mask):
+            resized = picture.convert("L").resize(size, Image.Resampling.LANCZOS)
+            grey = numpy.array(resized.resize(small, Image.Resampling.BICUBIC), dtype=numpy.float32)
+            masks.append(torch.from_numpy(grey / 255).round())
+        return torch.stack([mask for mask in masks for _ in range(images // len(masks))])[:, None]
+
+
+def as_pictures(given: Any, images: int) -> list[Image.Image]:
+    """What diffusers' pipelines take as an image, in 8 bits, one for each of so many images."""
+    found = _as_pictures(given)
+    return [picture.convert("RGB") for picture in found for _ in range(images // len(found))]
 
 
 def _as_pictures(given: Any) -> list[Image.Image]:
@@ -80,7 +108,8 @@ def to_latents(
 def to_tensor(picture: Image.Image) -> Tensor:
     """(1, 3, height, width) with values 0..1."""
     pixels = numpy.array(picture.convert("RGB"), dtype=numpy.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # strides as diffusers has them: torch chooses its kernels by them
+    return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
 
 
 def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
@@ -99,59 +128,60 @@ def _to_picture(image: Tensor, to_whole: Callable[[Tensor], Tensor]) -> Image.Im
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-# --- as diffusers' own image-to-image pipelines do it -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class DiffusersStart:
-    """What diffusers' image-to-image and inpainting pipelines begin with.
+class Given:
+    """A given picture as a model has it.
 
     Attributes:
-        latents: at the noise level of the first step.
-        kept: clean latents, noise and mask of what is kept; None where nothing is, or the UNet is told by `channels`.
-        channels: mask and masked picture for UNets that take them.
+        clean: its latents, (images, 4, h, w).
+        noise: standard normal, (images, 4, h, w).
+        mask: 1 where something new is painted, (images, 1, h, w); None for everywhere.
+        channels: mask and masked picture, (images, 5, h, w), for UNets of inpainting models; None for others.
     """
 
-    latents: Tensor
-    kept: tuple[Tensor, Tensor, Tensor] | None = None
+    clean: Tensor
+    noise: Tensor
+    mask: Tensor | None = None
     channels: Tensor | None = None
 
 
-def encoded(upgraded: Any, pictures: Any, generators: Generators, images: int, dtype: torch.dtype) -> Tensor:
+# --- as diffusers' own image-to-image pipelines do it -----------------------------------------------------------------
+
+
+def encoded(upgraded: Any, pictures: Any, generators: Generators, images: int, size: tuple[int, int]) -> Tensor:
     """Clean latents of pictures, as `StableDiffusionXLImg2ImgPipeline` makes them."""
     view = _beside(StableDiffusionXLImg2ImgPipeline, upgraded)
-    pixels = view.image_processor.preprocess(pictures)
-    return view.prepare_latents(pixels, None, images, 1, dtype, upgraded._execution_device, generators, add_noise=False)
+    pixels = view.image_processor.preprocess(pictures, width=size[0], height=size[1])
+    dtype, device = upgraded.unet.dtype, upgraded._execution_device
+    return view.prepare_latents(pixels, None, images, 1, dtype, device, generators, add_noise=False)
 
 
-def start_of(
-    upgraded: Any, painted: Painted, steps: Any, noise: Any, images: int, size: tuple[int, int], dtype: torch.dtype
-) -> DiffusersStart:
-    """Random numbers are drawn in the order in which diffusers' pipelines draw them."""
-    if painted.mask is None:
-        clean = encoded(upgraded, painted.image, noise.encoding, images, dtype)
-        return DiffusersStart(steps.noised(clean, noise.upgraded().to(clean)))
-    view, (width, height), device = (
-        _beside(StableDiffusionXLInpaintPipeline, upgraded),
-        size,
-        upgraded._execution_device,
-    )
+def given_to_inpaint(
+    pipeline: Any,
+    painted: Painted,
+    generators: Generators,
+    draw: Callable[[], Tensor],
+    images: int,
+    size: tuple[int, int],
+) -> Given:
+    """Picture and mask as diffusers' inpainting pipelines make them, random numbers drawn in their order."""
+    is_sdxl = hasattr(pipeline, "text_encoder_2")
+    view = _beside(StableDiffusionXLInpaintPipeline if is_sdxl else StableDiffusionInpaintPipeline, pipeline)
+    (width, height), dtype, device = size, pipeline.unet.dtype, pipeline._execution_device
     picture = view.image_processor.preprocess(painted.image, height=height, width=width).float()
     mask = view.mask_processor.preprocess(painted.mask, height=height, width=width)
-    clean = view._encode_vae_image(picture.to(device, dtype), noise.encoding)
+    clean = view._encode_vae_image(picture.to(device, dtype), generators)
     clean = clean.repeat(images // len(clean), 1, 1, 1)
-    drawn = noise.upgraded().to(clean)
-    latents = steps.from_noise(drawn) if painted.strength == 1 else steps.noised(clean, drawn)
+    noise = draw().to(clean)
     latent_mask, masked = view.prepare_mask_latents(
-        mask, picture * (mask < 0.5), images, height, width, dtype, device, noise.encoding, False
+        mask, picture * (mask < 0.5), images, height, width, dtype, device, generators, False
     )
-    if upgraded.unet.config.in_channels == 4:
-        return DiffusersStart(latents, (clean, drawn, latent_mask))
-    return DiffusersStart(latents, channels=torch.cat([latent_mask, masked], dim=1))
+    return Given(clean, noise, latent_mask, torch.cat([latent_mask, masked], dim=1))
 
 
-def _beside(kind: type, upgraded: Any) -> Any:
+def _beside(kind: type, pipeline: Any) -> Any:
     """A pipeline of another kind with the same parts."""
     known = inspect.signature(kind.__init__).parameters
-    parts = {name: part for name, part in upgraded.components.items() if name in known}
-    return kind(**parts, add_watermarker=False)
+    parts = {name: part for name, part in pipeline.components.items() if name in known}
+    quiet = {"add_watermarker": False, "requires_safety_checker": False}
+    return kind(**parts, **{name: value for name, value in quiet.items() if name in known})

@@ -27,17 +27,29 @@ from ..mapping_paths import MappingPath
 from ..memory import Work, decoding_memory
 from ..overlap import SideStream
 from ..recording import RecordingCache
-from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
-from ..taps import read_features
+from ..settings import AUTO, BASE, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
+from ..taps import Taps, read_features
 from ..trajectory import same_level
 from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
+from .base_steps import BaseSteps
+from .inpainting import LATENT_CHANNELS, inpainting_channels
 from .job import LATENT_PIXEL
+from .kept import Kept, KeptByNoise, KeptByPrediction, KeptInSight
 from .models import Models, noise_schedule_of, parts_at_work
-from .pictures import Painted, encoded, start_of, to_latents, to_pictures
+from .pictures import (
+    Generators,
+    Given,
+    Painted,
+    as_pictures,
+    encoded,
+    given_to_inpaint,
+    to_latents,
+    to_pictures,
+)
 from .sampler_table import sampler_named
 from .samplers import StepRule, Steps, diffusers_steps, released_steps, webui_steps
-from .schedulers import FollowedLevels, GivenSteps, Kept, Question, guidance_rows, scheduled
+from .schedulers import FollowedLevels, GivenSteps, Question, guidance_rows, scheduled
 from .told import Told, telling
 from .turns import Turns, turns
 
@@ -49,9 +61,6 @@ NOT_FINITE = (
     "The latents of the {} model are no longer finite: a type with more range (bfloat16 or float32), or other plugins "
     "may help."
 )
-
-STEP_SEEDS = (0x2312_2239, 0x2312_2240)
-"""Added for the noise of samplers that add noise: base, upgraded."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +110,14 @@ class Noise:
     @classmethod
     def seeded(cls, seed: int, base_seed: int, base_size: tuple[int, int], upgraded_size: tuple[int, int]) -> Noise:
         """All noise of an image whose models have these seeds; sizes are (height, width) in latent pixels."""
-        base_steps, upgraded_steps = STEP_SEEDS
+        # as in the WebUI, samplers that add noise go on where the first noise came from
+        base_steps, upgraded_steps = _generator(base_seed), _generator(seed)
         return cls(
-            _standard_normal(base_seed, base_size),
-            _standard_normal(seed, upgraded_size),
-            _standard_normal(base_seed + BASE_NOISE_SEED, base_size),
-            _generator(base_seed + base_steps),
-            _generator(seed + upgraded_steps),
+            _standard_normal(base_steps, base_size),
+            _standard_normal(upgraded_steps, upgraded_size),
+            _standard_normal(_generator(base_seed + BASE_NOISE_SEED), base_size),
+            base_steps,
+            upgraded_steps,
             _generator(seed),
             _generator(base_seed),
         )
@@ -117,17 +127,17 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _standard_normal(seed: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(4, *size, generator=_generator(seed))
+def _standard_normal(generator: torch.Generator, size: tuple[int, int]) -> Tensor:
+    return torch.randn(4, *size, generator=generator)
 
 
 class NoiseSource(Protocol):
     """Where a batch's random numbers come from."""
 
-    base_steps: list[torch.Generator] | torch.Generator | None
-    upgraded_steps: list[torch.Generator] | torch.Generator | None
-    encoding: list[torch.Generator] | torch.Generator | None
-    base_encoding: list[torch.Generator] | torch.Generator | None
+    base_steps: Generators
+    upgraded_steps: Generators
+    encoding: Generators
+    base_encoding: Generators
 
     def base(self) -> Tensor:
         """What the base starts from, (images, 4, h, w)."""
@@ -172,7 +182,7 @@ class Request:
         size, base_size: (width, height) of the pictures.
         sampler: the WebUI's name of one; None for the pipelines' own.
         start: what the base paints over, at its size; None for noise.
-        painted: the picture that takes the place of stage 1's; None where the base paints it.
+        painted: a picture to be painted over; None where the base paints from noise or `start`.
         base_told, upgraded_told: prompts that change on the way or are combined, in the place of those of the calls.
     """
 
@@ -195,11 +205,28 @@ class Request:
         return self.settings.base_steps or self.steps
 
     @property
+    def base_paints_over(self) -> bool:
+        """Whether the base paints over the given picture first; else that takes the place of the base's own."""
+        return self.painted is not None and self.settings.img2img_start == BASE
+
+    @property
+    def has_stage_one(self) -> bool:
+        """Whether the base samples alone first."""
+        return not self.settings.single_stage and (self.painted is None or self.base_paints_over)
+
+    @property
+    def base_strength(self) -> float | None:
+        """How much of a picture the base paints anew in stage 1; None for all of it, from noise."""
+        if self.base_paints_over:
+            return self.painted.strength
+        return None if self.start is None else START_STRENGTH
+
+    @property
     def strength(self) -> float | None:
-        """How much of the picture is painted anew; None for all of it, from noise."""
+        """How much of the picture the upgraded model paints anew; None for all of it, from noise."""
         if self.settings.single_stage:
             return None
-        return self.settings.switch_point if self.painted is None else self.painted.strength
+        return self.settings.switch_point if self.has_stage_one else self.painted.strength
 
 
 Recordings = BaseCache
@@ -225,6 +252,23 @@ class Start:
     latents: Tensor
     kept: Kept | None = None
     channels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models, as a picture is handed to it.
+
+    Attributes:
+        pipeline: the model's.
+        size: (width, height) of its pictures.
+        encoding: generators for its VAE.
+        draw: noise, (images, 4, h, w).
+    """
+
+    pipeline: Any
+    size: tuple[int, int]
+    encoding: Generators
+    draw: Callable[[], Tensor]
 
 
 @dataclass
@@ -265,48 +309,99 @@ class TwoStages:
     @torch.no_grad()
     def base_latents(self, request: Request) -> Tensor:
         """Stage 1: the base's finished latents, (images, 4, h, w)."""
-        if request.painted is not None:
-            return self._encoded_for_base(request.painted.pictures(request.images), request)
-        steps = self._steps(request, self.models.base, request.base_steps, self._base_strength(request))
-        start = Start(self._base_start(request, steps), channels=self._base_channels(request))
-        told = request.base_told
+        if not request.has_stage_one:
+            side = self._base_side(request)
+            return self._encoded(request, side, request.painted.image)
+        steps = self._steps(request, self.models.base, request.base_steps, request.base_strength)
+        start, told = self._base_start(request, steps), request.base_told
         return self.call(self.models.base, request.base, steps, start, request.noise.base_steps, "base", told).images
 
-    def base_place_at(self, request: Request) -> Callable[[float], int]:
-        """Which of stage 1's evaluations stands at a noise level, from 0: prompts change there as they did then."""
-        if request.base_told is None:
-            return lambda sigma: 0
-        steps = self._steps(request, self.models.base, request.base_steps)
-        schedule = noise_schedule_of(self.models.base)
-        levels = [schedule.sigma_at(timestep) for timestep in steps.timesteps.tolist()]
-        return lambda sigma: sum(level > sigma and not same_level(level, sigma) for level in levels)
-
-    @staticmethod
-    def _base_strength(request: Request) -> float | None:
-        return None if request.start is None else START_STRENGTH
-
-    def _base_start(self, request: Request, steps: Steps) -> Tensor:
-        """Noise, or the picture to start from with noise over it."""
-        noise = self._here(request.noise.base())
-        if request.start is None:
-            return steps.from_noise(noise)
-        return steps.noised(self._encoded_for_base([request.start] * request.images, request), noise)
-
-    def _encoded_for_base(self, pictures: Sequence[Image.Image], request: Request) -> Tensor:
-        vae = self.models.base.vae
-        sized = [picture.resize(request.base_size, self.rules.resample) for picture in pictures]
-        with self.placement.holding(vae):
-            return to_latents(vae, sized, request.noise.base_encoding, self._device)
-
-    def _base_channels(self, request: Request) -> Tensor | None:
-        """What an inpainting model as base is told of the picture: nothing of it is given, all of it is painted."""
+    def base_steps_of(self, request: Request) -> BaseSteps:
+        """What prompts that change and windows of ControlNets are counted in."""
+        if not request.has_stage_one and request.painted is not None:
+            return BaseSteps(len(self.joint_steps_of(request).timesteps))
         base = self.models.base
-        if base.unet.config.in_channels == LATENT_CHANNELS:
+        timesteps = self._steps(request, base, request.base_steps, request.base_strength).timesteps.tolist()
+        if not request.has_stage_one:
+            return BaseSteps(len(timesteps))
+        schedule = noise_schedule_of(base)
+        return BaseSteps(len(timesteps), tuple(schedule.sigma_at(timestep) for timestep in timesteps))
+
+    def _base_start(self, request: Request, steps: Steps) -> Start:
+        """Noise, or the picture to start from with noise over it."""
+        side = self._base_side(request)
+        if request.base_paints_over:
+            return self._over_picture(request, side, steps)
+        noise, channels = self._here(side.draw()), self._channels(request, side)
+        if request.start is None:
+            return Start(steps.from_noise(noise), channels=channels)
+        return Start(steps.noised(self._encoded(request, side, request.start), noise), channels=channels)
+
+    def _base_side(self, request: Request) -> Side:
+        return Side(self.models.base, request.base_size, request.noise.base_encoding, request.noise.base)
+
+    def _upgraded_side(self, request: Request) -> Side:
+        return Side(self.models.upgraded, request.size, request.noise.encoding, request.noise.upgraded)
+
+    # --- pictures given -----------------------------------------------------------------------------------------------
+
+    def _over_picture(
+        self, request: Request, side: Side, steps: Steps, instead: Callable[[], Tensor] | None = None
+    ) -> Start:
+        """From a given picture; `instead` makes clean latents that take its place where a mask is white."""
+        given = self._given(request, side)
+        clean = given.clean if instead is None else Kept(given.clean, given.mask).over(instead())
+        latents = steps.noised(clean, given.noise)
+        if given.mask is not None and not self.rules.precise and instead is None and request.painted.strength == 1:
+            # diffusers' inpainting pipelines, and they alone, leave nothing of the picture then
+            latents = steps.from_noise(given.noise)
+        return Start(latents, self._kept(request, side, given), given.channels if takes_channels(side) else None)
+
+    def _given(self, request: Request, side: Side) -> Given:
+        painted, images = request.painted, request.images
+        if not self.rules.precise and painted.mask is not None:
+            with self.placement.holding(side.pipeline.vae):
+                return given_to_inpaint(side.pipeline, painted, side.encoding, side.draw, images, side.size)
+        clean = self._encoded(request, side, painted.image)
+        mask = None if painted.mask is None else self._here(painted.latent_mask(side.size, images))
+        return Given(clean, self._here(side.draw()).to(clean), mask, self._channels(request, side))
+
+    def _kept(self, request: Request, side: Side, given: Given) -> Kept | None:
+        if given.mask is None:
             return None
-        grey = Image.new("RGB", request.base_size, (127, 127, 127))
-        with self.placement.holding(base.vae):
-            told = to_latents(base.vae, [grey], None, self._device)
-        return torch.cat([torch.ones_like(told[:, :1]), told], dim=1).repeat(request.images, 1, 1, 1)
+        if not self.rules.precise:
+            # diffusers tells inpainting models by their channels alone
+            return None if takes_channels(side) else KeptByNoise(given.clean, given.mask, given.noise)
+        if request.sampler is not None and sampler_named(request.sampler).on_timesteps:
+            return KeptInSight(given.clean, given.mask)
+        schedule, predicts = noise_schedule_of(side.pipeline), prediction_type(side.pipeline)
+        return KeptByPrediction(given.clean, given.mask, schedule, predicts)
+
+    def base_kept(self, request: Request, finished: Tensor | None) -> Kept | None:
+        """What the base keeps of a given picture in the joint stage: its latents there are those of the picture."""
+        if request.painted is None or request.painted.mask is None or finished is None:
+            return None
+        mask = request.painted.latent_mask(request.base_size, request.images)
+        return Kept(self._here(finished).float(), self._here(mask))
+
+    def base_channels(self, request: Request) -> Tensor | None:
+        """What an inpainting model as base is told beside its latent; None for other models."""
+        return self._channels(request, self._base_side(request))
+
+    def _channels(self, request: Request, side: Side) -> Tensor | None:
+        """What an inpainting model is told beside its latent; None for other models."""
+        with self.placement.holding(side.pipeline.vae):
+            return inpainting_channels(side.pipeline, request.painted, request.images, side.size, self._device)
+
+    def _encoded(self, request: Request, side: Side, pictures: Any) -> Tensor:
+        """Clean latents of pictures, one an image, at a model's size."""
+        vae = side.pipeline.vae
+        with self.placement.holding(vae):
+            if not self.rules.precise and side.pipeline is self.models.upgraded:
+                return encoded(side.pipeline, pictures, side.encoding, request.images, side.size)
+            found = as_pictures(pictures, request.images)
+            sized = [picture.resize(side.size, self.rules.resample) for picture in found]
+            return to_latents(vae, sized, side.encoding, self._device)
 
     def base_pictures(self, latents: Tensor) -> list[Image.Image]:
         """The base's pictures, in 8 bits."""
@@ -339,41 +434,20 @@ class TwoStages:
     @torch.no_grad()
     def start(self, request: Request, finished: Tensor | None, steps: Steps) -> Start:
         """The switch: what the joint stage starts from."""
+        side = self._upgraded_side(request)
         if finished is None and request.painted is None:
-            return Start(steps.from_noise(self._here(request.noise.upgraded())))
-        if request.painted is not None and not self.rules.precise:
-            return self._as_diffusers_starts(request, request.painted, steps)
-        if request.painted is not None:
-            clean = self._encoded_for_upgraded(request.painted.pictures(request.images), request)
-        else:
-            clean = self.carried_over(finished, request)
-        noise = self._here(request.noise.upgraded())
-        kept = None
+            return Start(steps.from_noise(self._here(side.draw())), channels=self._channels(request, side))
+        if request.painted is not None and not request.base_paints_over:
+            return self._over_picture(request, side, steps)
         if request.painted is not None and request.painted.mask is not None:
-            kept = Kept(clean, noise, self._here(request.painted.latent_mask(request.size)))
-        return Start(steps.noised(clean, noise), kept)
-
-    def _as_diffusers_starts(self, request: Request, painted: Painted, steps: Steps) -> Start:
-        upgraded = self.models.upgraded
-        with self.placement.holding(upgraded.vae):
-            found = start_of(upgraded, painted, steps, request.noise, request.images, request.size, self._unet_dtype)
-        return Start(found.latents, Kept(*found.kept) if found.kept is not None else None, found.channels)
-
-    @property
-    def _unet_dtype(self) -> torch.dtype:
-        return self.models.upgraded.unet.dtype
+            return self._over_picture(request, side, steps, lambda: self.carried_over(finished, request))
+        clean = self.carried_over(finished, request)
+        noise = self._here(side.draw()).to(clean)
+        return Start(steps.noised(clean, noise), channels=self._channels(request, side))
 
     def carried_over(self, finished: Tensor, request: Request) -> Tensor:
         """The base's pictures, resized, as clean latents of the upgraded model."""
-        return self._encoded_for_upgraded(self.base_pictures(finished), request)
-
-    def _encoded_for_upgraded(self, pictures: Sequence[Image.Image], request: Request) -> Tensor:
-        sized = [picture.resize(request.size, self.rules.resample) for picture in pictures]
-        upgraded = self.models.upgraded
-        with self.placement.holding(upgraded.vae):
-            if self.rules.precise:
-                return to_latents(upgraded.vae, sized, request.noise.encoding, self._device)
-            return encoded(upgraded, sized, request.noise.encoding, request.images, self._unet_dtype)
+        return self._encoded(request, self._upgraded_side(request), self.base_pictures(finished))
 
     @torch.no_grad()
     def joint_stage(
@@ -502,7 +576,9 @@ class TwoStages:
         return pictures
 
 
-LATENT_CHANNELS = 4
+def takes_channels(side: Side) -> bool:
+    """Whether a model is an inpainting one, whose UNet takes more than a latent."""
+    return side.pipeline.unet.config.in_channels != LATENT_CHANNELS
 
 
 @contextmanager
@@ -520,13 +596,13 @@ def prediction_type(pipeline: Any) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
 
 
-def levels_of(evaluations: Sequence[Evaluation]) -> list[float]:
-    """The noise levels of evaluations, one after the other, each once."""
-    levels: list[float] = []
+def one_a_level(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations one after the other, each noise level once."""
+    found: list[Evaluation] = []
     for evaluation in evaluations:
-        if not levels or not same_level(levels[-1], evaluation.sigma):
-            levels.append(evaluation.sigma)
-    return levels
+        if not found or not same_level(found[-1].sigma, evaluation.sigma):
+            found.append(evaluation)
+    return found
 
 
 class DiffusersHost:
@@ -586,16 +662,18 @@ class DiffusersHost:
         return self._request.noise.base_again().to(self.device)
 
     @contextmanager
-    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+    def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         stages, base, request = self._stages, self._stages.models.base, self._request
         evaluations = GuidanceWindow.from_settings(request.settings).base_evaluations(stages.evaluations(self._steps))
-        levels = levels_of(evaluations)
+        calls = one_a_level(evaluations)
+        levels = [evaluation.sigma for evaluation in calls]
         schedule, predicts, config = noise_schedule_of(base), prediction_type(base), base.scheduler.config
-        channels = stages._base_channels(request)
-        place_of = stages.base_place_at(request)
+        channels, kept = stages.base_channels(request), stages.base_kept(request, self._finished)
+        own_steps = stages.base_steps_of(request)
+        arguments = own_steps.windowed(request.base, calls)
         with (
             stages.placement.holding(*parts_at_work(base)),
-            read_features(base.unet) as reader,
+            read_features(base.unet, taps) as reader,
             without_bar(base),
             freed_on_failure(base),
         ):
@@ -603,13 +681,27 @@ class DiffusersHost:
             def call(taken: Turns[Question, BaseStep]) -> None:
                 first = taken.first()
                 scheduler = FollowedLevels(
-                    taken, first, levels, schedule, predicts, reader, config, self.device, base.unet.dtype, channels
+                    taken,
+                    first,
+                    levels,
+                    schedule,
+                    predicts,
+                    reader,
+                    config,
+                    self.device,
+                    base.unet.dtype,
+                    channels,
+                    kept,
                 )
+
+                def place() -> int:
+                    return own_steps.place(scheduler.evaluation)
+
                 with (
                     scheduled(base, scheduler),
-                    telling(parts_at_work(base), request.base_told, lambda: place_of(scheduler.sigma), request.images),
+                    telling(parts_at_work(base), request.base_told, place, request.images),
                 ):
-                    base(**request.base, latents=first[0], num_inference_steps=len(levels), output_type="latent")
+                    base(**arguments, latents=first[0], num_inference_steps=len(levels), output_type="latent")
 
             with turns(call) as taken:
                 yield lambda latent, evaluation: taken.ask((latent, evaluation))

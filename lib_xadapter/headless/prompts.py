@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ..inversion_names import without_names
+from ..wrapping import wrapped
+from .inversions import Inversion, Inversions, Lookup
+from .model_files import family_of
 from .models import Models
 from .told import Encoded, EncodedSchedule, EncodedStretch, Told
 from .words import combined_prompts, prompt_schedule
@@ -88,92 +93,206 @@ def _joined(pieces: Sequence[tuple[str, float]]) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class TokenWindows:
-    """A prompt in windows of 77 tokens, start and end of text included.
+class Piece:
+    """A token, or what stands for several.
 
     Attributes:
-        tokens: (windows, 77) token numbers.
-        weights: (windows, 77), the attention that each gets.
+        number: of the token, or the first one of a textual inversion's name.
+        weight: how much attention it gets.
+        inversion: the textual inversion that stands in its place.
     """
-
-    tokens: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token's number and how much attention it gets."""
 
     number: int
     weight: float = 1.0
+    inversion: Inversion | None = None
+
+    @property
+    def length(self) -> int:
+        return 1 if self.inversion is None else self.inversion.number
 
 
-def split_into_windows(prompt: str, tokenizer: CLIPTokenizer) -> TokenWindows:
+@dataclass(frozen=True)
+class Window:
+    """What the text encoder takes at once, 77 tokens, start and end of text included.
+
+    Attributes:
+        tokens: their numbers.
+        weights: the attention that each gets.
+        inversions: textual inversions with the place of their first token.
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    inversions: tuple[tuple[int, Inversion], ...] = ()
+
+
+def split_into_windows(prompt: str, tokenizer: CLIPTokenizer, lookup: Lookup | None = None) -> list[Window]:
     """The tokens of a prompt, filled up to whole windows; at each `BREAK` a new one begins."""
     comma = tokenizer.convert_tokens_to_ids(COMMA)
-    stretches: list[list[Token]] = [[]]
+    stretches: list[list[Piece]] = [[]]
     for part in read_attention(prompt):
         if part.breaks:
             stretches.append([])
         else:
             numbers = tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
-            stretches[-1] += [Token(number, part.weight) for number in numbers]
+            stretches[-1] += _pieces(numbers, part.weight, lookup)
     if len(stretches) > 1 and not stretches[-1]:
         stretches.pop()
-    windows = [window for stretch in stretches for window in _split(stretch, comma)]
-    filled = [_filled(window, tokenizer) for window in windows]
-    numbers, weights = ([[getattr(token, name) for token in row] for row in filled] for name in ("number", "weight"))
-    return TokenWindows(torch.tensor(numbers), torch.tensor(weights))
+    return [_filled(window, tokenizer) for stretch in stretches for window in _split(stretch, comma)]
 
 
-def _split(tokens: Sequence[Token], comma: int) -> list[Sequence[Token]]:
-    windows = []
-    while len(tokens) > WINDOW:
-        end = _end_of_window(tokens, comma)
-        windows.append(tokens[:end])
-        tokens = tokens[end:]
-    return [*windows, tokens]
+def _pieces(numbers: Sequence[int], weight: float, lookup: Lookup | None) -> list[Piece]:
+    pieces, place = [], 0
+    while place < len(numbers):
+        match = lookup.at(numbers, place) if lookup is not None else None
+        pieces.append(Piece(numbers[place], weight, match.inversion if match else None))
+        place += match.tokens if match else 1
+    return pieces
 
 
-def _end_of_window(tokens: Sequence[Token], comma: int) -> int:
-    """How many of more tokens than fit go into the first window: it ends behind a comma where one is near its end."""
-    commas = [place for place in range(WINDOW - FARTHEST_COMMA, WINDOW) if tokens[place].number == comma]
-    return commas[-1] + 1 if commas and tokens[WINDOW].number != comma else WINDOW
+def _split(pieces: Sequence[Piece], comma: int) -> list[list[Piece]]:
+    """A window ends where nothing more fits, or behind a comma that is near."""
+    windows: list[list[Piece]] = []
+    window: list[Piece] = []
+    last_comma: int | None = None
+
+    for piece in pieces:
+        length = sum(one.length for one in window)
+        if piece.number == comma and piece.inversion is None:
+            last_comma = len(window)
+        elif length == WINDOW and last_comma is not None:
+            behind = window[last_comma + 1 :]
+            if sum(one.length for one in behind) < FARTHEST_COMMA:
+                windows.append(window[: last_comma + 1])
+                window, last_comma = behind, None
+                length = sum(one.length for one in window)
+        if length + piece.length > WINDOW:
+            windows.append(window)
+            window, last_comma = [], None
+        window.append(piece)
+    return [*windows, window]
 
 
-def _filled(window: Sequence[Token], tokenizer: CLIPTokenizer) -> list[Token]:
-    filled = [Token(tokenizer.bos_token_id), *window, Token(tokenizer.eos_token_id)]
-    return filled + [Token(tokenizer.pad_token_id)] * (WINDOW + 2 - len(filled))
+def _filled(window: Sequence[Piece], tokenizer: CLIPTokenizer) -> Window:
+    tokens, weights, inversions = [tokenizer.bos_token_id], [1.0], []
+    for piece in window:
+        if piece.inversion is not None:
+            inversions.append((len(tokens), piece.inversion))
+        tokens += [piece.number if piece.inversion is None else 0] * piece.length
+        weights += [piece.weight] * piece.length
+    room = WINDOW + 1 - len(tokens)
+    return Window(
+        (*tokens, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * room),
+        (*weights, 1.0, *[1.0] * room),
+        tuple(inversions),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder with all that a prompt needs on the way through it.
+
+    Attributes:
+        tokenizer: with the text encoder's padding.
+        module: CLIPTextModel or CLIPTextModelWithProjection.
+        penultimate: whether the last layer but one is taken, as SDXL does; else the last one, normed.
+        clip_skip: 2 for the last layer but one, normed, and so on.
+        number: which of its model's text encoders it is, from 0.
+        lookup: finds textual inversions.
+    """
+
+    tokenizer: CLIPTokenizer
+    module: nn.Module
+    penultimate: bool = False
+    clip_skip: int = 1
+    number: int = 0
+    lookup: Lookup | None = None
 
 
 @torch.no_grad()
-def encode(prompt: str, tokenizer: CLIPTokenizer, encoder: nn.Module, penultimate: bool, clip_skip: int = 1) -> Encoded:
-    """A prompt through one text encoder.
+def encode(prompts: Sequence[str], encoder: Encoder) -> list[Encoded]:
+    """Prompts through one text encoder, all made as long as the longest.
+
+    Those of one schedule belong together: the WebUI keeps the mean over all of them when it weighs tokens.
+    """
+    split = [split_into_windows(prompt, encoder.tokenizer, encoder.lookup) for prompt in prompts]
+    longest, empty = max(map(len, split)), _filled([], encoder.tokenizer)
+    windows = [[*each, *[empty] * (longest - len(each))] for each in split]
+    encoded = [_encoded_windows([each[place] for each in windows], encoder) for place in range(longest)]
+    tokens = torch.cat([one.tokens for one in encoded], dim=1)
+    pooled = encoded[0].pooled
+    return [
+        Encoded(tokens[place : place + 1], None if pooled is None else pooled[place : place + 1])
+        for place in range(len(prompts))
+    ]
+
+
+def _encoded_windows(windows: Sequence[Window], encoder: Encoder) -> Encoded:
+    device = encoder.module.device
+    tokens = torch.tensor([window.tokens for window in windows], device=device)
+    weights = torch.tensor([window.weights for window in windows], device=device)
+    with _inversions_in_place(windows, encoder):
+        output = encoder.module(tokens, output_hidden_states=True)
+    hidden = _hidden(output, encoder).float()
+    weighted = hidden * weights[..., None]
+    # so that attention shifts and does not grow
+    weighted = weighted * (hidden.mean() / weighted.mean())
+    pooled = getattr(output, "text_embeds", None)
+    return Encoded(weighted, None if pooled is None else pooled.float())
+
+
+@contextmanager
+def _inversions_in_place(windows: Sequence[Window], encoder: Encoder) -> Iterator[None]:
+    """While open, the embeddings of tokens that stand for textual inversions are those."""
+    placed = [(row, place, inversion) for row, window in enumerate(windows) for place, inversion in window.inversions]
+
+    def embedded(forward: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
+        embeddings = forward(*arguments, **named).clone()
+        for row, place, inversion in placed:
+            embeddings[row, place : place + inversion.number] = inversion.vectors[encoder.number].to(embeddings)
+        return embeddings
+
+    if not placed:
+        yield
+        return
+    with wrapped(encoder.module.get_input_embeddings(), "forward", embedded):
+        yield
+
+
+def _hidden(output: Any, encoder: Encoder) -> Tensor:
+    if encoder.penultimate:
+        return output.hidden_states[-2]
+    if encoder.clip_skip <= 1:
+        return output.last_hidden_state
+    norm = getattr(encoder.module, "text_model", encoder.module).final_layer_norm
+    return norm(output.hidden_states[-encoder.clip_skip])
+
+
+def encoders_of(pipeline: Any, clip_skip: int = 1, inversions: Inversions | None = None) -> list[Encoder]:
+    """The text encoders of a pipeline as the WebUI uses them.
 
     Args:
-        prompt: with or without attention weights.
-        tokenizer: of the encoder.
-        encoder: CLIPTextModel or CLIPTextModelWithProjection.
-        penultimate: whether the last layer but one is taken, as SDXL does; else the last one, normed.
-        clip_skip: 2 for the last layer but one, normed, and so on.
+        pipeline: of SD1.5, SD2 or SDXL.
+        clip_skip: of SD1.5, the only one that has it in the WebUI.
+        inversions: that prompts may name.
     """
-    split = split_into_windows(prompt, tokenizer)
-    output = encoder(split.tokens.to(encoder.device), output_hidden_states=True)
-    hidden = _hidden(output, encoder, penultimate, clip_skip).float()
-    weighted = hidden * split.weights[..., None].to(hidden)
-    # keep the mean of every window, so that attention shifts and does not grow
-    weighted = weighted * (hidden.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
-    pooled = getattr(output, "text_embeds", None)
-    return Encoded(weighted.flatten(0, 1)[None], None if pooled is None else pooled[:1].float())
+    modules = [(pipeline.tokenizer, pipeline.text_encoder)]
+    family = family_of(pipeline)
+    if family == "sdxl":
+        modules.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    lookup = None
+    if inversions is not None and inversions.names:
+        lookup = Lookup(inversions, pipeline.tokenizer, widths_of(pipeline))
+    return [
+        Encoder(tokenizer, module, family == "sdxl", clip_skip if family == "sd1" else 1, number, lookup)
+        for number, (tokenizer, module) in enumerate(modules)
+    ]
 
 
-def _hidden(output: Any, encoder: nn.Module, penultimate: bool, clip_skip: int) -> Tensor:
-    if penultimate:
-        return output.hidden_states[-2]
-    if clip_skip <= 1:
-        return output.last_hidden_state
-    norm = getattr(encoder, "text_model", encoder).final_layer_norm
-    return norm(output.hidden_states[-clip_skip])
+def widths_of(pipeline: Any) -> tuple[int, ...]:
+    """Of the vectors that textual inversions for a pipeline have."""
+    encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+    return tuple(one.get_input_embeddings().embedding_dim for one in encoders if one is not None)
 
 
 @dataclass(frozen=True)
@@ -191,33 +310,50 @@ class Wanted:
 
 
 def told_to_base(models: Models, wanted: Wanted, clip_skip: int = 1) -> Told:
-    """What SD1.5 is told; `clip_skip` as in the WebUI, 1 for none."""
-    pipeline = models.base
+    """What SD1.5 is told, less the names of SDXL's textual inversions; `clip_skip` as in the WebUI, 1 for none."""
+    pipeline, inversions = models.base, models.inversions
+    texts = (wanted.prompt, wanted.negative_prompt)
+    foreign = inversions.of_widths(widths_of(models.upgraded), texts)
+    prompt, negative_prompt = (without_names(text, foreign) for text in texts)
     with models.placement.holding(pipeline.text_encoder):
-        return _told(wanted, lambda text: encode(text, pipeline.tokenizer, pipeline.text_encoder, False, clip_skip))
+        return told_to(pipeline, replace(wanted, prompt=prompt, negative_prompt=negative_prompt), clip_skip, inversions)
 
 
 def told_to_upgraded(models: Models, wanted: Wanted) -> Told:
-    """What SDXL is told; an empty negative prompt is all zeros, as in its training."""
+    """What SDXL is told."""
+    pipeline = models.upgraded
+    with models.placement.holding(pipeline.text_encoder, pipeline.text_encoder_2):
+        return told_to(pipeline, wanted, inversions=models.inversions)
 
-    def encoded(text: str) -> Encoded:
-        return _encode_for_sdxl(models, text)
 
-    told = _told(wanted, encoded)
-    if wanted.negative_prompt.strip():
-        return told
+def told_to(pipeline: Any, wanted: Wanted, clip_skip: int = 1, inversions: Inversions | None = None) -> Told:
+    """What a pipeline's model is told, whose text encoders are where they run."""
+    encoders = encoders_of(pipeline, clip_skip, inversions)
+
+    def schedule(text: str, weight: float = 1.0) -> EncodedSchedule:
+        stretches = prompt_schedule(text, wanted.evaluations)
+        encoded = _side_by_side([encode([one.text for one in stretches], encoder) for encoder in encoders])
+        each = zip(stretches, encoded, strict=True)
+        return EncodedSchedule(tuple(EncodedStretch(one.last_step, said) for one, said in each), weight)
+
+    conds = tuple(schedule(one.text, one.weight) for one in combined_prompts(wanted.prompt))
+    told = _of_one_length(Told(conds, schedule(wanted.negative_prompt)))
+    # an empty negative prompt is all zeros for SDXL, as in its training
+    return _with_zeros(told) if len(encoders) > 1 and not wanted.negative_prompt else told
+
+
+def _side_by_side(of_encoders: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    """What several text encoders say, channel after channel; the last one's pooled prompts."""
+    return [
+        Encoded(torch.cat([one.tokens for one in each], dim=-1), each[-1].pooled)
+        for each in zip(*of_encoders, strict=True)
+    ]
+
+
+def _with_zeros(told: Told) -> Told:
     (stretch,) = told.uncond.stretches
     zeros = Encoded(torch.zeros_like(stretch.encoded.tokens), torch.zeros_like(stretch.encoded.pooled))
     return replace(told, uncond=EncodedSchedule((replace(stretch, encoded=zeros),)))
-
-
-def _told(wanted: Wanted, encoded: Callable[[str], Encoded]) -> Told:
-    def schedule(text: str, weight: float = 1.0) -> EncodedSchedule:
-        stretches = prompt_schedule(text, wanted.evaluations)
-        return EncodedSchedule(tuple(EncodedStretch(one.last_step, encoded(one.text)) for one in stretches), weight)
-
-    conds = tuple(schedule(one.text, one.weight) for one in combined_prompts(wanted.prompt))
-    return _of_one_length(Told(conds, schedule(wanted.negative_prompt)))
 
 
 def _of_one_length(told: Told) -> Told:
@@ -251,11 +387,3 @@ def arguments_of(told: Told, images: int, guided: bool) -> dict[str, Tensor]:
         else None,
     }
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _encode_for_sdxl(models: Models, prompt: str) -> Encoded:
-    pipeline = models.upgraded
-    with models.placement.holding(pipeline.text_encoder, pipeline.text_encoder_2):
-        first = encode(prompt, pipeline.tokenizer, pipeline.text_encoder, penultimate=True)
-        second = encode(prompt, pipeline.tokenizer_2, pipeline.text_encoder_2, penultimate=True)
-    return Encoded(torch.cat([first.tokens, second.tokens], dim=-1), second.pooled)

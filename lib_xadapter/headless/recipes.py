@@ -31,8 +31,11 @@ REST_FIELDS = {
     "seed": "seed",
     "batch_size": "batch",
     "denoising_strength": "strength",
+    "styles": "style",
 }
 """Field of a request to the WebUI → option."""
+OVERRIDES = {"sd_model_checkpoint": "upgraded", "CLIP_stop_at_last_layers": "clip_skip"}
+"""Setting in its `override_settings` → option."""
 
 
 def options_of_png(path: Path) -> dict[str, Any]:
@@ -95,8 +98,8 @@ def options_of_job(path: Path) -> dict[str, Any]:
     for name, value in job.items():
         if name == "alwayson_scripts":
             found |= _own(_script_settings(value, path))
-        elif name == "override_settings" and isinstance(value, dict) and set(value) <= {"sd_model_checkpoint"}:
-            found["upgraded"] = value.get("sd_model_checkpoint")
+        elif name == "override_settings" and isinstance(value, dict) and value.keys() <= OVERRIDES.keys():
+            found |= {OVERRIDES[setting]: given for setting, given in value.items()}
         elif name in REST_FIELDS:
             found[REST_FIELDS[name]] = [value] if name == "seed" else value
         else:

@@ -23,6 +23,7 @@ class Sampler:
         options: its options, apart from those of the model.
         order: 1 where a step looks at one evaluation, 2 where it looks at two.
         on_timesteps: whether it is one of those that the WebUI runs on timesteps instead of noise levels.
+        leaves_out_lowest: whether it goes from the lowest but one of its noise levels to none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict)
     order: int = 2
     on_timesteps: bool = False
+    leaves_out_lowest: bool = False
 
     def make(self, model_config: Mapping[str, Any], **more: Any) -> Any:
         """The scheduler for a model, whose config gives ᾱ and the type of prediction."""
@@ -38,6 +40,10 @@ class Sampler:
         import diffusers
 
         scheduler = getattr(diffusers, self.scheduler)
+        if self.leaves_out_lowest:
+            from .karras_levels import without_lowest
+
+            scheduler = without_lowest(scheduler)
         noise = {key: model_config[key] for key in MODEL_OPTIONS if key in model_config}
         wanted = {"timestep_spacing": "linspace", **noise, **self.options, **more}
         known = inspect.signature(scheduler).parameters
@@ -56,25 +62,27 @@ MODEL_OPTIONS = (
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 RELEASED_SPACING = LEADING | {"use_karras_sigmas": False, "use_exponential_sigmas": False}
 DDIM = LEADING | {"set_alpha_to_one": False, "clip_sample": False}
+KARRAS = {"use_karras_sigmas": True}
 DPM_SDE = {"algorithm_type": "sde-dpmsolver++", "use_exponential_sigmas": True}
 
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
-        Sampler("DPM++ 2M", "Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        Sampler("DPM++ 2M", "Karras", "DPMSolverMultistepScheduler", KARRAS),
         Sampler("DPM++ 2M SDE", "Exponential", "DPMSolverMultistepScheduler", DPM_SDE),
         Sampler("Euler", "Automatic", "EulerDiscreteScheduler", order=1),
         Sampler("Euler a", "Automatic", "EulerAncestralDiscreteScheduler", order=1),
+        Sampler("LMS", "Automatic", "LMSDiscreteScheduler"),
         Sampler("Heun", "Automatic", "HeunDiscreteScheduler"),
-        Sampler("DPM2", "Karras", "KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
-        Sampler("DPM2 a", "Karras", "KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}),
+        Sampler("DPM2", "Karras", "KDPM2DiscreteScheduler", KARRAS, leaves_out_lowest=True),
+        Sampler("DPM2 a", "Karras", "KDPM2AncestralDiscreteScheduler", KARRAS, leaves_out_lowest=True),
         Sampler("DDIM", "Automatic", "DDIMScheduler", DDIM, order=1, on_timesteps=True),
         Sampler("PLMS", "Automatic", "PNDMScheduler", LEADING | {"skip_prk_steps": True}, on_timesteps=True),
         Sampler("UniPC", "Automatic", "UniPCMultistepScheduler", LEADING, on_timesteps=True),
     )
 }
-"""DPM2, DPM2 a and UniPC take other noise levels than in the WebUI, and samplers that add noise draw it otherwise; the
-rest finish with the WebUI's latents."""
+"""UniPC takes other noise levels than in the WebUI, and DPM++ 2M SDE draws its noise otherwise; the rest finish with
+the WebUI's latents."""
 
 
 def sampler_named(name: str) -> Sampler:

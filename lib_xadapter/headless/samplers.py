@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DoesNotFit
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import NoiseSchedule, trained_alphas
 from .sampler_table import DEFAULT_SAMPLER, RELEASED_SPACING, sampler_named
 
 LARGEST_STRENGTH = 0.999
@@ -98,6 +98,8 @@ def check_scheduler(scheduler: Any) -> None:
         reason = "its noise levels are those of flow matching, which SD1.5 and SDXL were not trained for"
     elif not hasattr(scheduler, "alphas_cumprod"):
         reason = "it has no noise level for each timestep of training, as SD1.5 and SDXL have"
+    elif not torch.allclose(scheduler.alphas_cumprod.cpu().float(), trained_alphas(config), atol=1e-6):
+        reason = "its noise levels are those of other models"
     elif not all(hasattr(scheduler, name) for name in ("add_noise", "init_noise_sigma", "scale_model_input")):
         reason = "it brings no picture to a noise level"
     elif not LATENT_STEP.issuperset(_required(scheduler.step)):
@@ -154,10 +156,18 @@ def _webui_ladder(scheduler: Any, steps: int, reached: int | None) -> Steps:
 
 def _unrounded(scheduler: Any) -> Tensor:
     """The timesteps of a scheduler's noise levels, where it rounds those that it gives the model."""
-    if not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+    levels = scheduler.sigmas
+    if isinstance(scheduler, (diffusers.KDPM2DiscreteScheduler, diffusers.KDPM2AncestralDiscreteScheduler)):
+        # every second evaluation is between two levels
+        between = scheduler.sigmas_interpol.to(levels)
+        if isinstance(scheduler, diffusers.KDPM2AncestralDiscreteScheduler):
+            between = between.roll(1)
+        levels = levels.clone()
+        levels[1::2] = between[1::2]
+    elif not isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
         return scheduler.timesteps
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
-    timesteps = [schedule.timestep_at(float(sigma)) for sigma in scheduler.sigmas[:-1]]
+    timesteps = [schedule.timestep_at(float(sigma)) for sigma in levels[: len(scheduler.timesteps)]]
     return torch.tensor(timesteps, device=scheduler.timesteps.device)
 
 
@@ -185,6 +195,10 @@ def released_steps(
 
 def _begun(scheduler: Any, timesteps: Tensor, left_out: int) -> Tensor:
     begin = left_out * scheduler.order
+    if isinstance(scheduler, diffusers.LMSDiscreteScheduler):
+        # it takes the steps before its first for a history, which is not there
+        scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[begin:], scheduler.timesteps[begin:]
+        begin, timesteps = 0, timesteps[begin:]
     scheduler.set_begin_index(begin)
     return timesteps[begin:]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..evaluations import Evaluation
 from ..feature_sources import BaseStep
 from ..rows import Row, batch_rows
 from ..taps import FeatureReader
+from .kept import Kept
 from .noise_schedule import NoiseSchedule
 from .samplers import Steps
 from .turns import Turns
@@ -31,28 +32,6 @@ def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
         yield
     finally:
         attributes["scheduler"] = own
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What inpainting keeps of a picture: the rule of diffusers' inpainting pipelines for UNets without a mask channel.
-
-    Attributes:
-        clean: latents of the picture, (images, 4, h, w).
-        noise: that they are noised with.
-        mask: 1 where something new is painted, (images, 1, h, w).
-    """
-
-    clean: Tensor
-    noise: Tensor
-    mask: Tensor
-
-    def blended(self, latent: Tensor, steps: Steps, place: int) -> Tensor:
-        """The latent after the step of a place, with the picture where it is kept."""
-        proper = self.clean
-        if place < len(steps.timesteps) - 1:
-            proper = steps.scheduler.add_noise(proper, self.noise, torch.tensor([steps.timesteps[place + 1]]))
-        return (1 - self.mask) * proper + self.mask * latent
 
 
 class GivenSteps:
@@ -93,23 +72,29 @@ class GivenSteps:
         """They are given."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return with_channels(self._steps.scaled(sample, timestep).to(self._dtype), self._channels)
+        scaled = self._steps.scaled(sample, timestep)
+        if self._kept is not None:
+            scaled = self._kept.seen(scaled)
+        return with_channels(scaled.to(self._dtype), self._channels)
 
     def step(
         self,
         model_output: Tensor,
         timestep: Tensor,
         sample: Tensor,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
         output = model_output.float() if self._precise else model_output
-        latent = self._steps.step(output, timestep, sample, generator)
         if self._kept is not None:
-            latent = self._kept.blended(latent, self._steps, self.place)
+            output = self._kept.predicted(output, self._steps.scaled(sample, timestep), timestep)
+        latent = self._steps.step(output, timestep, sample, generator, eta=eta)
+        if self._kept is not None:
+            latent = self._kept.stepped(latent, self._steps, self.place)
         self._each_step(self.place, latent)
         self.place += 1
-        return (latent,)
+        return _stepped_to(latent, return_dict)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self._steps.scheduler.add_noise(original_samples, noise, timesteps)
@@ -132,6 +117,7 @@ class FollowedLevels:
         device: of the pipeline.
         dtype: what the UNet takes.
         channels: as in `GivenSteps`.
+        kept: a picture that stays where a mask is black.
     """
 
     order = 1
@@ -149,6 +135,7 @@ class FollowedLevels:
         device: torch.device | str,
         dtype: torch.dtype,
         channels: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.config = config
         kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -159,11 +146,12 @@ class FollowedLevels:
         self._reader = reader
         self._dtype = dtype
         self._channels = channels
+        self._kept = kept
 
     @property
-    def sigma(self) -> float:
-        """The noise level of the evaluation under way."""
-        return self._evaluation.sigma
+    def evaluation(self) -> Evaluation:
+        """The one under way."""
+        return self._evaluation
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """They are given."""
@@ -174,12 +162,20 @@ class FollowedLevels:
         scaled = (self._latent / math.sqrt(1 + self._evaluation.sigma**2)).repeat(copies, 1, 1, 1)
         return with_channels(scaled.to(self._dtype), self._channels)
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
         denoised = denoised_from(model_output.float(), self._latent, self._evaluation.sigma, self._prediction_type)
+        if self._kept is not None:
+            denoised = self._kept.over(denoised)
         features = self._reader.take()
         rows = guidance_rows(len(features.levels[0]), len(self._latent))
         self._latent, self._evaluation = self._turns.answer(BaseStep(features, rows, denoised))
-        return (self._latent,)
+        return _stepped_to(self._latent, return_dict)
+
+
+def _stepped_to(latent: Tensor, return_dict: bool) -> SchedulerOutput | tuple[Tensor]:
+    return SchedulerOutput(prev_sample=latent) if return_dict else (latent,)
 
 
 def with_channels(sample: Tensor, channels: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
 SHIPPED_TABLES = (("clip", "bpe_simple_vocab_16e6.txt.gz"), ("open_clip", "bpe_simple_vocab_16e6.txt.gz"))
 """Packages that carry CLIP's table of merges (OpenAI CLIP, `simple_tokenizer.py`)."""
-SDXL_SECOND_PADDING = "!"
-"""SDXL's second text encoder fills up with token 0."""
+OPEN_CLIP_PADDING = "!"
+"""SD2's text encoder and SDXL's second fill up with token 0."""
 
 
 def load_tokenizer(folder: Path | None = None, pad_token: str = END) -> CLIPTokenizer:
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path | None = None, pad_token: str = END) -> CLIPToke
     Raises:
         WrongFile: there is no vocabulary.
     """
-    vocabulary, merges = _read_folder(folder) if folder else _read_shipped_table()
+    vocabulary, merges = _read_folder(folder) if folder else read_shipped_table()
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
@@ -60,7 +60,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, merges
 
 
-def _read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
     for package, table in SHIPPED_TABLES:
         spec = importlib.util.find_spec(package)
         path = Path(spec.origin).parent / table if spec and spec.origin else None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import signal
+import threading
 
 import pytest
 import torch
@@ -103,6 +106,12 @@ class TestPictures:
         ours = pipe("a cat", generator=seeded(), weight=0.0, **given).images[0]
         assert ours.tobytes() == theirs.tobytes()
 
+    def test_weight_0_in_a_single_stage_is_the_plain_text_to_image_pipeline(self, pipe):
+        given = {"num_inference_steps": STEPS, "guidance_scale": 6.0, "negative_prompt": "fog", **SIZE}
+        theirs = pipe.upgraded("a cat", generator=seeded(), **given).images[0]
+        ours = pipe("a cat", generator=seeded(), weight=0.0, single_stage=True, **given).images[0]
+        assert ours.tobytes() == theirs.tobytes()
+
     def test_sdxl_follows_the_base_over_a_given_picture(self, pipe, picture, mask):
         for given in ({"image": picture}, {"image": picture, "mask_image": mask}):
             led, alone = (latents(pipe, weight=weight, strength=0.7, **given) for weight in (1.0, 0.0))
@@ -173,14 +182,26 @@ class TestPictures:
         off = latents(led, control_image=picture, base_arguments={"controlnet_conditioning_scale": 0.0})
         assert torch.allclose(off, plain, atol=1e-4)
 
-    def test_a_controlnets_window_counts_the_steps_of_each_stage(self, led, picture):
+    def test_a_controlnets_window_is_the_same_noise_levels_in_both_stages(self, led, picture):
         scales = []
         led.base.controlnet.register_forward_pre_hook(
             lambda module, args, named: scales.append(named["conditioning_scale"]), with_kwargs=True
         )
         window = {"control_guidance_end": 0.5}
         latents(led, control_image=picture, num_inference_steps=4, switch_point=0.5, base_arguments=window)
-        assert scales == [1, 1, 0, 0, 1, 0]
+        assert scales == [1, 1, 0, 0, 0, 0]
+
+    def test_a_callback_sees_and_changes_the_tensors_it_asks_for(self, pipe, plain):
+        seen = []
+
+        def halve(pipeline, step, timestep, tensors):
+            seen.append((step, sorted(tensors)))
+            return {"latents": tensors["latents"] / 2} if step == 0 else {}
+
+        names = ["latents", "prompt_embeds", "add_time_ids"]
+        made = latents(pipe, callback_on_step_end=halve, callback_on_step_end_tensor_inputs=names)
+        assert seen == [(0, sorted(names)), (1, sorted(names))]
+        assert differs(made, plain)
 
     @pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
     def test_output_types_and_tuples_are_those_of_diffusers(self, pipe, kind):
@@ -221,6 +242,11 @@ class Hooks:
 
     def __init__(self, pipe: XAdapterPipeline) -> None:
         self._pipe = pipe
+        for pipeline in (pipe.base, pipe.upgraded):
+            for name in ("text_encoder", "text_encoder_2"):
+                if getattr(pipeline, name, None) is not None:
+                    # transformers hooks its own models when they are first called
+                    getattr(pipeline, name)(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
         self.before = self._state()
 
     def _state(self) -> list:
@@ -230,13 +256,21 @@ class Hooks:
             found.append(copy.deepcopy(dict(pipeline.config)))
             found.append(copy.deepcopy(dict(pipeline.scheduler.config)))
             found.append(vars(pipeline).get("_progress_bar_config"))
-            for module in pipeline.unet.modules():
-                found.append((len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)))
-            found.append({key: value.sum().item() for key, value in pipeline.unet.state_dict().items()})
+            for part in pipeline.components.values():
+                found += _state_of(part) if isinstance(part, torch.nn.Module) else []
         return found
 
     def are_as_before(self) -> bool:
         return self._state() == self.before
+
+
+def _state_of(part: torch.nn.Module) -> list:
+    hooks = [
+        (len(module._forward_hooks), len(module._forward_pre_hooks), vars(module).get("forward"), module.training)
+        for module in part.modules()
+    ]
+    tensors = part.state_dict().values()
+    return [hooks, [hashlib.sha256(bytes(value.reshape(-1).view(torch.uint8).numpy())).digest() for value in tensors]]
 
 
 PARTS = ("scheduler", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -280,6 +314,42 @@ class TestLeavesNothingBehind:
         with pytest.raises(Stop):
             latents(pipe)
         hook.remove()
+        assert hooks.are_as_before()
+        assert torch.equal(latents(pipe), plain)
+
+    @pytest.fixture
+    def listening(self):
+        """Programs that were started in the background do not hear Ctrl-C."""
+        own = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, own)
+
+    def test_after_ctrl_c_while_the_base_works_beside_sdxl(self, pipe, plain, listening):
+        hooks = Hooks(pipe)
+
+        def press(*_):
+            if threading.current_thread() is not threading.main_thread():
+                signal.raise_signal(signal.SIGINT)
+
+        hook = pipe.base.unet.register_forward_pre_hook(press)
+        with pytest.raises(KeyboardInterrupt):
+            latents(pipe)
+        hook.remove()
+        assert hooks.are_as_before()
+        assert torch.equal(latents(pipe), plain)
+
+    def test_after_an_interruption_in_stage_1(self, pipe, plain):
+        hooks, calls = Hooks(pipe), []
+
+        def interrupt(base, step, timestep, tensors):
+            pipe.interrupt = base._interrupt = True
+            return tensors
+
+        hook = pipe.base.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+        made = latents(pipe, base_arguments={"callback_on_step_end": interrupt}, switch_point=1.0)
+        hook.remove()
+        assert made.shape == plain.shape
+        assert len(calls) == 2
         assert hooks.are_as_before()
         assert torch.equal(latents(pipe), plain)
 

@@ -8,22 +8,47 @@ import torch
 
 from lib_xadapter.errors import DoesNotFit
 from lib_xadapter.headless import XAdapterPipeline
+from lib_xadapter.headless.samplers import check_scheduler
+from lib_xadapter.headless.schedulers import denoised_from
 from tests.headless.test_composed import latents
 
 SMALL = {"width": 64, "height": 64}
 REFUSED = {
-    "flow matching": ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"],
+    "flow matching": ["HeliosDMDScheduler", "HeliosScheduler"],
     "from pictures to noise": ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"],
     "no noise level for each timestep": [
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
         "CMStochasticIterativeScheduler",
         "CosineDPMSolverMultistepScheduler",
+        "DDPMWuerstchenScheduler",
+        "DiscreteDDIMScheduler",
         "EDMDPMSolverMultistepScheduler",
         "EDMEulerScheduler",
+        "EntropyBoundScheduler",
+        "FlowMapEulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
         "IPNDMScheduler",
         "KarrasVeScheduler",
+        "LTXEulerAncestralRFScheduler",
+        "MiniMaxH3Scheduler",
+        "PiflowScheduler",
+        "RFD4ProteinaScheduler",
+        "SCMScheduler",
         "ScoreSdeVeScheduler",
+        "VQDiffusionScheduler",
     ],
+    "noise levels are those of other models": ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"],
+    "each of its steps needs mask, original_image": ["RePaintScheduler"],
 }
+NEEDED = {
+    "AmusedScheduler": {"mask_token_id": 0},
+    "RFD4ProteinaScheduler": {"schedule_mode": "power", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "VQDiffusionScheduler": {"num_vec_classes": 4},
+}
+"""What a scheduler cannot be made without."""
 FOLLOWED = [
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -43,6 +68,7 @@ FOLLOWED = [
     "PNDMScheduler",
     "SASolverScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -65,8 +91,11 @@ def pipe(loaded):
 
 
 def with_scheduler(pipe: XAdapterPipeline, name: str) -> XAdapterPipeline:
+    kind = getattr(diffusers, name)
     for pipeline in (pipe.base, pipe.upgraded):
-        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+        # it takes no other noise levels than its own
+        own = {"beta_schedule": "squaredcos_cap_v2"} if name == "UnCLIPScheduler" else {}
+        pipeline.scheduler = kind.from_config({**pipeline.scheduler.config, **own})
     return pipe
 
 
@@ -81,10 +110,27 @@ def test_a_scheduler_is_followed(pipe, name):
 @pytest.mark.parametrize(
     ("name", "reason"), [(name, reason) for reason, names in REFUSED.items() for name in names], ids=lambda word: word
 )
-def test_a_scheduler_that_cannot_be_followed_is_refused_by_name(pipe, name, reason):
-    pipe.upgraded.scheduler = getattr(diffusers, name)()
-    with pytest.raises(DoesNotFit, match=f"{name} cannot be followed: .*"):
+def test_a_scheduler_that_cannot_be_followed_is_refused_by_name(name, reason):
+    scheduler = getattr(diffusers, name)(**NEEDED.get(name, {}))
+    with pytest.raises(DoesNotFit, match=f"{name} cannot be followed: .*{reason}"):
+        check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("part", ["base", "upgraded"])
+def test_it_is_refused_before_anything_is_sampled(pipe, part):
+    getattr(pipe, part).scheduler = diffusers.EDMEulerScheduler()
+    called = []
+    hook = pipe.base.unet.register_forward_pre_hook(lambda *_: called.append(1))
+    with pytest.raises(DoesNotFit, match="EDMEulerScheduler cannot be followed"):
         latents(pipe, **SMALL)
+    hook.remove()
+    assert not called
+
+
+@pytest.mark.skipif(not diffusers.__version__.startswith("0.42."), reason="the lists are those of diffusers 0.42")
+def test_every_scheduler_of_diffusers_is_followed_or_refused():
+    there = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    assert there == {*FOLLOWED, *(name for names in REFUSED.values() for name in names)}
 
 
 def test_flow_levels_of_a_solver_that_has_both_are_refused(pipe):
@@ -92,6 +138,25 @@ def test_flow_levels_of_a_solver_that_has_both_are_refused(pipe):
     pipe.upgraded.scheduler = diffusers.UniPCMultistepScheduler.from_config(config, use_flow_sigmas=True)
     with pytest.raises(DoesNotFit, match="flow matching"):
         latents(pipe, **SMALL)
+
+
+@pytest.mark.parametrize("part", ["base", "upgraded"])
+def test_v_prediction_and_zero_terminal_snr(pipe, part):
+    pipeline = getattr(pipe, part)
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    led, alone = (latents(pipe, num_inference_steps=3, weight=weight, **SMALL) for weight in (1.0, 0.0))
+    assert bool(torch.isfinite(led).all())
+    assert float((led - alone).norm() / alone.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_prediction_of_each_kind_tells_the_same_clean_latent(kind):
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    sigma = 2.5
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * alpha * clean, "sample": clean}[kind]
+    assert torch.allclose(denoised_from(output, clean + sigma * noise, sigma, kind), clean, atol=1e-5)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from lib_xadapter.headless.asked import batches_of, styled
+from lib_xadapter.headless.asked import batches_of, read_prompts, styled
 from lib_xadapter.headless.options import read_options
 
 
@@ -70,7 +70,12 @@ def test_styles_are_put_around_the_prompt(generate, tmp_path):
     path = tmp_path / "styles.csv"
     path.write_text('name,prompt,negative_prompt\nink,"ink, {prompt}",grey\n')
     words = generate.words("--styles", str(path), "--style", "ink", prompt="a cat")
-    assert styled(read_options(words)) == ("ink, a cat", "grey")
+    options = read_options(words)
+    assert styled(options, options.prompt) == ("ink, a cat", "grey")
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a dog\n")
+    options.prompt_file = lines
+    assert read_prompts(options, "") == ["ink, a dog"]
 
 
 def test_options_go_before_what_is_taken_over(generate):
@@ -150,6 +155,17 @@ class TestInitImage:
         assert generate("--init-image", picture, **small) == 0
         masked, whole = map(pixels, generate.pictures())
         assert (masked != whole).any()
+        outside = numpy.asarray(Image.open(mask)) == 0
+        assert (masked[outside] == numpy.asarray(Image.open(picture))[outside]).all()
+
+    def test_the_base_can_repaint_it_first(self, generate, picture):
+        small = {"width": "64", "height": "64"}
+        for start in ("picture", "base"):
+            assert generate("--init-image", picture, "--img2img-start", start, "--return-base-image", **small) == 0
+        over_picture, of_base, over_base = generate.pictures()
+        assert of_base.stem == f"{over_base.stem}-base"
+        assert (pixels(over_picture) != pixels(over_base)).any()
+        assert ["X-Adapter img2img start: base" in text for text in texts(generate)] == [False, True, True]
 
     @pytest.mark.parametrize(
         ("more", "sentence"),
@@ -157,6 +173,8 @@ class TestInitImage:
             (["--mask", "IMAGE"], "--mask is given, but there is no --init-image"),
             (["--init-image", "IMAGE", "--strength", "0"], "--strength is 0, expected a number above 0"),
             (["--init-image", "IMAGE", "--single-stage"], "--init-image is given, but a single stage"),
+            (["--img2img-start", "base"], "--img2img-start is 'base', but there is no --init-image"),
+            (["--init-image", "IMAGE", "--base-start", "control image"], "over an --init-image the base starts from"),
         ],
     )
     def test_what_does_not_go_together_is_named(self, generate, picture, more, sentence, capsys):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from lib_xadapter.errors import DoesNotFit, WrongArgument, WrongFile
+from lib_xadapter.headless import load_lora
 from lib_xadapter.headless.lora_names import Lora, read_lora, take_tags
 from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
@@ -113,7 +116,17 @@ def pair(name: str, inner: int = 32, outer: int = 32) -> dict[str, torch.Tensor]
     ("tensors", "kind", "sentence"),
     [
         (pair(BASE_LAYER, inner=48), DoesNotFit, "changes a weight of 32x48, the model's is 32x32"),
-        (pair(BASE_LAYER) | {f"{BASE_LAYER}.dora_scale": torch.ones(32, 1)}, WrongFile, "dora_scale', of a kind"),
+        (
+            pair(BASE_LAYER) | {f"{BASE_LAYER}.diff": torch.ones(32, 32)},
+            WrongFile,
+            "has diff, down, up, which is no kind",
+        ),
+        (pair(BASE_LAYER) | {f"{BASE_LAYER}.more": torch.ones(1)}, WrongFile, "more', which is part of no kind"),
+        (
+            {f"{BASE_LAYER}.diff": torch.ones(32, 32), f"{BASE_LAYER}.diff_b": torch.ones(32)},
+            DoesNotFit,
+            "changes a bias, and the model's layer has none",
+        ),
         (
             pair(BASE_LAYER) | pair(BASE_LAYER.replace("attn1", "attn7")),
             DoesNotFit,
@@ -138,5 +151,71 @@ def test_file_and_weight_are_read_from_one_word():
 
 
 def test_tags_are_taken_out_of_the_prompt():
-    tags = take_tags("a cat <lora:ink:0.5> on a mat <lora:grain>")
-    assert (tags.prompt, tags.loras) == ("a cat on a mat", (("ink", 0.5), ("grain", 1.0)))
+    tags = take_tags("a cat <lora:ink:0.5> on a mat <lyco:grain>")
+    assert (tags.prompt, tags.loras) == ("a cat on a mat", (Lora(Path("ink"), 0.5), Lora(Path("grain"))))
+
+
+@pytest.mark.parametrize(
+    ("tag", "lora"),
+    [
+        ("<lora:ink:0.2:0.9>", Lora(Path("ink"), 0.2, 0.9)),
+        ("<lora:ink:0.2:0.9:4>", Lora(Path("ink"), 0.2, 0.9, 4)),
+        ("<lora:ink:0.5:unet=-1>", Lora(Path("ink"), 0.5, -1.0)),
+        ("<lora:ink:te=0:dyn=2>", Lora(Path("ink"), 0.0, None, 2)),
+        ("<lora:ink:1:model=base>", Lora(Path("ink"), models=("base",))),
+    ],
+)
+def test_tags_say_what_they_say_in_the_webui(tag, lora):
+    assert take_tags(tag).loras == (lora,)
+    assert take_tags(f"<lora:ink:{lora.said}>").loras == (lora,)
+
+
+@pytest.mark.parametrize(
+    ("tag", "sentence"),
+    [
+        ("<lora:ink:strong>", "has the weight 'strong', expected a number"),
+        ("<lora:ink:1:dyn=0.5>", "has the weight '0.5', expected a whole number"),
+        ("<lora:ink:1:vae=1>", "says 'vae', expected te, unet, dyn or model"),
+        ("<lora:ink:1:model=sd3>", "says 'model=sd3', expected base, sdxl, both"),
+    ],
+)
+def test_a_tag_that_says_something_else_is_named(tag, sentence):
+    with pytest.raises(WrongArgument, match=f"prompt: '{tag}' {sentence}"):
+        take_tags(tag)
+
+
+def test_peft_keeps_a_magnitude_for_each_output(tmp_path, base, upgraded):
+    """W + BA, each row brought to its own length."""
+    layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    changed = layer.weight + 2
+    name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    magnitudes = torch.rand(32) + 0.5
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(2, 32),
+        f"{name}.lora_B.weight": torch.ones(32, 2),
+        f"{name}.lora_magnitude_vector.weight": magnitudes,
+    }
+    lora = written(tmp_path, tensors)
+    merge_lora(replace(lora, models=("base",)), base, upgraded)
+    expected = changed / changed.norm(dim=1, keepdim=True) * magnitudes[:, None]
+    torch.testing.assert_close(layer.weight, expected)
+
+
+def test_newer_names_of_glora_mean_the_same(tmp_path, base, upgraded):
+    layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    before = layer.weight.clone()
+    a1, a2, b1, b2 = (torch.randn(*shape) for shape in ((4, 32), (32, 4), (4, 32), (32, 4)))
+    newer = dict(zip(("a2", "a1", "b2", "b1"), (a1, a2, b1, b2), strict=True))
+    merge_lora(
+        written(tmp_path, {f"{BASE_LAYER}.{half}.weight": value for half, value in newer.items()}), base, upgraded
+    )
+    torch.testing.assert_close(layer.weight, before + before @ a2 @ a1 + b2 @ b1, rtol=1e-4, atol=1e-4)
+
+
+def test_anybodys_pipeline_takes_a_lora_of_its_own_family(tmp_path, small, base, upgraded):
+    unet, text = copy.deepcopy(base.unet.state_dict()), copy.deepcopy(base.text_encoder.state_dict())
+    load_lora(base, small.lora, 0.5, unet_weight=0.0)
+    assert all(torch.equal(value, unet[key]) for key, value in base.unet.state_dict().items())
+    assert not all(torch.equal(value, text[key]) for key, value in base.text_encoder.state_dict().items())
+    with pytest.raises(DoesNotFit, match=r"small-style.safetensors is a LoRA for SD1.5, the pipeline is SDXL"):
+        load_lora(upgraded, small.lora)

@@ -17,6 +17,7 @@ from lib_xadapter.headless.model_files import load_base, load_controlnet, load_u
 from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.prompts import (
+    Encoder,
     Part,
     Wanted,
     arguments_of,
@@ -61,12 +62,12 @@ def test_attention_is_read(prompt, parts):
 
 
 def test_a_long_prompt_goes_on_in_a_second_window(models):
-    split = split_into_windows("a" * 80, models.base.tokenizer)
     tokenizer = models.base.tokenizer
-    assert split.tokens.shape == (2, 77)
-    assert split.tokens[:, 0].tolist() == [tokenizer.bos_token_id] * 2
-    assert split.tokens[0, -1] == tokenizer.eos_token_id
-    assert split.tokens[1, 6:].unique().tolist() == [tokenizer.eos_token_id]
+    first, second = split_into_windows("a" * 80, tokenizer)
+    assert len(first.tokens) == len(second.tokens) == 77
+    assert first.tokens[0] == second.tokens[0] == tokenizer.bos_token_id
+    assert first.tokens[-1] == tokenizer.eos_token_id
+    assert set(second.tokens[6:]) == {tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +82,8 @@ def test_a_long_prompt_goes_on_in_a_second_window(models):
 def test_a_window_ends_behind_a_comma_that_is_near(prompt, in_the_first, models):
     """As the WebUI splits them; a letter is a token here."""
     tokenizer = models.base.tokenizer
-    split = split_into_windows(prompt, tokenizer)
-    assert len(split.tokens) == 2
-    assert split.tokens[0].tolist().index(tokenizer.eos_token_id) == 1 + in_the_first
+    first, _ = split_into_windows(prompt, tokenizer)
+    assert first.tokens.index(tokenizer.eos_token_id) == 1 + in_the_first
 
 
 def test_a_shorter_negative_prompt_keeps_its_meaning(models):
@@ -105,16 +105,18 @@ def test_prompts_of_all_stretches_become_of_one_length(models):
     assert not told.is_plain
 
 
+def of_base(models, prompt: str) -> torch.Tensor:
+    return encode([prompt], Encoder(models.base.tokenizer, models.base.text_encoder))[0].tokens
+
+
 def test_without_attention_the_text_encoder_is_left_alone(models):
-    encoder, tokenizer = models.base.text_encoder, models.base.tokenizer
-    tokens = split_into_windows("a cat", tokenizer).tokens
-    plain = encoder(tokens).last_hidden_state
-    torch.testing.assert_close(encode("a cat", tokenizer, encoder, penultimate=False).tokens, plain)
+    (window,) = split_into_windows("a cat", models.base.tokenizer)
+    plain = models.base.text_encoder(torch.tensor([window.tokens])).last_hidden_state
+    torch.testing.assert_close(of_base(models, "a cat"), plain)
 
 
 def test_attention_shifts_and_keeps_the_mean(models):
-    encoder, tokenizer = models.base.text_encoder, models.base.tokenizer
-    plain, shifted = (encode(text, tokenizer, encoder, penultimate=False).tokens for text in ("a cat", "a (cat:1.4)"))
+    plain, shifted = (of_base(models, text) for text in ("a cat", "a (cat:1.4)"))
     assert not torch.allclose(plain, shifted)
     torch.testing.assert_close(plain.mean(), shifted.mean())
 
@@ -123,7 +125,7 @@ def test_clip_skip_is_the_encoder_without_its_last_layers(models):
     shorter = copy.deepcopy(models.base.text_encoder)
     layers = getattr(shorter, "text_model", shorter).encoder.layers
     del layers[-1]
-    without = encode("a cat", models.base.tokenizer, shorter, penultimate=False).tokens
+    without = encode(["a cat"], Encoder(models.base.tokenizer, shorter))[0].tokens
     torch.testing.assert_close(told_to_base(models, Wanted("a cat", ""), clip_skip=2).conds[0].at(0).tokens, without)
 
 

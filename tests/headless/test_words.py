@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import pytest
 from lib_xadapter.errors import WrongArgument
 from lib_xadapter.headless.prompts import read_attention
 from lib_xadapter.headless.words import combined_prompts, prompt_schedule, read_styles, with_style
+from tests.webui.server import Installation
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "webui_words.json").read_text(encoding="utf-8"))
+FIGURES = Path(__file__).parents[1] / "golden" / "webui_words.json"
+GOLDEN = json.loads(FIGURES.read_text(encoding="utf-8"))
+SCRIPT = Path(__file__).parent / "webui_words.py"
 
 
 @pytest.mark.parametrize(("prompt", "steps", "given"), GOLDEN["schedules"])
@@ -29,6 +33,16 @@ def test_attention_is_the_webuis(prompt, given):
     read = read_attention(prompt)
     assert [part.text for part in read] == [text for text, _ in given]
     assert [part.weight for part in read] == pytest.approx([weight for _, weight in given])
+
+
+def test_the_webui_reads_them_so():
+    """Where there is one, its parser gives today what lies in the file."""
+    installation = Installation.from_environment()
+    if installation is None:
+        pytest.skip("needs an AUTOMATIC1111 WebUI: set WEBUI_DIR to its folder (and WEBUI_PYTHON to its Python)")
+    command = [installation.python, SCRIPT, installation.folder, FIGURES]
+    given = json.loads(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
+    assert given == {kind: GOLDEN[kind] for kind in given}
 
 
 def test_styles_are_read_by_name_and_put_around_a_prompt(tmp_path):

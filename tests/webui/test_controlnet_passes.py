@@ -95,6 +95,8 @@ class TestOverAPicture:
 
     @pytest.mark.parametrize("units", [[WITHOUT_PICTURE], [LINES, LINES_XL]], ids=["the base's", "both"])
     def test_they_act_beside_sdxl_alike_in_both_memory_modes(self, webui, units):
+        # the extension loads a unit's model at its first use, for which torch's generator is drawn from
+        over(webui, units, {})
         before = plain(webui)
         beside, recorded = (over(webui, units, memory).images[0] for memory in MEMORY)
         assert same_bytes(beside, recorded)

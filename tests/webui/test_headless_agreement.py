@@ -9,12 +9,14 @@ import base64
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .asking import arguments, made
@@ -25,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
+from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.grid import save_picture
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import make_pictures, request_of
@@ -32,6 +35,7 @@ from lib_xadapter.headless.lora_names import Lora
 from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
+from lib_xadapter.headless.pictures import Painted
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.sampler_table import sampler_named
 from lib_xadapter.settings import Settings
@@ -93,24 +97,30 @@ def plain_models(files) -> Models:
 
 
 def headless(models: Models, job: Job) -> Latents:
-    stages, request = TwoStages(models), request_of(models, job, job.settings)
+    scales = tuple(scale for (scale,) in job.control_scales)
+    stages, request = TwoStages(models), request_of(models, job, job.settings, scales)
+    base = None if job.settings.single_stage else stages.base_latents(request)
     steps = stages.joint_steps_of(request)
-    noise = request.noise.upgraded()
-    if job.settings.single_stage:
-        base, start = None, steps.from_noise(noise)
-    else:
-        base = stages.base_latents(request)
-        start = steps.noised(stages.carried_over(base, request), noise)
-    start = steps.scaled(start, steps.timesteps[0])
+    start = steps.scaled(stages.start(request, base, steps).latents, steps.timesteps[0])
     # whoever asks twice draws other noise from the generators
-    request = request_of(models, job, job.settings)
-    return Latents(base, start, stages.upgraded_latents(request, base))
+    request = request_of(models, job, job.settings, scales)
+    finished = stages.upgraded_latents(request, base)
+    return Latents(base if request.has_stage_one else None, start, finished)
 
 
-def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> Latents:
+def in_the_webui(
+    server: WebUIServer, job: Job, prompt: str | None = None, size: str = "tiny", units: Sequence[dict] = ()
+) -> Latents:
+    """`size` names base and adapter, `units` are those of the ControlNet extension."""
     given = {name: value for name, value in dataclasses.asdict(job.settings).items() if value != default_of(name)}
+    over = {} if job.init_image is None else {"denoising_strength": job.strength}
+    if job.mask is not None:
+        over |= {"mask": job.mask, "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
+    pictures = () if job.init_image is None else (job.init_image,)
+    ask = server.txt2img if job.init_image is None else server.img2img
     with server.recorded_samplings() as samplings:
-        answer = server.txt2img(
+        answer = ask(
+            *pictures,
             prompt=prompt or job.prompt,
             negative_prompt=job.negative_prompt,
             width=job.width,
@@ -120,12 +130,24 @@ def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> La
             sampler_name=job.sampler,
             seed=job.seed,
             batch_size=job.batch,
-            **arguments(base_checkpoint="tiny15", adapter="tiny", **given),
+            **over,
+            alwayson_scripts={
+                **({"ControlNet": {"args": list(units)}} if units else {}),
+                **arguments(**{"base_checkpoint": f"{size}15", "adapter": size, **given})["alwayson_scripts"],
+            },
         )
     made(answer)
     *base, joint = samplings
     finished = [torch.tensor(sampling["finished"]) for sampling in (*base, joint)]
     return Latents(finished[0] if base else None, scaled(joint, job.sampler), finished[-1])
+
+
+def where_painted(latents: Latents, job: Job) -> Latents:
+    """Inside the mask alone: some of the WebUI's samplers finish with something else outside, which is blended out."""
+    painted = Painted(job.init_image, job.strength, job.mask)
+    inside, of_base = (painted.latent_mask(size, job.batch) for size in (job.size, job.base_size))
+    base = None if latents.base is None else latents.base * of_base
+    return Latents(base, latents.start * inside, latents.finished * inside)
 
 
 def default_of(name: str) -> Any:
@@ -152,7 +174,10 @@ def check(ours: Latents, theirs: Latents) -> None:
             assert relative_error(one, other) < TOLERANCE, stage
 
 
-@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "Euler", "Heun", "PLMS"])
+SAMPLERS = ["DPM++ 2M", "DDIM", "Euler", "Euler a", "Heun", "LMS", "DPM2", "DPM2 a", "PLMS"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_both_hosts_finish_every_stage_with_the_same_latents(sampler, webui, plain_models):
     job = replace(JOB, sampler=sampler)
     check(headless(plain_models, job), in_the_webui(webui, job))
@@ -189,6 +214,52 @@ def test_every_argument_means_the_same_in_both_hosts(settings, webui, plain_mode
 )
 def test_every_request_means_the_same_in_both_hosts(request_made, webui, plain_models):
     job = replace(JOB, **request_made)
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a [cat:dog:0.5] on a [big:0.3] mat",
+        "a [cat|dog] on a mat",
+        "a cat :1.2 AND a dog :0.6",
+        "a cat BREAK on a ((mat)) [[red]]",
+        "a (cat:0.4), \\(red\\), [::2]",
+    ],
+)
+def test_every_prompt_means_the_same_in_both_hosts(prompt, webui, plain_models):
+    job = replace(JOB, prompt=prompt, negative_prompt="[blurred:red:0.4]")
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+def picture() -> Image.Image:
+    return control_map(256)
+
+
+def mask() -> Image.Image:
+    image = Image.new("L", (256, 256))
+    ImageDraw.Draw(image).ellipse((70, 70, 200, 190), fill=255)
+    return image
+
+
+@pytest.mark.parametrize("settings", [{}, {"img2img_start": "base", "switch_point": 0.5}], ids=str)
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "Euler a"])
+def test_a_picture_is_painted_over_alike(sampler, settings, webui, plain_models):
+    job = replace(JOB, sampler=sampler, init_image=picture(), settings=replace(JOB.settings, **settings))
+    check(headless(plain_models, job), in_the_webui(webui, job))
+
+
+@pytest.mark.parametrize("settings", [{}, {"img2img_start": "base", "switch_point": 0.5}], ids=str)
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "Euler"])
+def test_inpainting_is_alike(sampler, settings, webui, plain_models):
+    settings = replace(JOB.settings, **settings)
+    job = replace(JOB, sampler=sampler, init_image=picture(), mask=mask(), settings=settings)
+    ours, theirs = headless(plain_models, job), in_the_webui(webui, job)
+    check(where_painted(ours, job), where_painted(theirs, job))
+
+
+def test_a_prompt_that_changes_over_a_picture(webui, plain_models):
+    job = replace(JOB, prompt="a [cat:dog:0.3]", init_image=picture(), strength=0.6)
     check(headless(plain_models, job), in_the_webui(webui, job))
 
 

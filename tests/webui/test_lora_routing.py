@@ -143,7 +143,7 @@ class TestTelling:
 
     def test_it_stands_in_the_infotext(self, server):
         answer = both_pictures(server, self.PROMPT)
-        assert f"X-Adapter plugins: {self.SPLIT}, " in answer.infotexts[0]
+        assert f"X-Adapter plugins: {self.SPLIT}" in answer.infotexts[0]
 
     def test_nothing_is_said_where_there_are_none(self, server):
         assert "X-Adapter plugins" not in both_pictures(server, "a cat").infotexts[0]

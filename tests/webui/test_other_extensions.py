@@ -26,6 +26,7 @@ DYNAMIC_PROMPTS_OPTIONS = {
     "dp_parser_wildcard_wrap": "__",
     "dp_limit_jinja_prompts": False,
     "dp_auto_purge_cache": False,
+    "dp_magicprompt_batch_size": 1,
     "dp_wildcard_manager_no_dedupe": False,
     "dp_wildcard_manager_no_sort": False,
     "dp_wildcard_manager_shuffle": False,

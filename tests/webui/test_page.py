@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -415,6 +417,37 @@ def inpaint_upload(page, picture: Image.Image) -> None:
     upload(page, "#img_inpaint_mask", mask)
 
 
+USUAL_ON_THE_PAGE = {"sampler_name": "DPM++ 2M", "denoising_strength": 0.75}
+INPAINTING_ON_THE_PAGE = {"mask_blur": 4, "inpainting_fill": 1, "inpaint_full_res": False}
+"""What the img2img tab begins with, where the REST API begins with something else."""
+FOLDERS = {"input": "in", "output": "output", "inpaint_mask": "masks"}
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
+    folder.mkdir()
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
+
+
+def open_batch(page, beside: Path, *folders: str) -> None:
+    """The Batch sub-tab with its folders filled in."""
+    (beside / FOLDERS["output"]).mkdir()
+    open_img2img(page)
+    ask_for(page, "img2img")
+    open_mode(page, "Batch")
+    page.locator("#img2img_batch_source > .tab-nav button", has_text="From directory").click()
+    for folder in folders:
+        fill(page, f"#img2img_batch_{folder}_dir", beside / FOLDERS[folder])
+
+
+def from_folder(folder: Path, name: str) -> Image.Image:
+    """A picture that X-Adapter made, as the Batch sub-tab names it."""
+    [file] = folder.glob(f"*-{name}.png")
+    with Image.open(file) as saved:
+        assert "X-Adapter version" in saved.info["parameters"]
+        return saved.convert("RGB")
+
+
 @pytest.fixture(scope="module")
 def given(webui) -> Image.Image:
     """A picture to paint over."""
@@ -440,27 +473,28 @@ class TestWaysToGiveAPicture:
     @pytest.mark.parametrize("start", ["picture", "base"])
     def test_each_picture_of_a_folder_is_painted_over(self, page, webui, given, start, tmp_path):
         pictures = {"one": given, "two": plain(webui, seed=71)}
-        for folder in ("in", "out"):
-            (tmp_path / folder).mkdir()
-        for name, picture in pictures.items():
-            picture.save(tmp_path / "in" / f"{name}.png")
-        open_img2img(page)
-        ask_for(page, "img2img")
-        open_mode(page, "Batch")
-        page.locator("#img2img_batch_source > .tab-nav button", has_text="From directory").click()
-        for place, folder in (("input", "in"), ("output", "out")):
-            fill(page, f"#img2img_batch_{place}_dir", tmp_path / folder)
+        write_pictures(tmp_path / "in", pictures)
+        open_batch(page, tmp_path, "input", "output")
         enable(page, IMG2IMG)
         page.locator(f"{IMG2IMG}img2img_start label", has_text=start).click()
         painted(page)
         for name, picture in pictures.items():
-            [file] = (tmp_path / "out").glob(f"*-{name}.png")
-            with Image.open(file) as saved:
-                assert "X-Adapter version" in saved.info["parameters"]
-                usual = {"sampler_name": "DPM++ 2M", "denoising_strength": 0.75}
-                alone = over(webui, picture, {"img2img_start": start}, **usual).image
-                assert grey_levels_apart(saved.convert("RGB"), alone) <= 1
+            alone = over(webui, picture, {"img2img_start": start}, **USUAL_ON_THE_PAGE).image
+            assert grey_levels_apart(from_folder(tmp_path / "output", name), alone) <= 1
         assert webui.state()["hooks"] == []
+
+    def test_each_picture_of_a_folder_has_its_own_mask(self, page, webui, given, tmp_path):
+        masks = {name: Image.new("RGB", given.size) for name in ("one", "two")}
+        masks["one"].paste("white", (80, 80, 200, 200))
+        masks["two"].paste("white", (0, 128, 256, 256))
+        write_pictures(tmp_path / "in", dict.fromkeys(masks, given))
+        write_pictures(tmp_path / "masks", masks)
+        open_batch(page, tmp_path, "input", "output", "inpaint_mask")
+        enable(page, IMG2IMG)
+        painted(page)
+        for name, mask in masks.items():
+            alone = over(webui, given, {}, mask=mask, **USUAL_ON_THE_PAGE, **INPAINTING_ON_THE_PAGE).image
+            assert grey_levels_apart(from_folder(tmp_path / "output", name), alone) <= 1
 
 
 def test_each_tab_has_its_own_saved_defaults(browser, start_webui, tmp_path):

@@ -11,13 +11,12 @@ from modules.processing import StableDiffusionProcessing
 from modules.sd_samplers_cfg_denoiser import catenate_conds
 from torch import Tensor
 
-from ...evaluations import Evaluation
+from ...evaluations import Evaluation, nearest_level
 from ...families import FAMILY_NAMES
 from ...feature_sources import BaseStep
 from ...rows import batch_rows, take_rows
 from ...taps import FeatureReader
 from ..sampling.mask_blending import MaskBlending
-from ..sampling.sampling_plan import nearest_level
 from ..sampling.seeded import blank_conditioning
 from . import plugins
 from .base_model import BaseModel

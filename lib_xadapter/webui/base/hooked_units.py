@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import WrongArgument
-from ...evaluations import Evaluation
+from ...evaluations import Evaluation, nearest_level
 from ...feature_sources import BaseDenoiser, BaseStep
 from ...taps import FeatureReader
-from ..sampling.sampling_plan import nearest_level, noise_levels
+from ..sampling.sampling_plan import noise_levels
 from ..sampling.seeded import seeded
 from .base_model import BaseModel
 from .controlnet_units import Unit, one_line

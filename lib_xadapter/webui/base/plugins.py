@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -217,10 +216,3 @@ def check_applied(model: str) -> None:
     if networks is not None and networks.extra_network_lora.errors:
         told = ", ".join(f"'{name}' ({count} layers)" for name, count in networks.extra_network_lora.errors.items())
         raise WrongFile(f"LoRAs with weights of shapes that the {model} model does not have: {told}.")
-
-
-def without_names(prompt: str, names: Iterable[str]) -> str:
-    """The prompt less the names of textual inversions, and the commas that led to them."""
-    for name in sorted(names, key=len, reverse=True):
-        prompt = re.sub(rf"(?:,\s*)?(?<!\w){re.escape(name)}(?!\w)", "", prompt, flags=re.IGNORECASE)
-    return prompt

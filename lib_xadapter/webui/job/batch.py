@@ -10,6 +10,7 @@ from modules.processing import StableDiffusionProcessing, StableDiffusionProcess
 
 from ...families import FAMILY_NAMES
 from ...infotext import PLUGINS_KEY
+from ...inversion_names import without_names
 from ...settings import Settings
 from ..base import plugins
 from ..base.base_model import BaseModel, same_optimization
@@ -147,8 +148,8 @@ def encode(
         set_prompts(
             base_p,
             Prompts(
-                [plugins.without_names(prompt, upgraded_only) for prompt in base_p.prompts],
-                [plugins.without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts],
+                [without_names(prompt, upgraded_only) for prompt in base_p.prompts],
+                [without_names(prompt, upgraded_only) for prompt in base_p.negative_prompts],
             ),
         )
         sd_models.apply_alpha_schedule_override(model, base_p)

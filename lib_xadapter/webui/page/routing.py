@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from modules import extra_networks, sd_hijack
 
 from ...errors import XAdapterError
 from ...families import FAMILY_NAMES, FAMILY_OF_EMBEDDING_WIDTH
+from ...inversion_names import mentions
 from ..base import plugins
 from ..base.controlnet_units import Unit, read_unit
 from ..base.host_state import lora_extension
@@ -91,12 +91,6 @@ def taken_embeddings(texts: Mapping[str, Sequence[str]], known: Mapping[str, Col
         for name, models in written.items()
         if models
     ]
-
-
-def mentions(texts: Iterable[str], name: str) -> bool:
-    """Whether one of the texts has the name as a word of its own."""
-    pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", flags=re.IGNORECASE)
-    return any(pattern.search(text) for text in texts)
 
 
 def unit_route(unit: Unit) -> Route:

@@ -137,9 +137,3 @@ def timestep_to_sigma(timestep: float, alphas_cumprod: Tensor) -> float:
     high = min(low + 1, len(alphas_cumprod) - 1)
     sigmas = [math.sqrt((1 - alpha) / alpha) for alpha in alphas_cumprod[[low, high]].double().tolist()]
     return sigmas[0] ** (1 - place + low) * sigmas[1] ** (place - low)
-
-
-def nearest_level(levels: Sequence[float], sigma: float) -> int:
-    """The place of the noise level that is nearest in log σ."""
-    distances = [abs(math.log(max(level, 1e-8) / max(sigma, 1e-8))) for level in levels]
-    return min(range(len(distances)), key=distances.__getitem__)
