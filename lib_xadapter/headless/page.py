@@ -164,7 +164,12 @@ def _controls(small: SmallModels, options: argparse.Namespace) -> dict[str, Any]
         controls[CONTROLNET] = _choice(CONTROLNET, small.controlnet, options.models_dir)
     with gradio.Accordion("Control map", open=True, elem_id="control"):
         controls["control_image"] = gradio.Image(
-            control_map(SIZE // 2), label="Control map", type="pil", elem_id="map", sources=["upload", "clipboard"]
+            control_map(SIZE // 2),
+            label="Control map",
+            type="pil",
+            sources=["upload", "clipboard"],
+            interactive=True,
+            elem_id="map",
         )
         controls["control_scale"] = gradio.Slider(0, MOST_CONTROL, 1.0, step=0.05, label="Strength of the ControlNet")
     controls["size"] = gradio.Slider(

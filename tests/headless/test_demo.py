@@ -42,7 +42,7 @@ def test_its_report_says_what_was_made_and_how_far_it_is_from_the_baseline(shown
     assert all(cell["seconds"] > 0 for cell in report["pictures"])
 
 
-def test_the_grid_shows_the_map_in_the_row_of_the_controlnet(shown):
+def test_the_grid_shows_the_map_in_the_row_of_the_controlnet():
     """A column before the others, empty in other rows."""
     wide, tall = Image.new("RGB", (128, 128), "red"), Image.new("RGB", (128, 128), "blue")
     cells = [demo.Cell("no plugin", "SD1.5 alone", wide, 1.0), demo.Cell("ControlNet", "SD1.5 alone", tall, 1.0)]

@@ -17,7 +17,7 @@ from lib_xadapter.headless import page as demo_page
 from lib_xadapter.headless.options import read_options
 from lib_xadapter.headless.page import ADAPTER, BASE, CONTROLNET, LORA, UPGRADED, make_page
 
-LOOK = 90_000
+LOOK = 300_000
 """Milliseconds for what the page does by itself, on a slow machine."""
 
 
