@@ -59,7 +59,7 @@ def test_cheaper(tmp_path, capsys, more):
 
 def test_a_training_step(tmp_path, capsys):
     pytest.importorskip("datasets", reason="needs the extra 'train'")
-    found = run("training_step", tmp_path, capsys, "--size", "32", "--dtype", "float32")
+    found = run("training_step", tmp_path, capsys, "--size", "128", "--dtype", "float32")
     (row,) = found["rows"]
     assert row["peak, GB"] > row["base, GB"] + row["upgraded model, GB"] > 0
 

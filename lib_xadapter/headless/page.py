@@ -218,13 +218,13 @@ def read_request(chosen: Mapping[str, Any]) -> DemoRequest:
         chosen["prompt"],
         chosen["base_prompt"],
         int(chosen["seed"] or 0),
-        chosen["switch_point"],
+        float(chosen["switch_point"]),
         tuple(sorted(map(float, chosen["weights"]))),
         int(chosen["steps"]),
         int(chosen["size"]),
         rows,
         chosen["control_image"],
-        chosen["control_scale"],
+        float(chosen["control_scale"]),
     )
 
 
@@ -245,7 +245,7 @@ def read_models(chosen: Mapping[str, Any], small: SmallModels, options: argparse
         base=find(chosen[BASE], BASE),
         upgraded=find(chosen[UPGRADED], UPGRADED),
         adapter=find(chosen[ADAPTER], ADAPTER),
-        loras=tuple(Lora(find(name, LORA), chosen["lora_weight"]) for name in chosen[LORA] or ()),
+        loras=tuple(Lora(find(name, LORA), float(chosen["lora_weight"])) for name in chosen[LORA] or ()),
         controlnets=(find(chosen[CONTROLNET], CONTROLNET),) if chosen[CONTROLNET] else (),
     )
     if files.upgraded == small.upgraded:

@@ -140,7 +140,8 @@ def test_without_a_mask_all_is_to_be_painted(painted, inpainting):
 def test_with_a_mask_the_picture_outside_of_it_is_told(inpainting):
     told = inpainting_channels(inpainting, Painted(picture(64), 0.5, left_half(64)), 1, (64, 64), "cpu")
     assert told[0, 0].unique(dim=0).tolist() == [[1.0] * 4 + [0.0] * 4]
-    kept = 2 * to_tensor(picture(64)) - 1
+    # in one memory format: a random VAE makes much of how its sums are rounded
+    kept = (2 * to_tensor(picture(64)) - 1).contiguous()
     kept[..., :32] = 0
     torch.testing.assert_close(told[:, 1:], latent_of(inpainting.vae, kept))
 

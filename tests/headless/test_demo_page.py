@@ -107,7 +107,10 @@ def test_the_weight_of_the_lora_changes_the_pictures(generate, chosen):
         ({BASE: None}, "SD1.5 checkpoint: choose a file."),
         ({"rows": ["ControlNet"], "control_image": None}, "The ControlNet needs a control map"),
         ({BASE: "nobody"}, "SD1.5 checkpoint: there is no checkpoint 'nobody'"),
-        ({BASE: "small-sdxl"}, "SD1.5 checkpoint: small-sdxl.safetensors is a checkpoint of SDXL, expected SD1.5."),
+        (
+            {BASE: "small-sdxl"},
+            "SD1.5 checkpoint: small-sdxl.safetensors is a checkpoint of SDXL, expected SD1.5 or SD2.",
+        ),
         ({LORA: [__file__]}, "LoRA: test_demo_page.py"),
     ],
 )
