@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(arguments)
     logging.basicConfig(format="%(message)s")
     stay_offline()
+    round_alike()
     try:
         return _run(options)
     except XAdapterError as error:
@@ -42,6 +43,12 @@ def stay_offline() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def round_alike() -> None:
+    """Sums on the CPU are the same wherever tensors lie in memory, which Intel's MKL leaves open unless told before it
+    is loaded: trainings go on to the bit, and several processes learn what one does."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ class TestBeforeARun:
 class TestAfterARun:
     def test_the_infotext_says_it(self, controlnet_webui):
         infotext = made(ask(controlnet_webui, UNITS, {**SMALL, **STAGE_ONE}, steps=2)).infotexts[0]
-        assert f"X-Adapter plugins: {SPLIT}, " in infotext
+        assert f"X-Adapter plugins: {SPLIT}" in infotext
 
     def test_behind_the_prompts_plugins(self, controlnet_webui):
         answer = ask(controlnet_webui, [LINES], SMALL, steps=1, prompt="a base15 cat <lora:style15:1>")
