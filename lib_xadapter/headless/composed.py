@@ -461,7 +461,9 @@ class XAdapterPipeline:
         )
         if decodes:
             images = stages.upgraded_pictures(images)
-        pictures = stages.base_pictures(side.latents) if return_base_images and request.has_stage_one else None
+        pictures = None
+        if return_base_images and request.has_stage_one and side.latents is not None:
+            pictures = stages.base_pictures(side.latents)
         return XAdapterPipelineOutput(images=images, base_side=side, base_images=pictures)
 
     def _placed(self, request: Request) -> tuple[Models, Request]:

@@ -94,7 +94,7 @@ class TestAfterARun:
 
     def test_behind_the_prompts_plugins(self, controlnet_webui):
         answer = ask(controlnet_webui, [LINES], SMALL, steps=1, prompt="a base15 cat <lora:style15:1>")
-        told = "LoRA style15 to SD1.5; textual inversion base15 to SD1.5; ControlNet unit 0 lines to SD1.5, "
+        told = "LoRA style15 to SD1.5; textual inversion base15 to SD1.5; ControlNet unit 0 lines to SD1.5"
         assert f"X-Adapter plugins: {told}" in made(answer).infotexts[0]
 
     def test_a_picture_without_xadapter_does_not(self, controlnet_webui):
