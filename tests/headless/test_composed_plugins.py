@@ -223,8 +223,8 @@ def test_freeu_goes_with_the_pipeline(own_pipe, plain):
 
 
 def test_perturbed_attention_guidance_of_the_base(pipe, plain):
-    """Its batches have rows that the upgraded model has not."""
-    led = with_base(pipe, StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    """Its batches have rows that the upgraded model has not. Further in, there is one pixel to attend to."""
+    led = with_base(pipe, StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"])
     check_acts(led, plain, base_arguments={"pag_scale": 6.0})
 
 
