@@ -19,7 +19,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(arguments)
     logging.basicConfig(format="%(message)s")
     stay_offline()
-    round_alike()
     try:
         return _run(options)
     except XAdapterError as error:
@@ -76,6 +75,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return generate(options, asked)
     if options.command == "train":
+        round_alike()
         from ..training.program import train
 
         return train(options)
