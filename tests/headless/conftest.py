@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
@@ -16,6 +17,34 @@ def small(tmp_path_factory):
     from lib_xadapter.headless.small_models import make_small_models
 
     return make_small_models(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def pipe(small):
+    """Two pipelines of the small models, made one."""
+    from lib_xadapter.headless import XAdapterPipeline
+
+    made = XAdapterPipeline.from_single_file(
+        base=small.base, upgraded=small.upgraded, adapter=small.adapter, tokenizer=small.tokenizer
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """Something to paint over."""
+    from lib_xadapter.headless.demo import control_map
+
+    return control_map(128)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    """The right half of it is painted."""
+    image = Image.new("L", (128, 128))
+    ImageDraw.Draw(image).rectangle((64, 0, 127, 127), fill=255)
+    return image
 
 
 @pytest.fixture

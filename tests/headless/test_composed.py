@@ -15,24 +15,14 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.model_files import load_controlnet
 
 SIZE = {"width": 128, "height": 128}
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def pipe(small) -> XAdapterPipeline:
-    made = XAdapterPipeline.from_single_file(
-        base=small.base, upgraded=small.upgraded, adapter=small.adapter, tokenizer=small.tokenizer
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def seeded(seed: int = 5) -> torch.Generator:
@@ -48,18 +38,6 @@ def latents(pipe: XAdapterPipeline, **given) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def plain(pipe) -> torch.Tensor:
     return latents(pipe)
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return control_map(128)
-
-
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    image = Image.new("L", (128, 128))
-    ImageDraw.Draw(image).rectangle((64, 0, 127, 127), fill=255)
-    return image
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -21,19 +21,10 @@ from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.model_files import load_controlnet
 from lib_xadapter.headless.small_models import BASE_CHANNELS, TEXT_WIDTH
 from lib_xadapter.headless.small_models import seeded as with_seeded_weights
-from tests.headless.test_composed import Hooks, latents, seeded
+from tests.headless.test_composed import Hooks, differs, latents, seeded
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 IMAGE_WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def pipe(small) -> XAdapterPipeline:
-    made = XAdapterPipeline.from_single_file(
-        base=small.base, upgraded=small.upgraded, adapter=small.adapter, tokenizer=small.tokenizer
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +35,6 @@ def plain(pipe) -> Tensor:
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
     return control_map(64)
-
-
-def differs(one: Tensor, other: Tensor) -> bool:
-    return float((one - other).norm() / other.norm()) > 1e-4
 
 
 def with_base(pipe: XAdapterPipeline, kind: type, **parts) -> XAdapterPipeline:

@@ -12,38 +12,15 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.models import noise_schedule_of
 from lib_xadapter.headless.small_models import seeded as with_seeded_weights
-from tests.headless.test_composed import SIZE, latents, seeded
+from tests.headless.test_composed import SIZE, differs, latents, seeded
 
 BASE_SIZE = {"width": 64, "height": 64}
-
-
-@pytest.fixture(scope="module")
-def pipe(small) -> XAdapterPipeline:
-    made = XAdapterPipeline.from_single_file(
-        base=small.base, upgraded=small.upgraded, adapter=small.adapter, tokenizer=small.tokenizer
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return control_map(128)
-
-
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    """The right half is painted."""
-    image = Image.new("L", (128, 128))
-    ImageDraw.Draw(image).rectangle((64, 0, 127, 127), fill=255)
-    return image
 
 
 @pytest.fixture
@@ -53,10 +30,6 @@ def seen_by_base(pipe):
     hook = pipe.base.unet.register_forward_pre_hook(lambda module, given: calls.append((float(given[1]), given[0])))
     yield calls
     hook.remove()
-
-
-def differs(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return float((one - other).norm() / other.norm()) > 1e-4
 
 
 @pytest.mark.parametrize("memory", ["lockstep", "recorded"])
