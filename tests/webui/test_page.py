@@ -295,12 +295,9 @@ class TestTheLine:
         assert page.locator(f"{ID}forecast").is_visible()
 
 
-def give_picture(page, width: int, height: int, place: str = "#img2img_image") -> None:
-    png = io.BytesIO()
-    Image.new("RGB", (width, height), "teal").save(png, format="PNG")
-    upload = {"name": "given.png", "mimeType": "image/png", "buffer": png.getvalue()}
-    page.locator(f"{place} input[type=file]").set_input_files(upload)
-    page.wait_for_function(f"document.querySelector('{place} img')?.naturalWidth === {width}")
+def give_picture(page, width: int, height: int) -> None:
+    upload(page, "#img2img_image", Image.new("RGB", (width, height), "teal"))
+    page.wait_for_function(f"document.querySelector('#img2img_image img')?.naturalWidth === {width}")
 
 
 class TestBothTabs:
@@ -391,22 +388,15 @@ def upload(page, place: str, picture: Image.Image) -> None:
     page.wait_for_selector(f"{place} img, {place} canvas", state="attached")
 
 
-def sketch(page, picture: Image.Image) -> None:
-    open_mode(page, "Sketch")
-    upload(page, "#img2img_sketch", picture)
-    draw(page, "#img2img_sketch")
+def draw_on(mode: str, place: str):
+    """Gives a picture in one of the tab's modes, and draws on it."""
 
+    def prepare(page, picture: Image.Image) -> None:
+        open_mode(page, mode)
+        upload(page, place, picture)
+        draw(page, place)
 
-def inpaint(page, picture: Image.Image) -> None:
-    open_mode(page, "Inpaint")
-    upload(page, "#img2maskimg", picture)
-    draw(page, "#img2maskimg")
-
-
-def inpaint_sketch(page, picture: Image.Image) -> None:
-    open_mode(page, "Inpaint sketch")
-    upload(page, "#inpaint_sketch", picture)
-    draw(page, "#inpaint_sketch")
+    return prepare
 
 
 def inpaint_upload(page, picture: Image.Image) -> None:
@@ -417,6 +407,12 @@ def inpaint_upload(page, picture: Image.Image) -> None:
     upload(page, "#img_inpaint_mask", mask)
 
 
+WAYS = {
+    "sketch": draw_on("Sketch", "#img2img_sketch"),
+    "inpaint": draw_on("Inpaint", "#img2maskimg"),
+    "inpaint_sketch": draw_on("Inpaint sketch", "#inpaint_sketch"),
+    "inpaint_upload": inpaint_upload,
+}
 USUAL_ON_THE_PAGE = {"sampler_name": "DPM++ 2M", "denoising_strength": 0.75}
 INPAINTING_ON_THE_PAGE = {"mask_blur": 4, "inpainting_fill": 1, "inpaint_full_res": False}
 """What the img2img tab begins with, where the REST API begins with something else."""
@@ -455,7 +451,7 @@ def given(webui) -> Image.Image:
 
 
 class TestWaysToGiveAPicture:
-    @pytest.mark.parametrize("prepare", [sketch, inpaint, inpaint_sketch, inpaint_upload], ids=lambda way: way.__name__)
+    @pytest.mark.parametrize("prepare", WAYS.values(), ids=WAYS)
     def test_at_weight_0_each_gives_the_webuis_own_picture_and_the_adapter_changes_it(self, page, given, prepare):
         open_img2img(page)
         prepare(page, given)
