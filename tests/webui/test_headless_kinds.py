@@ -26,21 +26,12 @@ from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import TwoStages
-from lib_xadapter.settings import Settings
 
 from .. import lora_formats
+from .test_headless_agreement import JOB as USUAL
+from .test_headless_agreement import TOLERANCE
 
-TOLERANCE = 1e-3
-JOB = Job(
-    prompt="a (cat:1.3) on a mat",
-    negative_prompt="blurred",
-    settings=Settings(switch_point=0.8, weight=1.0),
-    width=256,
-    height=256,
-    steps=4,
-    sampler="Euler",
-    seed=7,
-)
+JOB = replace(USUAL, steps=4, sampler="Euler")
 
 
 def loaded(models: Path, checkpoint: Path) -> Models:
