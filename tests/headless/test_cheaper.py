@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from lib_xadapter import load_adapter
@@ -15,6 +13,7 @@ from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.sampler_table import SAMPLERS
 from lib_xadapter.settings import Settings
+from tests.pictures import grey_levels_apart, mean_difference
 
 STEPS = 5
 JOINT_STEPS = 5  # with a switch point of 0.8
@@ -38,16 +37,6 @@ def job(sampler: str = "Euler", **settings) -> Job:
 
 def pictures(models: Models, job: Job) -> list[Picture]:
     return list(make_pictures(models, job))
-
-
-def grey_levels_apart(one: Image.Image, other: Image.Image) -> int:
-    pair = [numpy.asarray(image, dtype=int) for image in (one, other)]
-    return int(abs(pair[0] - pair[1]).max())
-
-
-def mean_difference(one: Image.Image, other: Image.Image) -> float:
-    pair = [numpy.asarray(image, dtype=int) for image in (one, other)]
-    return float(abs(pair[0] - pair[1]).mean())
 
 
 class CallCounter:

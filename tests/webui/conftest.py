@@ -5,9 +5,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
+
+from tests.pictures import mean_difference
 
 from .server import Installation, WebUIServer, small_models
 
@@ -23,19 +24,6 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
     }
 )
 """A request for one small picture: `webui.txt2img(**PLAIN)`, or `webui.txt2img(**PLAIN | {"seed": 8})`."""
-
-
-def grey_levels_apart(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of any channel of any pixel, 0..255; raises `AssertionError` on different sizes."""
-    assert (one.size, one.mode) == (other.size, other.mode)
-    difference = np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)
-    return int(np.abs(difference).max())
-
-
-def mean_difference(one: Image.Image, other: Image.Image) -> float:
-    """Of all channels of all pixels, 0..255: tells which of two pictures a third one is nearer to."""
-    assert (one.size, one.mode) == (other.size, other.mode)
-    return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
 
 
 def is_between(picture: Image.Image, one: Image.Image, other: Image.Image) -> bool:

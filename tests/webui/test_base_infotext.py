@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import USE_BASE, made, with_xadapter
-from .conftest import PLAIN, grey_levels_apart
+from .conftest import PLAIN
 from .server import Answer, WebUIServer
 
 SHOWN = {"return_base_image": True}

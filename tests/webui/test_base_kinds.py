@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.pictures import grey_levels_apart
+
 from .. import lora_formats
 from .asking import HALF, TITLE, arguments, made, plain, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_between
+from .conftest import PLAIN, is_between
 from .server import Installation, WebUIServer, environment
 from .small_loras import TINY15, add_lora
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.pictures import grey_levels_apart
+
 from .asking import HALF, TITLE, USE_BASE, made
-from .conftest import PLAIN, grey_levels_apart, is_blank
+from .conftest import PLAIN, is_blank
 from .server import Answer, WebUIServer, encode_image
 
 REQUEST = {

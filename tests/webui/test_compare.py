@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import BASE, HALF, UPGRADED, base_alone, made, plain, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
+from .conftest import PLAIN, is_blank, same_bytes
 from .plotting import calls_of, scripted
 
 COMPARE = "x-adapter: compare"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from tests.pictures import grey_levels_apart
+
 from .asking import made
-from .conftest import PLAIN, grey_levels_apart, is_between, same_bytes
+from .conftest import PLAIN, is_between, same_bytes
 from .server import WebUIServer, encode_image
 from .units import (
     FIRMLY,

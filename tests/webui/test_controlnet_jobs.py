@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import made
-from .conftest import grey_levels_apart, same_bytes
+from .conftest import same_bytes
 from .server import WebUIServer
 from .small_controls import write_controls
 from .units import LINES, LINES_XL, REFERENCE, SMALL, T2I, ask, extension, final, of_sdxl

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .conftest import grey_levels_apart, is_between, same_bytes
+from tests.pictures import grey_levels_apart
+
+from .conftest import is_between, same_bytes
 from .server import WebUIServer, encode_image, small_models
 from .small_controls import (
     FACE_ID,

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.pictures import grey_levels_apart
+
 from . import test_page
 from .asking import made
-from .conftest import PLAIN, grey_levels_apart
+from .conftest import PLAIN
 from .server import WebUIServer
 from .test_page import ID, ask_for, choose, enable, generate, wait_for_line
 from .units import T2I_OF_SDXL, T2I_WITHOUT_NAME, ask, final, picture, unit

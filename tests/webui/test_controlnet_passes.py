@@ -7,8 +7,10 @@ import json
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.pictures import grey_levels_apart
+
 from .asking import HALF, STRENGTH, TITLE, made, plain
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import WebUIServer
 from .units import LINES, LINES_XL, SMALL, ask, final, of_the_base, picture, unit
 

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from tests.pictures import grey_levels_apart
+
 from .asking import TITLE, arguments, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
 
 BAD_REQUEST, SERVER_ERROR = 422, 500

@@ -19,8 +19,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tests.pictures import grey_levels_apart
+
 from .asking import arguments, made
-from .conftest import grey_levels_apart
 from .server import WebUIServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
+from tests.pictures import grey_levels_apart
+
 from .asking import BASE, HALF, STRENGTH, UPGRADED, arguments, made, over, plain
-from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
+from .conftest import PLAIN, is_blank, same_bytes
 from .server import WebUIServer
 from .units import picture
 

@@ -9,8 +9,10 @@ import numpy
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from tests.pictures import grey_levels_apart
+
 from .asking import HALF, USE_BASE, over, plain
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import WebUIServer
 from .units import picture
 

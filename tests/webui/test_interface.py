@@ -11,9 +11,10 @@ import pytest
 
 import lib_xadapter
 from lib_xadapter.settings import arguments as settings_table
+from tests.pictures import grey_levels_apart
 
 from .asking import TITLE, arguments, made, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import WebUIServer
 
 EVERYTHING = {

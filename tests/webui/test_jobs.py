@@ -7,8 +7,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.pictures import grey_levels_apart, mean_difference
+
 from .asking import TITLE, arguments, made, plain, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_blank, mean_difference, same_bytes
+from .conftest import PLAIN, is_blank, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT
 
 LOCKSTEP, RECORDED = {"memory": "lockstep"}, {"memory": "recorded"}

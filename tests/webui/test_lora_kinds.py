@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.pictures import grey_levels_apart
+
 from .. import lora_formats
 from ..lora_formats import Layer, Shapes, compvis, compvis_name, file_of, kohya, kohya_text, text_file, unet_file, webui
 from .asking import HALF, arguments, made, plain
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
 from .small_loras import TINY15, add_lora, filled
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .. import lora_formats
 from .asking import arguments, base_alone, made, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import WebUIServer
 from .small_loras import TINY15, add_lora
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import made, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
+from .conftest import PLAIN, is_blank, same_bytes
 
 RECORDED = {"memory": "recorded"}
 LOCKSTEP = {"memory": "lockstep"}

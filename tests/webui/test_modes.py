@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import arguments, made, over, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import decode_image
 
 LATENT_SCALE = 8

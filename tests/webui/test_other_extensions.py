@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import HALF, TITLE, USE_BASE, made, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .server import Answer, WebUIServer
 
 DYNAMIC_PROMPTS_OPTIONS = {

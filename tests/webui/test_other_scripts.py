@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pictures import grey_levels_apart
+
 from .asking import TITLE, arguments, made, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .plotting import calls_of, scripted
 
 INNER_SEED = 123

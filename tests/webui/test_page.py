@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from lib_xadapter.settings import arguments as arguments_of_the_table
+from tests.pictures import grey_levels_apart
 
 from .asking import BASE, UPGRADED, over, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart
+from .conftest import PLAIN
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 

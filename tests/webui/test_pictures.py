@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.pictures import grey_levels_apart, mean_difference
+
 from .asking import HALF, arguments, base_alone, made, plain, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_between, is_blank, mean_difference, same_bytes
+from .conftest import PLAIN, is_between, is_blank, same_bytes
 
 VAE = "first_stage_model."
 STYLE = "a cat <lora:style15:1>"

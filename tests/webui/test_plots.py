@@ -6,9 +6,10 @@ import pytest
 
 from lib_xadapter.infotext import PREFIX as KEYS
 from lib_xadapter.settings import arguments as table
+from tests.pictures import grey_levels_apart
 
 from .asking import BASE, UPGRADED, made, plain, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from .conftest import PLAIN, same_bytes
 from .plotting import PREFIX, axis_labels, calls_of, plot
 
 WEIGHT, SWITCH_POINT, ADAPTER = PREFIX + "Weight", PREFIX + "Switch point", PREFIX + "Adapter"

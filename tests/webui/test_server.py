@@ -4,7 +4,9 @@ import socket
 
 import pytest
 
-from .conftest import PLAIN, grey_levels_apart, same_bytes
+from tests.pictures import grey_levels_apart
+
+from .conftest import PLAIN, same_bytes
 from .server import BASE_CHECKPOINT, EXTENSION_NAME, UPGRADED_CHECKPOINT, WebUIError, WebUIServer
 
 USE_BASE = {"override_settings": {"sd_model_checkpoint": BASE_CHECKPOINT}}

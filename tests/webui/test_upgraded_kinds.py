@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.pictures import grey_levels_apart
+
 from .asking import BASE, UPGRADED, over, plain, sdedit, with_xadapter
-from .conftest import PLAIN, grey_levels_apart, is_blank, same_bytes
+from .conftest import PLAIN, is_blank, same_bytes
 from .server import Installation, WebUIServer, environment
 
 OTHER, REFINER, INPAINTING = "otherxl", "tinyrefiner", "tinyxli"

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tests.pictures import grey_levels_apart
+
 from .asking import TITLE, made
-from .conftest import PLAIN, grey_levels_apart
+from .conftest import PLAIN
 from .server import Answer, WebUIServer, encode_image
 
 CONTROLNET = "control_v11p_sd15_canny"

@@ -62,7 +62,7 @@ class TrainCommand:
             env=os.environ | quiet,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
 

@@ -38,7 +38,9 @@ def cache(tmp_path_factory) -> Path:
 def alone(tiny, pictures, cache, tmp_path_factory) -> Path:
     """A training of 200 steps by one process, its batches in the parts that two processes would have."""
     train = TrainCommand(tiny, pictures, tmp_path_factory.mktemp("alone") / "out")
-    assert train(steps=STEPS, save_every=STEPS, cache=cache, accumulation=2) == 0
+    # in a process of its own, whose threads are as many as the others' and whose MKL has not begun
+    status, output = train.run(steps=STEPS, save_every=STEPS, cache=cache, accumulation=2)
+    assert status == 0, output
     return train.out
 
 
@@ -56,7 +58,8 @@ def test_what_was_killed_goes_on_to_the_bit(train, alone, cache):
     code = DIE.format(step=step, rank=0, end=KILLED)
     status, output = train.run(code=code, steps=STEPS, save_every=20, cache=cache, accumulation=2)
     assert status == -9, output
-    assert train("--resume", steps=STEPS, save_every=STEPS, cache=cache, accumulation=2) == 0
+    status, output = train.run("--resume", steps=STEPS, save_every=STEPS, cache=cache, accumulation=2)
+    assert status == 0, output
     assert same(weights_of(train.out), weights_of(alone)), f"killed in step {step}"
 
 
