@@ -14,18 +14,20 @@ RELEASED = AdapterPlan(in_channels=(1280, 640, 320), out_channels=(1280, 1280, 6
 """The released mapping layers (X_Adapter_v1.bin)."""
 
 
-def random_adapter(dtype: torch.dtype, small: bool = False) -> MappingLayers:
-    """Mapping layers on the CPU, of the released shapes or at a tenth of their width."""
+def random_adapter(dtype: torch.dtype, small: bool = False, device: str = "cpu") -> MappingLayers:
+    """Mapping layers of the released shapes or at a tenth of their width; on "meta" without weights."""
     plan = AdapterPlan() if small else RELEASED
     with torch.device("meta"):
         adapter = MappingLayers(read_layout(plan.shapes()))
-    return filled(adapter, dtype)
+    return filled(adapter, dtype, device)
 
 
 @torch.no_grad()
-def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A module made on "meta", with weights that keep features at the size they have."""
-    module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+def filled(module: nn.Module, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A module made on "meta", with weights that keep features at the size they have; without any on "meta"."""
+    if device == "meta":
+        return module.to(dtype).eval().requires_grad_(False)
+    module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for tensor in module.parameters():
         if tensor.ndim > 1:

@@ -56,7 +56,7 @@ def _unet_alone(kind: type, unet: UNet2DConditionModel) -> Any:
 
 
 def random_models(dtype: torch.dtype, placement: Placement, small: bool = False) -> Models:
-    """UNets and mapping layers on the CPU.
+    """UNets and mapping layers on the CPU; on "meta", where they are to be there.
 
     Args:
         dtype: of all weights.
@@ -66,10 +66,11 @@ def random_models(dtype: torch.dtype, placement: Placement, small: bool = False)
     with torch.device("meta"):
         base = small_models.base_unet() if small else UNet2DConditionModel(**SD15)
         upgraded = small_models.upgraded_unet() if small else UNet2DConditionModel(**SDXL)
+    device = "meta" if placement.device == "meta" else "cpu"
     return Models(
-        _unet_alone(StableDiffusionPipeline, filled(base, dtype)),
-        _unet_alone(StableDiffusionXLPipeline, filled(upgraded, dtype)),
-        random_adapter(dtype, small),
+        _unet_alone(StableDiffusionPipeline, filled(base, dtype, device)),
+        _unet_alone(StableDiffusionXLPipeline, filled(upgraded, dtype, device)),
+        random_adapter(dtype, small, device),
         placement=placement,
     )
 

@@ -18,7 +18,7 @@ from .feature_sources import FeatureSource, RowFeatures
 from .mapping_paths import MappingPath
 from .overlap import Overlap
 from .rows import Row, match_rows, take_rows
-from .taps import FUSIONS, POSITIONS, fuse_into, like
+from .taps import FUSIONS, fuse_into, like
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class JointEvaluation:
         if self.base is None:
             yield
             return
-        taps = POSITIONS[self.base.mapping.adapter.positions]
+        taps = self.base.mapping.adapter.taps
         with fuse_into(upgraded_unet, lambda level, x: self.fuse(level, x, rows), self.base.levels, taps):
             yield
 
@@ -137,7 +137,7 @@ class JointStage:
     Args:
         source: gives the base's features.
         mapping: runs the mapping layers.
-        weights: weight of each level's residual.
+        weights: of the coarse, middle and fine residuals.
         window: when the base runs and the adapter acts.
         cond_only: map only the base's rows of the prompt, and use them for the negative prompt's rows, too.
         overlap: where the base's work runs beside the upgraded model's; None for one after the other.
@@ -154,7 +154,7 @@ class JointStage:
     ) -> None:
         self._source = source
         self._mapping = mapping
-        self._weights = tuple(weights)
+        self._weights = tuple(weights[tap.grain] for tap in mapping.adapter.taps)
         self._window = window or GuidanceWindow()
         self._cond_only = cond_only
         self._overlap = overlap

@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,12 +20,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import DoesNotFit, WrongFile, first_line
-from .settings import LEVELS
-from .taps import FUSIONS, POSITIONS, base_modules, base_strides, output_channels, upgraded_modules, upgraded_strides
+from .taps import (
+    FUSIONS,
+    POSITIONS,
+    SCALING_FUSIONS,
+    Taps,
+    base_modules,
+    base_strides,
+    output_channels,
+    time_channels_of,
+    upgraded_modules,
+    upgraded_strides,
+)
 from .tensor_files import read_metadata
 
 METADATA = "xadapter."
 """What our keys in a file's metadata begin with."""
+
+NORM_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class ResNetBlock(nn.Module):
         self.in_conv = nn.Conv2d(inner, outer, kernel, padding=padding) if layout.changes_channels else None
         self.block1 = nn.Conv2d(outer, outer, 3, padding=1)
         self.timestep_proj = TimestepProjection(layout.time_channels, outer) if layout.time_channels else None
-        self.norm1 = nn.GroupNorm(32, outer, eps=1e-6) if layout.has_norm else None
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, outer, eps=1e-6) if layout.has_norm else None
         self.block2 = nn.Conv2d(outer, outer, kernel, padding=padding)
         # the released class feeds the skip convolution what in_conv gave, so its input has the outer width
         self.skep = nn.Conv2d(outer, outer, kernel, padding=padding) if layout.has_skip_convolution else None
@@ -98,7 +111,7 @@ class ResNetBlock(nn.Module):
 
 
 class MappingLayers(nn.Module):
-    """Base decoder features to residuals for the upgraded decoder, level by level.
+    """Base features to residuals for the upgraded model, level by level.
 
     Args:
         levels: the blocks of each level, coarsest feature first.
@@ -117,6 +130,13 @@ class MappingLayers(nn.Module):
         self.zero_out = nn.ModuleList(
             nn.Conv2d(level[-1].out_channels, level[-1].out_channels, 1) for level in self.levels
         )
+        if fusion in SCALING_FUSIONS:
+            self.gamma = nn.ModuleList(nn.Conv2d(*layer.weight.shape[:2], 1) for layer in self.zero_out)
+
+    @property
+    def taps(self) -> Taps:
+        """Where features are read and residuals added."""
+        return POSITIONS[self.positions]
 
     @property
     def in_channels(self) -> tuple[int, ...]:
@@ -135,23 +155,33 @@ class MappingLayers(nn.Module):
 
     def zero_output(self) -> MappingLayers:
         """Let every residual be zero, as training starts (paper, "Training": zero-initialised output convolutions)."""
-        for output in self.zero_out:
-            nn.init.zeros_(output.weight)
-            nn.init.zeros_(output.bias)
+        for convolution in itertools.chain.from_iterable(self.output_convolutions(n) for n in range(len(self.levels))):
+            nn.init.zeros_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
         return self
+
+    def output_convolutions(self, level: int) -> list[nn.Conv2d]:
+        """Those of a level: of the residual, or of the shift and then the scale."""
+        return [outputs[level] for outputs in (self.zero_out, getattr(self, "gamma", None)) if outputs is not None]
 
     def map_level(self, level: int, feature: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """The residual of one level.
 
         Args:
-            level: 0, 1 or 2.
+            level: 0, 1 or 2, or up to 5 for encoder and decoder together.
             feature: (rows, in_channels[level], h, w).
             time_embedding: (rows, time_channels), for mapping layers with timestep conditioning.
 
         Returns:
-            (rows, out_channels[level], h, w), twice h and w where the level upsamples.
+            (rows, out_channels[level], h, w), twice h and w where the level upsamples, twice the channels where the
+            fusion scales: shift and scale.
         """
-        return self.zero_out[level](self.hidden(level, feature, time_embedding))
+        return self.output(level, self.hidden(level, feature, time_embedding))
+
+    def output(self, level: int, hidden: Tensor) -> Tensor:
+        """What the output convolutions of a level make of what its ResNet blocks gave; sizes as for `map_level`."""
+        outputs = [convolution(hidden) for convolution in self.output_convolutions(level)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def hidden(self, level: int, feature: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """What the ResNet blocks of a level give its output convolution; arguments and sizes as for `map_level`."""
@@ -194,14 +224,10 @@ def load_adapter(
     """
     name = os.path.basename(os.fspath(path))
     weights = read_weights(path)
-    levels = read_layout({key: tuple(value.shape) for key, value in weights.items()}, name)
-    metadata = read_metadata(path)
+    kind = read_kind(read_metadata(path), name)
+    levels = read_layout({key: tuple(value.shape) for key, value in weights.items()}, name, len(kind.taps))
     with torch.device("meta"):
-        layers = MappingLayers(
-            levels,
-            _named(metadata, "fusion", FUSIONS, "addition", name),
-            _named(metadata, "positions", POSITIONS, "decoder", name),
-        )
+        layers = MappingLayers(levels, kind.fusion, kind.positions)
     _check_weights(weights, layers, name)
     layers.load_state_dict(weights, assign=True)
     return layers.to(device=device, dtype=dtype).eval()
@@ -226,6 +252,37 @@ def save_adapter(
             os.remove(unfinished)
 
 
+@dataclass(frozen=True)
+class AdapterKind:
+    """What a file's metadata says of how its mapping layers are used.
+
+    Attributes:
+        fusion: one of `taps.FUSIONS`.
+        positions: one of `taps.POSITIONS`.
+    """
+
+    fusion: str = "addition"
+    positions: str = "decoder"
+
+    @property
+    def taps(self) -> Taps:
+        """Where features are read and residuals added."""
+        return POSITIONS[self.positions]
+
+
+def read_kind(metadata: Mapping[str, str], name: str) -> AdapterKind:
+    """The kind of an adapter file; that of the released one where nothing is said.
+
+    Raises:
+        WrongFile: it is one that nobody knows.
+    """
+    usual = AdapterKind()
+    return AdapterKind(
+        _named(metadata, "fusion", FUSIONS, usual.fusion, name),
+        _named(metadata, "positions", POSITIONS, usual.positions, name),
+    )
+
+
 def _named(metadata: Mapping[str, str], what: str, known: Mapping[str, object], default: str, name: str) -> str:
     chosen = metadata.get(METADATA + what, default)
     if chosen not in known:
@@ -234,13 +291,20 @@ def _named(metadata: Mapping[str, str], what: str, known: Mapping[str, object], 
 
 
 def layout_for(
-    base_unet: nn.Module, upgraded_unet: nn.Module, blocks: int = 3, positions: str = "decoder"
+    base_unet: nn.Module,
+    upgraded_unet: nn.Module,
+    blocks: int = 3,
+    positions: str = "decoder",
+    norm: bool = False,
+    timestep: bool = False,
 ) -> list[list[BlockLayout]]:
     """The released structure for a pair of UNets, the upgraded one at twice the base's size.
 
     Args:
         blocks: ResNet blocks a level.
         positions: one of `taps.POSITIONS`.
+        norm: GroupNorm in each block.
+        timestep: each block is told the base's time embedding.
 
     Raises:
         DoesNotFit: a residual would have to be smaller than its feature, or more than twice as large.
@@ -249,19 +313,24 @@ def layout_for(
     given = map(output_channels, base_modules(base_unet, taps))
     wanted = map(output_channels, upgraded_modules(upgraded_unet, taps))
     strides = zip(base_strides(base_unet, taps), upgraded_strides(upgraded_unet, taps), strict=True)
-    return [_level(*sizes, blocks) for sizes in zip(given, wanted, strides, strict=True)]
+    more = {"has_norm": norm, "time_channels": time_channels_of(base_unet) if timestep else None}
+    return [_level(*sizes, blocks, **more) for sizes in zip(given, wanted, strides, strict=True)]
 
 
-def _level(in_channels: int, out_channels: int, strides: tuple[int, int], blocks: int) -> list[BlockLayout]:
+def _level(
+    in_channels: int, out_channels: int, strides: tuple[int, int], blocks: int, **more: Any
+) -> list[BlockLayout]:
     base_stride, upgraded_stride = strides
     # twice the latent pixels, so that equal strides mean twice the size
     enlarged = 2 * base_stride / upgraded_stride
     if enlarged not in (1, 2):
         raise DoesNotFit(f"Mapping layers make features as large or twice as large, here {enlarged:g} times.")
+    if more["has_norm"] and out_channels % NORM_GROUPS:
+        raise DoesNotFit(f"GroupNorm needs multiples of {NORM_GROUPS} channels, one level has {out_channels}.")
     first = BlockLayout(
-        in_channels, out_channels, upsamples=enlarged == 2, changes_channels=in_channels != out_channels
+        in_channels, out_channels, upsamples=enlarged == 2, changes_channels=in_channels != out_channels, **more
     )
-    return [first] + [BlockLayout(out_channels, out_channels)] * (blocks - 1)
+    return [first] + [BlockLayout(out_channels, out_channels, **more)] * (blocks - 1)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -288,29 +357,34 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return weights
 
 
-def read_layout(shapes: Mapping[str, tuple[int, ...]], name: str = "The file") -> list[list[BlockLayout]]:
+def read_layout(
+    shapes: Mapping[str, tuple[int, ...]], name: str = "The file", levels: int = len(AdapterKind().taps)
+) -> list[list[BlockLayout]]:
     """The blocks of each level, from the names and shapes of a file's tensors.
 
+    Args:
+        levels: that there must be.
+
     Raises:
-        WrongFile: there are no three levels, or the blocks cannot be shared out among them.
+        WrongFile: there are fewer levels, or the blocks cannot be shared out among them.
     """
     if "body.0.block1.weight" not in shapes and "zero_out.0.weight" not in shapes:
         example = next(iter(shapes), None)
         holds = f"it holds '{example}'" if example else "it is empty"
         raise WrongFile(f"{name} is not an X-Adapter file: {holds} and no 'body.0.block1.weight'.")
-    for level in range(LEVELS):
+    for level in range(levels):
         if len(shapes.get(f"zero_out.{level}.weight", ())) != 4:
             raise WrongFile(f"{name} misses 'zero_out.{level}.weight', the output convolution of level {level}.")
     blocks = 1 + max((int(key.split(".")[1]) for key in shapes if _is_body_key(key)), default=-1)
-    if blocks == 0 or blocks % LEVELS:
+    if blocks == 0 or blocks % levels:
         raise WrongFile(
             f"{name} holds {blocks} ResNet blocks ('body.0' to 'body.{blocks - 1}'), "
-            f"which cannot be shared out among {LEVELS} levels."
+            f"which cannot be shared out among {levels} levels."
         )
-    per_level = blocks // LEVELS
+    per_level = blocks // levels
     return [
         [_read_block(shapes, level, level * per_level + place, first=place == 0) for place in range(per_level)]
-        for level in range(LEVELS)
+        for level in range(levels)
     ]
 
 

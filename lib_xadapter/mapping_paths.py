@@ -26,7 +26,7 @@ class MappingPath(Protocol):
         """What the ResNet blocks of a level give.
 
         Args:
-            level: 0, 1 or 2.
+            level: of the mapping layers.
             feature: of the base, (rows, in_channels[level], h, w), in any type.
             time_embedding: of the base, (rows, channels), for mapping layers with timestep conditioning.
 
@@ -35,7 +35,7 @@ class MappingPath(Protocol):
         """
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        """The output convolution of a level: W · hidden + b, of the size of `hidden`."""
+        """What a level's output convolutions make of `hidden`, of its size: W · hidden + b, or a shift and a scale."""
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         """feature + weight · residual, in the feature's type and of its size.
@@ -59,7 +59,7 @@ class EagerMapping:
         return self.adapter.hidden(level, feature.to(weight), embedding)
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
-        return self.adapter.zero_out[level](hidden)
+        return self.adapter.output(level, hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         return feature + weight * self.residual(level, hidden).to(feature)

@@ -20,7 +20,7 @@ from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
 from .memory import free_ram
 from .passage import Passage
-from .taps import BaseFeatures, base_modules, base_strides, output_channels
+from .taps import TAPS, BaseFeatures, Taps, base_modules, base_strides, output_channels
 from .trajectory import same_level
 
 
@@ -44,7 +44,9 @@ class Recording:
         return sum(_size(step.found.features) for step in self.steps)
 
 
-def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int], evaluations: int) -> int:
+def expected_size(
+    base_unet: nn.Module, rows: int, latent_size: tuple[int, int], evaluations: int, taps: Taps = TAPS
+) -> int:
     """Bytes of a recording, before the base runs.
 
     Args:
@@ -52,8 +54,9 @@ def expected_size(base_unet: nn.Module, rows: int, latent_size: tuple[int, int],
         rows: of its batch: one for each image and CFG half.
         latent_size: (height, width) of its latent.
         evaluations: at which it is recorded.
+        taps: where its features are read.
     """
-    levels = zip(map(output_channels, base_modules(base_unet)), base_strides(base_unet), strict=True)
+    levels = zip(map(output_channels, base_modules(base_unet, taps)), base_strides(base_unet, taps), strict=True)
     height, width = latent_size
     numbers = sum(channels * -(-height // stride) * -(-width // stride) for channels, stride in levels)
     return rows * numbers * evaluations * next(base_unet.parameters()).element_size()

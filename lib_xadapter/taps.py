@@ -1,4 +1,4 @@
-"""Where features are read from the base's decoder, and where residuals are added to the upgraded model's.
+"""Where features are read from the base, and where and how residuals enter the upgraded model.
 
 Source: paper, "X-Adapter"; the places are those of the released code, `model/unet_adapter.py`.
 
@@ -10,10 +10,23 @@ Source: paper, "X-Adapter"; the places are those of the released code, `model/un
 
 A decoder block is what the paper and diffusers call one: everything at one resolution, its upsampling included. The
 CompVis layout spreads it over several `output_blocks`; its output is that of the last of them.
+
+The paper's ablation reads from the encoder, too, or from it alone. It does not say where; here each level of the base's
+encoder goes to the upgraded encoder's level of the same number:
+
+| level | base feature                  | upgraded feature it is added to | at 1024 px  |
+|-------|-------------------------------|---------------------------------|-------------|
+| 0     | third encoder block           | third encoder block             | 1280 @ 32²  |
+| 1     | second encoder block          | second encoder block            | 640 @ 64²   |
+| 2     | first encoder block           | first encoder block             | 320 @ 128²  |
+
+An encoder block is everything at one resolution, before its downsampling: what goes down, and over the last skip
+connection at that resolution to the decoder. Both of them get the residual, as in the released code.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,19 +42,42 @@ if TYPE_CHECKING:
     from .mapping import MappingLayers
 
 
+ENCODER, MIDDLE, DECODER = "encoder", "middle", "decoder"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The output of a part of a UNet: of an encoder or decoder block by its number, or of the middle block."""
+
+    part: str
+    block: int = 0
+
+
 @dataclass(frozen=True)
 class Tap:
-    """One row of the table: indices into the decoder blocks; `upgraded_block` None is the middle block."""
+    """One row of the tables.
 
-    base_block: int
-    upgraded_block: int | None
+    Attributes:
+        base: where the feature is read.
+        upgraded: where the residual enters.
+        grain: 0 coarse, 1 middle, 2 fine: which of the weights that a user gives is that of this level.
+    """
+
+    base: Place
+    upgraded: Place
+    grain: int
 
 
 Taps = tuple[Tap, ...]
 
-TAPS: Taps = (Tap(base_block=-3, upgraded_block=None), Tap(base_block=-2, upgraded_block=0), Tap(-1, upgraded_block=1))
+TAPS: Taps = (
+    Tap(Place(DECODER, -3), Place(MIDDLE), grain=0),
+    Tap(Place(DECODER, -2), Place(DECODER, 0), grain=1),
+    Tap(Place(DECODER, -1), Place(DECODER, 1), grain=2),
+)
+ENCODER_TAPS: Taps = tuple(Tap(Place(ENCODER, 2 - grain), Place(ENCODER, 2 - grain), grain) for grain in range(3))
 
-POSITIONS: Mapping[str, Taps] = {"decoder": TAPS}
+POSITIONS: Mapping[str, Taps] = {"decoder": TAPS, "encoder": ENCODER_TAPS, "both": (*ENCODER_TAPS, *TAPS)}
 """Name in an adapter file's metadata → where its levels read and add."""
 
 
@@ -58,6 +94,9 @@ class BaseFeatures:
     time_embedding: Tensor | None
 
 
+Output = Tensor | tuple[Tensor, ...]
+"""Of a module: a feature, or a tuple of which it is the first."""
+
 Fusion = Callable[[Tensor, Tensor, float], Tensor]
 """(feature, residual, weight) → feature: how a residual enters the upgraded feature."""
 
@@ -72,8 +111,24 @@ def guidance(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
     return feature + weight * (residual - feature)
 
 
-FUSIONS: Mapping[str, Fusion] = {"addition": addition, "guidance": guidance}
+def spade(feature: Tensor, residual: Tensor, weight: float) -> Tensor:
+    """feature + weight · (β + γ · norm(feature)): the paper's ablation after SPADE (arXiv 1903.07291).
+
+    SPADE scales and shifts a normalised feature. γ and β are what is added here to the feature's own deviation and
+    mean, so that zeros leave it as it is. Each row and channel is normalised alone, so that no row depends on others.
+
+    Args:
+        residual: β and γ, one after the other along the channels.
+    """
+    shift, scale = residual.chunk(2, dim=1)
+    return feature + weight * (shift + scale * functional.instance_norm(feature))
+
+
+FUSIONS: Mapping[str, Fusion] = {"addition": addition, "guidance": guidance, "spade": spade}
 """Name in an adapter file's metadata → how its residuals enter."""
+
+SCALING_FUSIONS = frozenset({"spade"})
+"""Those whose residual is a shift and a scale, given by output convolutions of their own."""
 
 
 def decoder_blocks(unet: nn.Module) -> list[nn.Module]:
@@ -89,8 +144,26 @@ def decoder_blocks(unet: nn.Module) -> list[nn.Module]:
         return list(unet.up_blocks)
     if hasattr(unet, "output_blocks"):
         *inner, last = unet.output_blocks
-        return [block for block in inner if _upsamples(block)] + [last]
+        return [block for block in inner if _resizes(block, "Upsample")] + [last]
     raise DoesNotFit(f"{type(unet).__name__} is no UNet in CompVis or diffusers layout: it has no decoder blocks.")
+
+
+def encoder_blocks(unet: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are those of the encoder blocks before their downsampling, finest first.
+
+    Args:
+        unet: as for `decoder_blocks`.
+
+    Raises:
+        DoesNotFit: the module is neither.
+    """
+    if hasattr(unet, "down_blocks"):
+        return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in unet.down_blocks]
+    if hasattr(unet, "input_blocks"):
+        blocks = list(unet.input_blocks)
+        ends = [block for block, following in itertools.pairwise(blocks) if _resizes(following, "Downsample")]
+        return [*ends, blocks[-1]]
+    raise DoesNotFit(f"{type(unet).__name__} is no UNet in CompVis or diffusers layout: it has no encoder blocks.")
 
 
 def middle_block(unet: nn.Module) -> nn.Module:
@@ -98,32 +171,50 @@ def middle_block(unet: nn.Module) -> nn.Module:
     return unet.mid_block if hasattr(unet, "mid_block") else unet.middle_block
 
 
+def module_at(unet: nn.Module, place: Place) -> nn.Module:
+    """The module whose output a place is; that of a diffusers attention is the first of a tuple."""
+    if place.part == MIDDLE:
+        return middle_block(unet)
+    return (encoder_blocks if place.part == ENCODER else decoder_blocks)(unet)[place.block]
+
+
 def base_modules(unet: nn.Module, taps: Taps = TAPS) -> tuple[nn.Module, ...]:
     """The modules whose outputs are the base's features, one a tap."""
-    blocks = decoder_blocks(unet)
-    return tuple(blocks[tap.base_block] for tap in taps)
+    return tuple(module_at(unet, tap.base) for tap in taps)
 
 
 def upgraded_modules(unet: nn.Module, taps: Taps = TAPS) -> tuple[nn.Module, ...]:
     """The modules to whose outputs the residuals are added, one a tap."""
-    blocks = decoder_blocks(unet)
-    return tuple(middle_block(unet) if tap.upgraded_block is None else blocks[tap.upgraded_block] for tap in taps)
+    return tuple(module_at(unet, tap.upgraded) for tap in taps)
 
 
 def base_strides(unet: nn.Module, taps: Taps = TAPS) -> tuple[int, ...]:
-    """Latent pixels of the base to one pixel of each feature: 2, 1 and 1 for SD1.5."""
-    return tuple(_stride(len(decoder_blocks(unet)), tap.base_block) for tap in taps)
+    """Latent pixels of the base to one pixel of each feature: 2, 1 and 1 for SD1.5's decoder."""
+    return tuple(_stride(len(decoder_blocks(unet)), tap.base) for tap in taps)
 
 
 def upgraded_strides(unet: nn.Module, taps: Taps = TAPS) -> tuple[int, ...]:
-    """Latent pixels of the upgraded model to one pixel of each feature: 4, 2 and 1 for SDXL."""
-    return tuple(_stride(len(decoder_blocks(unet)), tap.upgraded_block) for tap in taps)
+    """Latent pixels of the upgraded model to one pixel of each feature: 4, 2 and 1 for SDXL's decoder."""
+    return tuple(_stride(len(decoder_blocks(unet)), tap.upgraded) for tap in taps)
 
 
-def _stride(blocks: int, block: int | None) -> int:
-    """Every decoder block but the last doubles height and width at its end; the middle block is before the first."""
-    doublings = 0 if block is None else block % blocks + 1
+def _stride(blocks: int, place: Place) -> int:
+    """Every encoder block but the last halves height and width at its end, every decoder block but the last doubles
+    them; the middle block is before the first of those."""
+    if place.part == ENCODER:
+        return 2 ** (place.block % blocks)
+    doublings = 0 if place.part == MIDDLE else place.block % blocks + 1
     return 2 ** max(blocks - 1 - doublings, 0)
+
+
+def time_embedding_of(unet: nn.Module) -> nn.Module:
+    """The module whose output is the time embedding."""
+    return unet.time_embedding if hasattr(unet, "time_embedding") else unet.time_embed
+
+
+def time_channels_of(unet: nn.Module) -> int:
+    """The width of a UNet's time embedding."""
+    return [layer for layer in time_embedding_of(unet).modules() if isinstance(layer, nn.Linear)][-1].out_features
 
 
 def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Module) -> None:
@@ -151,8 +242,10 @@ def check_fit(adapter: MappingLayers, base_unet: nn.Module, upgraded_unet: nn.Mo
 
 
 def output_channels(block: nn.Module) -> int:
-    """Channels of a decoder or middle block's output, from its last layer that tells."""
-    layers = block.resnets if hasattr(block, "resnets") else block
+    """Channels of a block's output, from its last layer that tells."""
+    layers = getattr(block, "resnets", block)
+    if isinstance(layers, nn.Module) and isinstance(getattr(layers, "out_channels", None), int):
+        return layers.out_channels
     for layer in reversed(list(layers)):
         # an attention layer of the CompVis layout gives back the width that it takes
         for attribute in ("out_channels", "in_channels"):
@@ -192,16 +285,16 @@ class FeatureReader:
 
 @contextmanager
 def read_features(base_unet: nn.Module, taps: Taps = TAPS) -> Iterator[FeatureReader]:
-    """While open, the base's decoder features of every call can be taken from the reader."""
+    """While open, the base's features of every call can be taken from the reader."""
     reader = FeatureReader(len(taps))
 
-    def collect(into: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda module, inputs, output: None if reader._paused else into.append(output)
+    def collect(into: list[Tensor]) -> Callable[[nn.Module, tuple, Output], None]:
+        return lambda module, inputs, output: None if reader._paused else into.append(_feature(output))
 
     with ExitStack() as hooks:
         for module, level in zip(base_modules(base_unet, taps), reader._levels, strict=True):
             hooks.callback(module.register_forward_hook(collect(level)).remove)
-        time_embedding = base_unet.time_embedding if hasattr(base_unet, "time_embedding") else base_unet.time_embed
+        time_embedding = time_embedding_of(base_unet)
         hooks.callback(time_embedding.register_forward_hook(collect(reader._time_embedding)).remove)
         yield reader
 
@@ -210,7 +303,7 @@ def read_features(base_unet: nn.Module, taps: Taps = TAPS) -> Iterator[FeatureRe
 def fuse_into(
     upgraded_unet: nn.Module,
     fuse: Callable[[int, Tensor], Tensor],
-    levels: Sequence[int] = tuple(range(len(TAPS))),
+    levels: Sequence[int] | None = None,
     taps: Taps = TAPS,
 ) -> Iterator[None]:
     """While open, the upgraded UNet's features pass through `fuse` on their way.
@@ -218,16 +311,16 @@ def fuse_into(
     Args:
         upgraded_unet: the upgraded model's UNet.
         fuse: (level, feature) → the feature that takes its place.
-        levels: those that are touched at all.
+        levels: those that are touched at all; None for all of them.
         taps: where each level is.
     """
 
-    def hook(level: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-        return lambda module, inputs, feature: fuse(level, feature)
+    def hook(level: int) -> Callable[[nn.Module, tuple, Output], Output]:
+        return lambda module, inputs, output: _with_feature(output, fuse(level, _feature(output)))
 
     with ExitStack() as hooks:
         for level, module in enumerate(upgraded_modules(upgraded_unet, taps)):
-            if level in levels:
+            if levels is None or level in levels:
                 hooks.callback(module.register_forward_hook(hook(level)).remove)
         yield
 
@@ -239,8 +332,16 @@ def like(residual: Tensor, feature: Tensor) -> Tensor:
     return residual.to(feature)
 
 
-def _upsamples(block: nn.Module) -> bool:
-    return any(type(layer).__name__ == "Upsample" for layer in block.children())
+def _resizes(block: nn.Module, by: str) -> bool:
+    return any(type(layer).__name__ == by for layer in block.children())
+
+
+def _feature(output: Output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_feature(output: Output, feature: Tensor) -> Output:
+    return (feature, *output[1:]) if isinstance(output, tuple) else feature
 
 
 def _rows(parts: list[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ from .mapping_paths import MappingPath
 from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
 from .recording import Playback, Recorder, Recording, RecordingCache, record
+from .taps import Taps
 from .trajectory import Trajectory, same_level
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Coupling:
 
     Attributes:
         mapping: runs the mapping layers.
-        weights: of each level's residual.
+        weights: of the coarse, middle and fine residuals.
         window: when the base runs and the adapter acts.
         cond_only: only the prompt's rows are mapped.
     """
@@ -102,7 +103,7 @@ class Pass:
     @property
     def recording_key(self) -> Hashable:
         """Equal for passes in which the base runs through the same joint stage."""
-        return (self.key, self.solver_order, self.uses_time, tuple(self.base_evaluations))
+        return (self.key, self.solver_order, self.uses_time, self.taps, tuple(self.base_evaluations))
 
     @property
     def base_evaluations(self) -> list[Evaluation]:
@@ -110,6 +111,11 @@ class Pass:
         if self.coupling is None or self.evaluations is None:
             return []
         return self.coupling.window.base_evaluations(self.evaluations)
+
+    @property
+    def taps(self) -> Taps:
+        """Where the base's features are read."""
+        return () if self.coupling is None else self.coupling.mapping.adapter.taps
 
     @property
     def uses_time(self) -> bool:
@@ -186,8 +192,8 @@ class Host(Protocol[Samples]):
     def base_noise(self) -> Tensor:
         """What the base starts from in the joint stage, standard normal, (images, 4, h, w)."""
 
-    def base_denoiser(self, stage_one: StageOne) -> AbstractContextManager[BaseDenoiser]:
-        """While open, the base can be evaluated."""
+    def base_denoiser(self, stage_one: StageOne, taps: Taps) -> AbstractContextManager[BaseDenoiser]:
+        """While open, the base can be evaluated, and its features are read at these taps."""
 
     def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Samples:
         """The switch and the upgraded model's sampling, each of its evaluations one of the joint stage."""
@@ -336,7 +342,7 @@ def _joint_stage(
 @contextmanager
 def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[Lockstep]:
     """The base at the start of the joint stage: its finished latents, noised again."""
-    with host.base_denoiser(stage_one) as denoiser:
+    with host.base_denoiser(stage_one, plan.taps) as denoiser:
         noise, latents = host.base_noise(), stage_one.latents
         clean = None if latents is None else latents.to(noise.device)
         yield Lockstep(denoiser, Trajectory(noise, clean, plan.solver_order))

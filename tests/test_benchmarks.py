@@ -57,6 +57,20 @@ def test_cheaper(tmp_path, capsys, more):
     assert ("at most" in rows[0]) == (more != ["--full-size"])
 
 
+def test_a_training_step(tmp_path, capsys):
+    pytest.importorskip("datasets", reason="needs the extra 'train'")
+    found = run("training_step", tmp_path, capsys, "--size", "32", "--dtype", "float32")
+    (row,) = found["rows"]
+    assert row["peak, GB"] > row["base, GB"] + row["upgraded model, GB"] > 0
+
+
+def test_a_training_step_at_full_size_computes_what_it_cannot_do_without():
+    pytest.importorskip("datasets", reason="needs the extra 'train'")
+    from benchmarks.training_step import counted, over_parts
+
+    assert 0.99 <= over_parts(counted(small=False, size=1024)) <= 1.05
+
+
 def test_the_mapping_layers_have_the_operations_that_the_paper_leads_to():
     """1.8 TFLOP for each CFG half at 1024 px."""
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from lib_xadapter.joint_stage import JointEvaluation, JointStage
 from lib_xadapter.mapping import BlockLayout, MappingLayers
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import Row, batch_rows, match_rows
-from lib_xadapter.taps import BaseFeatures
+from lib_xadapter.taps import TAPS, BaseFeatures
 from lib_xadapter.trajectory import Trajectory
 
 
@@ -27,7 +27,7 @@ class Doubling:
 
     def __init__(self, fusion: str = "addition") -> None:
         self.mapped_rows: list[int] = []
-        self.adapter = SimpleNamespace(fusion=fusion, positions="decoder")
+        self.adapter = SimpleNamespace(fusion=fusion, taps=TAPS)
 
     def hidden(self, level: int, feature: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
         self.mapped_rows.append(len(feature))

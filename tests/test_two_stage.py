@@ -19,7 +19,7 @@ from lib_xadapter.feature_sources import BaseDenoiser, BaseStep
 from lib_xadapter.joint_stage import JointStage
 from lib_xadapter.recording import RecordingCache
 from lib_xadapter.rows import batch_rows
-from lib_xadapter.taps import BaseFeatures
+from lib_xadapter.taps import TAPS, BaseFeatures, Taps
 from lib_xadapter.two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, check_plan, run
 
 ROWS = batch_rows([1])
@@ -29,7 +29,7 @@ EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumera
 class Passing:
     """Mapping layers that give their feature back."""
 
-    adapter = SimpleNamespace(fusion="addition", positions="decoder", time_channels=None)
+    adapter = SimpleNamespace(fusion="addition", taps=TAPS, time_channels=None)
 
     def hidden(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
         return feature
@@ -84,7 +84,7 @@ class SmallHost:
         return torch.ones(1, 4, 2, 2)
 
     @contextmanager
-    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+    def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         def denoise(latent: Tensor, evaluation: Evaluation) -> BaseStep:
             self._did(f"base at {evaluation.sigma:g}")
             feature = latent.repeat(2, 1, 1, 1)

@@ -33,7 +33,7 @@ class ChannelsLastMapping:
 
     def residual(self, level: int, hidden: Tensor) -> Tensor:
         with _as_it_is():
-            return self.adapter.zero_out[level](hidden)
+            return self.adapter.output(level, hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
         if not _can_add(feature, hidden):

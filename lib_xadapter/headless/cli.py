@@ -1,4 +1,4 @@
-"""`python -m lib_xadapter`: demo, generate, inspect, convert."""
+"""`python -m lib_xadapter`: demo, generate, train, inspect, convert."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ def _run(options: argparse.Namespace) -> int:
         from .generate import generate
 
         return generate(options, asked)
+    if options.command == "train":
+        from ..training.program import train
+
+        return train(options)
     if options.ui:
         from .page import open_page
 

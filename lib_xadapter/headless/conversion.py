@@ -9,6 +9,7 @@ import torch
 
 from ..errors import WrongArgument
 from ..mapping import load_adapter
+from ..tensor_files import read_metadata
 from .options import say
 from .saving import write_whole
 
@@ -21,8 +22,9 @@ def convert_adapter(options: argparse.Namespace) -> int:
         raise WrongArgument(f"{options.out} is there already; --force writes over it.")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     state = load_adapter(options.file, dtype=dtype).state_dict()
+    metadata = {**read_metadata(options.file), "format": "pt"}
     tensors = {key: value.contiguous() for key, value in state.items()}
-    write_whole(options.out, lambda to: to.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"})))
+    write_whole(options.out, lambda to: to.write_bytes(safetensors.torch.save(tensors, metadata=metadata)))
     parameters = sum(value.numel() for value in tensors.values())
     say(f"{options.out}: {len(tensors)} tensors, {parameters:,} parameters, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -11,8 +11,9 @@ from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongFile
 from ..families import FAMILY_NAMES, FAMILY_OF_CONTEXT_WIDTH, FAMILY_OF_EMBEDDING_WIDTH
 from ..lora_files import detect_lora_base
-from ..mapping import BlockLayout, read_layout
-from ..tensor_files import TensorInfo, read_tensor_infos
+from ..mapping import METADATA, BlockLayout, read_kind, read_layout
+from ..pairs import Pair
+from ..tensor_files import TensorInfo, read_metadata, read_tensor_infos
 from .options import say
 
 SECOND_TEXT_ENCODER_WIDTH = 1280
@@ -44,7 +45,9 @@ def describe(path: Path) -> list[str]:
 def _adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     if "body.0.block1.weight" not in tensors or "zero_out.0.weight" not in tensors:
         return []
-    levels = read_layout({key: info.shape for key, info in tensors.items()}, path.name)
+    metadata = read_metadata(path)
+    kind = read_kind(metadata, path.name)
+    levels = read_layout({key: info.shape for key, info in tensors.items()}, path.name, len(kind.taps))
     first: BlockLayout = levels[0][0]
     options = [
         f"{len(levels[0])} ResNet blocks a level",
@@ -52,14 +55,25 @@ def _adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
         f"timestep conditioning {f'on ({first.time_channels} channels)' if first.time_channels else 'off'}",
     ]
     return [
-        "an X-Adapter",
+        _title(Pair.written_in(metadata)),
         f"  {', '.join(options)}",
+        f"  positions: {kind.positions}, fusion: {kind.fusion}",
         *(
             f"  level {number}: {level[0].in_channels} → {level[-1].out_channels} channels"
             f"{', twice the size' if level[0].upsamples else ''}"
             for number, level in enumerate(levels)
         ),
+        *(f"  {key.removeprefix(METADATA)}: {value}" for key, value in sorted(metadata.items()) if _tells(key)),
     ]
+
+
+def _title(pair: Pair) -> str:
+    return f"an X-Adapter for {pair}" if str(pair) else "an X-Adapter"
+
+
+def _tells(key: str) -> bool:
+    """Whether a line of its own says what stands under a key of the metadata."""
+    return key.startswith(METADATA) and key.removeprefix(METADATA) not in ("fusion", "positions", "pair")
 
 
 def _controlnet(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -126,7 +126,12 @@ def device_of(module: nn.Module) -> torch.device:
 
 def noise_schedule_of(pipeline: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with."""
+    return NoiseSchedule(alphas_cumprod_of(pipeline))
+
+
+def alphas_cumprod_of(pipeline: Any) -> torch.Tensor:
+    """ᾱ of every timestep that a model was trained with."""
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     config = {key: value for key, value in pipeline.scheduler.config.items() if key in known}
     zero_snr = pipeline.scheduler.config.get("rescale_betas_zero_snr", False)
-    return NoiseSchedule(DDIMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod)
+    return DDIMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod

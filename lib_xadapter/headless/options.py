@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import WrongArgument
 from ..settings import Settings, arguments, checked, defaults, expectation
+from ..training.command_line import add_train
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
@@ -99,6 +100,7 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     generate = commands.add_parser("generate", help="make pictures with your own models")
     _add_generate(generate)
     generate.set_defaults(**(taken_over or {}))
+    add_train(commands.add_parser("train", help="train mapping layers for a pair of models of your own"))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")

@@ -28,7 +28,7 @@ from ..memory import Work, decoding_memory
 from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
-from ..taps import read_features
+from ..taps import Taps, read_features
 from ..trajectory import same_level
 from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
@@ -586,7 +586,7 @@ class DiffusersHost:
         return self._request.noise.base_again().to(self.device)
 
     @contextmanager
-    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+    def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         stages, base, request = self._stages, self._stages.models.base, self._request
         evaluations = GuidanceWindow.from_settings(request.settings).base_evaluations(stages.evaluations(self._steps))
         levels = levels_of(evaluations)
@@ -595,7 +595,7 @@ class DiffusersHost:
         place_of = stages.base_place_at(request)
         with (
             stages.placement.holding(*parts_at_work(base)),
-            read_features(base.unet) as reader,
+            read_features(base.unet, taps) as reader,
             without_bar(base),
             freed_on_failure(base),
         ):

@@ -12,6 +12,8 @@ from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
 from ..families import BASE_FAMILIES
 from ..file_names import find_named
+from ..pairs import Pair
+from ..tensor_files import read_metadata
 from . import options
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -92,6 +94,15 @@ def find_adapter(name: str) -> Path:
     if found is None:
         raise _unknown("adapter", name, files)
     return found
+
+
+def adapter_pair(path: Path) -> Pair:
+    """Which models an adapter file is for; unknown where it does not tell.
+
+    Raises:
+        WrongFile: it cannot be read.
+    """
+    return Pair.written_in(read_metadata(path))
 
 
 def expected_base_family(name: str) -> str:

@@ -120,7 +120,7 @@ def in_the_webui(server: WebUIServer, job: Job, prompt: str | None = None) -> La
             sampler_name=job.sampler,
             seed=job.seed,
             batch_size=job.batch,
-            **arguments(base_checkpoint="tiny15", adapter="tiny", **given),
+            **arguments(**{"base_checkpoint": "tiny15", "adapter": "tiny", **given}),
         )
     made(answer)
     *base, joint = samplings

@@ -108,6 +108,8 @@ def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, argum
     if path is not None:
         mapping = models.mapping(path)
         check_fit(mapping.adapter, base.unet, shared.sd_model.model.diffusion_model)
+        if remark := model_files.adapter_pair(path).remark(base.family):
+            notify(p, remark)
         if couples:
             window = GuidanceWindow.from_settings(settings)
             coupling = Coupling(mapping, settings.weights, window, settings.cond_only)
@@ -146,7 +148,8 @@ def _obstacle_to_recording(
     width, height = size(request.settings, p) if size else base_size(request.settings, p.width, p.height)
     recorded = request.coupling.window.base_evaluations(evaluations)
     latent_size = height // processing.opt_f, width // processing.opt_f
-    expected = expected_size(request.base.unet, 2 * p.batch_size, latent_size, len(recorded))
+    taps = request.coupling.mapping.adapter.taps
+    expected = expected_size(request.base.unet, 2 * p.batch_size, latent_size, len(recorded), taps)
     missing = expected - free_ram()
     return f"the recording would need {missing / 2**30:.1f} GB more RAM than is free" if missing > 0 else ""
 

@@ -19,7 +19,7 @@ from ...feature_sources import BaseDenoiser
 from ...joint_stage import JointStage
 from ...overlap import Overlap
 from ...settings import BASE_NOISE_SEED
-from ...taps import read_features
+from ...taps import Taps, read_features
 from ...two_stage import KeptStageOne, StageOne
 from ..base.base_evaluation import BaseEvaluation
 from ..base.base_infotext import base_infotexts
@@ -171,9 +171,9 @@ class WebUIHost:
         return base_noise(base_p, [seed + BASE_NOISE_SEED for seed in base_p.seeds]).next()
 
     @contextmanager
-    def base_denoiser(self, stage_one: StageOne) -> Iterator[BaseDenoiser]:
+    def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         base_p = self._batch.base_p
-        with read_features(self._request.base.unet) as reader:
+        with read_features(self._request.base.unet, taps) as reader:
             evaluation = BaseEvaluation(
                 self._request.base, base_p, reader, stage_one.levels, self._prompt_steps(), self._blending
             )

@@ -15,6 +15,7 @@ from modules import shared
 from ... import __version__
 from ...errors import XAdapterError
 from ...families import FAMILY_NAMES
+from ...pairs import Pair
 from ...settings import Settings, json_schema, read_settings
 from .. import model_files
 from . import panel, routing
@@ -48,19 +49,21 @@ def _plan(asked: Asked) -> dict[str, Any]:
     expected = [*routing.expected(*prompts), *routing.expected_units(asked.units)]
     routes = [routing.with_base(route, family) for route in expected]
     plugins = {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
-    return {"base": FAMILY_NAMES[family], **_forecast(asked, settings, FAMILY_NAMES[family]), **plugins}
+    return {"base": FAMILY_NAMES[family], **_forecast(asked, settings, family), **plugins}
 
 
-def _forecast(asked: Asked, settings: Settings, base_name: str) -> dict[str, Any]:
+def _forecast(asked: Asked, settings: Settings, family: str) -> dict[str, Any]:
     # whoever leaves X-Adapter unticked does not wait for what it is made of
     from ..base.models import loaded_models
 
     try:
         forecast, memory = Forecast.of(asked, settings), memory_mode(loaded_models(), asked, settings)
+        pair = model_files.adapter_pair(model_files.find_adapter(settings.adapter)) if settings.has_adapter else Pair()
     except XAdapterError as problem:
         return {"line": str(problem), "problem": True}
     passes = [asdict(one) for one in forecast.passes]
-    return {"line": forecast.told(base_name, memory), "passes": passes, "memory": memory}
+    line = " ".join(filter(None, [forecast.told(FAMILY_NAMES[family], memory), pair.told(family)]))
+    return {"line": line, "passes": passes, "memory": memory, "pair": str(pair)}
 
 
 def _models() -> dict[str, list[str]]:
