@@ -1,4 +1,4 @@
-"""`python -m lib_xadapter`: demo, generate, train, inspect, convert."""
+"""`python -m lib_xadapter`: demo, generate, train, evaluate, miniature, inspect, convert."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ def _run(options: argparse.Namespace) -> int:
         from ..training.program import train
 
         return train(options)
+    if options.command == "evaluate":
+        from ..evaluation.asked import read_evaluation
+
+        evaluation = read_evaluation(options)
+        from ..evaluation.program import evaluate
+
+        return evaluate(options, evaluation)
     if options.ui:
         from .page import open_page
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..errors import WrongArgument
 from ..settings import Settings
-from .composed import SMALLEST_GUIDANCE, XAdapterPipeline
+from .composed import SMALLEST_GUIDANCE, BaseSide, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
 from .job import LATENT_PIXEL, Job
 from .models import Models
@@ -32,6 +33,7 @@ class Picture:
         settings, control_scales, seed: what it was made with.
         text: settings in the WebUI's infotext form.
         prompt: of SDXL.
+        base_latents: what the base finished for its batch, (images, 4, h, w); None for a single stage.
     """
 
     image: Image.Image
@@ -41,6 +43,7 @@ class Picture:
     seed: int
     text: str
     prompt: str = ""
+    base_latents: Tensor | None = None
 
 
 def make_pictures(
@@ -49,18 +52,20 @@ def make_pictures(
     rules: Rules = WEBUI_RULES,
     progress: Progress = no_progress,
     there: Collection[str] = (),
+    base_side: BaseSide | None = None,
 ) -> Iterator[Picture]:
     """The pictures of a job, each as soon as it is finished; the base's are made once for all that share them.
 
     Args:
         there: texts of pictures that need not be made.
+        base_side: of an earlier job, where nothing changes on the base's side; its pictures are not made again.
     """
     pipeline = XAdapterPipeline(
         models.base, models.upgraded, models.adapter, rules=rules, placement=models.placement, progress=progress
     )
     for scales in itertools.product(*job.control_scales):
         first = request_of(models, job, job.settings, scales)
-        side, base_images = None, [None] * job.batch
+        side, base_images = base_side, [None] * job.batch
         for switch_point, weight in itertools.product(job.switch_points, job.weights):
             settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
             texts = [_text(job, settings, scales, seed) for seed in job.seeds]
@@ -71,7 +76,7 @@ def make_pictures(
             made = pipeline.run(request, side, return_base_images=side is None)
             side, base_images = made.base_side, made.base_images or base_images
             for image, base_image, seed, text in zip(made.images, base_images, job.seeds, texts, strict=True):
-                yield Picture(image, base_image, settings, scales, seed, text, job.prompt)
+                yield Picture(image, base_image, settings, scales, seed, text, job.prompt, side.latents)
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:

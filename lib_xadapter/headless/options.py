@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import WrongArgument
 from ..settings import Settings, arguments, checked, defaults, expectation
 from ..training.command_line import add_train
+from ..settings import RECORDED, Settings, arguments, checked, defaults, expectation
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
@@ -21,6 +22,22 @@ SETTINGS_ELSEWHERE = ("enabled", "base_checkpoint", "adapter", "switch_point", "
 MAPPING_CHOICES = ("auto", "eager", "cuda")
 """Of `mapping_choice`, which imports torch: help must not wait for that."""
 DTYPES = ("float32", "float16", "bfloat16")
+SEVERAL: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+SETTINGS_OF_EVALUATE = (
+    "base_negative_prompt",
+    "base_width",
+    "base_height",
+    "base_cfg_scale",
+    "base_steps",
+    "base_seed",
+    "base_start",
+    "guidance_start",
+    "guidance_end",
+    "refresh_every",
+    "cond_only",
+)
+CONTROLS = ("canny", "depth")
+METRICS = ("fid", "clip", "condition", "style")
 
 
 class Once(argparse.Action):
@@ -65,15 +82,21 @@ def read_options(arguments_given: list[str] | None = None) -> argparse.Namespace
     """The options of a command line; ends the program with status 2 where they are wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments_given)
+    if options.command == "evaluate":
+        _check_models(parser, options)
     if options.command != "generate":
         return options
     if taken_over := _taken_over(parser, options):
         parser = make_parser(taken_over)
         options = parser.parse_args(arguments_given)
+    _check_models(parser, options)
+    return options
+
+
+def _check_models(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("upgraded", "base", "adapter") if getattr(options, name) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return options
 
 
 def _taken_over(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +124,7 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     _add_generate(generate)
     generate.set_defaults(**(taken_over or {}))
     add_train(commands.add_parser("train", help="train mapping layers for a pair of models of your own"))
+    _add_evaluate(commands.add_parser("evaluate", help="make pictures of captions in several ways and measure them"))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")
@@ -120,14 +144,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
-    models.add_argument("--upgraded", metavar="FILE", help="SDXL checkpoint")
-    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 checkpoint")
-    models.add_argument("--adapter", metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    models.add_argument("--lora", **several, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
-    models.add_argument("--controlnet", **several, metavar="FILE", help="of SD1.5, one or more, each with")
-    models.add_argument("--control-image", **several, type=Path, metavar="IMAGE", help="its map")
+    models = _add_models(parser)
+    models.add_argument("--control-image", **SEVERAL, type=Path, metavar="IMAGE", help="its map")
     models.add_argument(
         "--control-scale",
         action="append",
@@ -137,25 +155,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="and its strength, given once for each; several values make a grid",
     )
-    models.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
-    models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
 
-    picture = parser.add_argument_group("picture")
+    picture = _add_picture(parser)
     picture.add_argument(
         "--prompt",
         default="",
         help="(attention:1.2), [from:to:0.5], [a|b], AND, BREAK and <lora:name:0.8> as in the WebUI",
     )
-    picture.add_argument("--negative-prompt", default="")
-    picture.add_argument("--width", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
-    picture.add_argument("--height", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
-    picture.add_argument("--steps", type=int, help="1 to 150; default: 20, with --reference 50")
-    picture.add_argument("--cfg", "--cfg-scale", type=float, help="1 to 30; default: 7, with --reference 7.5")
-    picture.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
-    picture.add_argument("--seed", action="extend", nargs="+", type=int, metavar="SEED", help="one or more; default: 0")
     picture.add_argument("--num", type=int, metavar="N", help="pictures from each seed on (default: as --batch)")
     picture.add_argument("--batch", type=int, default=1, help="pictures at once; default: %(default)s")
-    picture.add_argument("--clip-skip", type=int, default=1, help="of SD1.5, 1 to 12; default: %(default)s, none")
     picture.add_argument("--styles", type=Path, metavar="FILE", help="a WebUI's styles.csv, for --style")
     picture.add_argument("--style", action="extend", nargs="+", default=[], metavar="NAME", help="one or more of them")
     picture.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, each for its own pictures")
@@ -167,6 +175,40 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--from-png", type=Path, metavar="FILE", help="make a picture again, by what is written in it")
     picture.add_argument("--job", type=Path, metavar="FILE", help="JSON or YAML with the fields of the REST interface")
 
+    _add_joint_stage(parser, [name for name in arguments() if name not in SETTINGS_ELSEWHERE], "make a grid")
+    machine = _add_machine(parser)
+    machine.add_argument("--resume", action="store_true", help="leave out pictures that --out has already")
+    machine.add_argument(
+        "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
+    )
+
+
+def _add_models(parser: argparse.ArgumentParser) -> Any:
+    models = parser.add_argument_group("models: single files as in the WebUI, or folders of diffusers")
+    models.add_argument("--upgraded", metavar="FILE", help="SDXL checkpoint")
+    models.add_argument("--base", "--base-checkpoint", metavar="FILE", help="SD1.5 checkpoint")
+    models.add_argument("--adapter", metavar="FILE", help="mapping layers, or None for SDEdit + SDXL")
+    models.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
+    models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
+    models.add_argument("--lora", **SEVERAL, metavar="FILE[:WEIGHT]", help="of SD1.5 or SDXL, one or more")
+    models.add_argument("--controlnet", **SEVERAL, metavar="FILE", help="of SD1.5, one or more, each with")
+    return models
+
+
+def _add_picture(parser: argparse.ArgumentParser) -> Any:
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("--negative-prompt", default="")
+    picture.add_argument("--width", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--height", type=int, default=1024, help="a multiple of 8, 64 to 4096; default: %(default)s")
+    picture.add_argument("--steps", type=int, help="1 to 150; default: 20, with --reference 50")
+    picture.add_argument("--cfg", "--cfg-scale", type=float, help="1 to 30; default: 7, with --reference 7.5")
+    picture.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
+    picture.add_argument("--seed", action="extend", nargs="+", type=int, metavar="SEED", help="one or more; default: 0")
+    picture.add_argument("--clip-skip", type=int, default=1, help="of SD1.5, 1 to 12; default: %(default)s, none")
+    return picture
+
+
+def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], several: str) -> None:
     group = parser.add_argument_group("X-Adapter")
     group.add_argument(
         "--switch-point",
@@ -174,7 +216,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_setting("switch_point"),
         default=[Settings().switch_point],
         metavar="X",
-        help=f"{_told('switch_point')} Several values make a grid.",
+        help=f"{_told('switch_point')} Several values {several}.",
     )
     group.add_argument(
         "--weight",
@@ -182,15 +224,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_weight,
         default=[Settings().weight],
         metavar="X",
-        help=f"{_told('weight')} Several values make a grid; 1,0.5,0 is one weight a level.",
+        help=f"{_told('weight')} Several values {several}; 1,0.5,0 is one weight a level.",
     )
-    for name in arguments():
-        if name not in SETTINGS_ELSEWHERE:
-            _add_setting(group, name)
+    for name in names:
+        _add_setting(group, name)
     group.add_argument(
         "--reference", action="store_true", help="the released pipeline's rules for the switch and the steps"
     )
 
+
+def _add_machine(parser: argparse.ArgumentParser) -> Any:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -201,9 +244,68 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=MAPPING_CHOICES[0],
         help="how the mapping layers run: by torch's kernels, by kernels of our own on an NVIDIA GPU, or auto",
     )
-    machine.add_argument("--resume", action="store_true", help="leave out pictures that --out has already")
+    return machine
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    captions = parser.add_argument_group("captions")
+    captions.add_argument(
+        "--captions",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a text file with a caption a line; COCO's captions JSON, of which each picture's first is taken; or a "
+        "folder of pictures with a .txt beside each",
+    )
+    captions.add_argument("--pictures", type=Path, metavar="DIR", help="where the pictures of COCO's JSON lie")
+    captions.add_argument("--limit", type=int, metavar="N", help="the first N captions (default: all)")
+
+    models = _add_models(parser)
+    models.add_argument(
+        "--control", **SEVERAL, choices=CONTROLS, help="the map that it is given, made of the caption's picture, and"
+    )
+    models.add_argument(
+        "--control-scale", **SEVERAL, type=float, metavar="X", help="its strength, given once for each; default: 1"
+    )
+
+    picture = _add_picture(parser)
+    picture.add_argument(
+        "--base-prompt",
+        default="",
+        metavar="TEXT",
+        help="what SD1.5 is told, with {prompt} where the caption stands: trigger words belong here",
+    )
+    _add_joint_stage(parser, SETTINGS_OF_EVALUATE, "are compared")
+
+    figures = parser.add_argument_group("figures: nothing is downloaded, what has no weights is named and left out")
+    figures.add_argument("--metrics", **(SEVERAL | {"default": None}), choices=METRICS, help="default: all")
+    figures.add_argument(
+        "--inception", type=Path, metavar="FILE", help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth: fid"
+    )
+    figures.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model of transformers: clip, style")
+    figures.add_argument(
+        "--depth",
+        type=Path,
+        metavar="DIR",
+        help="an estimator of relative depth of transformers, such as DPT or Depth Anything: --control depth",
+    )
+    figures.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 100 or more; default: %(default)s"
+    )
+
+    machine = _add_machine(parser)
     machine.add_argument(
-        "--out", type=Path, default=Path("xadapter-pictures"), metavar="DIR", help="default: %(default)s"
+        "--memory",
+        choices=arguments()["memory"].choices,
+        default=RECORDED,
+        help=f"{arguments()['memory'].tooltip} Default: recorded, so that the SD1.5 model runs once for all weights.",
+    )
+    machine.add_argument(
+        "--out",
+        type=Path,
+        default=Path("xadapter-evaluation"),
+        metavar="DIR",
+        help="where a run goes on with what it has; default: %(default)s",
     )
 
 

@@ -1,0 +1,225 @@
+"""What an `evaluate` command asks for, found, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import WrongArgument, WrongFile
+from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_folder, find_files, naming_options
+from ..headless.job import Job
+from ..headless.lora_names import LoraTags, take_tags
+from ..headless.options import CONTROLS, METRICS, SETTINGS_OF_EVALUATE
+from ..headless.sampler_table import sampler_named
+from ..headless.words import with_style
+from ..settings import read_settings
+from .captions import Caption, Captions, literal, read_captions
+
+CANNY, DEPTH = CONTROLS
+FID, CLIP, CONDITION, STYLE = METRICS
+FEWEST_RESAMPLES = 100
+LARGEST_LIMIT = 10**7
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet of the base: the map it takes, and how strongly it acts."""
+
+    kind: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """A caption with a seed: one picture each way."""
+
+    caption: Caption
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The folder of its pictures."""
+        return f"{self.caption.key}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured, and where the weights for it lie.
+
+    Attributes:
+        wanted: names of figures.
+        inception, clip, depth: weights; None where there are none.
+        resamples: of the bootstrap.
+    """
+
+    wanted: tuple[str, ...]
+    inception: Path | None
+    clip: Path | None
+    depth: Path | None
+    resamples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A command that can be carried out.
+
+    Attributes:
+        files: of the models.
+        captions: what was read.
+        seeds: of each caption.
+        job: what every picture has in common.
+        controls: one for each ControlNet.
+        base_prompt: what the base is told, `{prompt}` standing for the caption; "" for the caption alone.
+        measures: the figures.
+        reference: whether the released pipeline's rules hold.
+        out: the folder of everything.
+    """
+
+    files: Files
+    captions: Captions
+    seeds: tuple[int, ...]
+    job: Job
+    controls: tuple[Control, ...]
+    base_prompt: str
+    measures: Measures
+    reference: bool
+    out: Path
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return tuple(Item(caption, seed) for caption in self.captions.usable for seed in self.seeds)
+
+    def job_of(self, item: Item, maps: tuple[Image.Image, ...]) -> Job:
+        """What the base and SDXL are asked for together, at every switch point and weight."""
+        prompt = literal(item.caption.text)
+        settings = dataclasses.replace(
+            self.job.settings, base_prompt=with_style(prompt, self.base_prompt) if self.base_prompt else ""
+        )
+        return dataclasses.replace(
+            self.job,
+            prompt=prompt,
+            seed=item.seed,
+            settings=settings,
+            control_images=maps,
+            control_scales=tuple((control.scale,) for control in self.controls),
+        )
+
+    @property
+    def made_with(self) -> Mapping[str, Any]:
+        """All that a picture depends on beside its caption, its seed and its way."""
+        files = self.files
+        loras = {lora.path.name: lora.weight for lora in files.loras}
+        ours = {
+            name: value for name, value in dataclasses.asdict(self.job.settings).items() if name in SETTINGS_OF_EVALUATE
+        }
+        return {
+            "base": _identity(files.base),
+            "upgraded": _identity(files.upgraded),
+            "adapter": _identity(files.adapter) if files.adapter else "None",
+            "lora": loras,
+            "controlnet": [_identity(path) for path in files.controlnets],
+            "control": [control.kind for control in self.controls],
+            "control_scale": [control.scale for control in self.controls],
+            "width": self.job.width,
+            "height": self.job.height,
+            "steps": self.job.steps,
+            "cfg": self.job.cfg_scale,
+            "sampler": self.job.sampler,
+            "clip_skip": self.job.clip_skip,
+            "negative_prompt": self.job.negative_prompt,
+            "base_prompt": self.base_prompt,
+            "reference": self.reference,
+            **ours,
+        }
+
+
+def _identity(path: Path) -> str:
+    """Name and size: another file under the same name is found out."""
+    files = [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
+    return f"{path.name} ({sum(file.stat().st_size for file in files)} bytes)"
+
+
+def read_evaluation(options: argparse.Namespace) -> Evaluation:
+    """Raises: XAdapterError: naming the option that is wrong."""
+    check_folder(options.out)
+    for option, path in (("--inception", options.inception), ("--clip", options.clip), ("--depth", options.depth)):
+        if path is not None and not path.exists():
+            raise WrongFile(f"{option}: there is no {path}.")
+    if options.resamples < FEWEST_RESAMPLES:
+        raise WrongArgument(f"--resamples is {options.resamples}, expected a whole number from {FEWEST_RESAMPLES}.")
+    if options.limit is not None and not 1 <= options.limit <= LARGEST_LIMIT:
+        raise WrongArgument(f"--limit is {options.limit}, expected a whole number from 1 to {LARGEST_LIMIT}.")
+    if take_tags(options.base_prompt).loras:
+        raise WrongArgument("--base-prompt names a LoRA; name it by --lora.")
+    files = find_files(options, LoraTags("", ()))
+    controls = _controls(options, files)
+    captions = read_captions(options.captions, options.pictures, bool(controls), options.limit or 0)
+    seeds = tuple(dict.fromkeys(options.seed or [0]))
+    evaluation = Evaluation(
+        files=files,
+        captions=captions,
+        seeds=seeds,
+        job=_job(options, files, controls),
+        controls=controls,
+        base_prompt=options.base_prompt,
+        measures=Measures(
+            tuple(options.metrics or METRICS),
+            options.inception,
+            options.clip,
+            options.depth,
+            options.resamples,
+        ),
+        reference=options.reference,
+        out=options.out,
+    )
+    with naming_options():
+        # what is out of range in one is so in all
+        for seed in seeds:
+            evaluation.job_of(Item(captions.usable[0], seed), (Image.new("RGB", (8, 8)),) * len(controls))
+    return evaluation
+
+
+def _controls(options: argparse.Namespace, files: Files) -> tuple[Control, ...]:
+    kinds, nets = options.control, len(files.controlnets)
+    scales = options.control_scale or [1.0] * nets
+    for option, given in (("--control", kinds), ("--control-scale", scales)):
+        if len(given) != nets:
+            raise WrongArgument(f"{option} is given {len(given)} times, expected once for each --controlnet.")
+    for scale in scales:
+        if not 0 <= scale <= MOST_CONTROL:
+            raise WrongArgument(f"--control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
+    if len(set(kinds)) < nets:
+        raise WrongArgument("--control names a kind of map twice, expected one ControlNet for each kind.")
+    if DEPTH in kinds and options.depth is None:
+        raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
+    return tuple(Control(kind, scale) for kind, scale in zip(kinds, scales, strict=True))
+
+
+def _job(options: argparse.Namespace, files: Files, controls: tuple[Control, ...]) -> Job:
+    usual = RELEASED_USUAL if options.reference else USUAL
+    own = {name: getattr(options, name) for name in SETTINGS_OF_EVALUATE}
+    models = {"base_checkpoint": files.base.stem, "adapter": files.adapter.name if files.adapter else "None"}
+    weights = [weight for weight in dict.fromkeys(options.weight) if weight != 0] if files.adapter else []
+    with naming_options():
+        return Job(
+            negative_prompt=options.negative_prompt,
+            settings=read_settings({**own, **models, "memory": options.memory}),
+            width=options.width,
+            height=options.height,
+            steps=usual.steps if options.steps is None else options.steps,
+            cfg_scale=usual.cfg_scale if options.cfg is None else options.cfg,
+            sampler=sampler_named(options.sampler).name,
+            switch_points=tuple(dict.fromkeys(options.switch_point)),
+            weights=(0.0, *weights),
+            model=files.upgraded.stem,
+            loras=tuple((lora.path.stem, lora.weight) for lora in files.loras),
+            control_names=tuple(path.stem for path in files.controlnets),
+            control_images=(Image.new("RGB", (8, 8)),) * len(controls),
+            clip_skip=options.clip_skip,
+        )

@@ -1,0 +1,302 @@
+"""From the pictures in a folder to figures with intervals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import WrongArgument, XAdapterError, first_line
+from .asked import CANNY, CLIP, CONDITION, FID, STYLE, Evaluation, Item, Measures
+from .intervals import Compared, MeanOverCaptions, Statistic, compare
+from .maps import Extractor, extractor
+from .ways import Folder, Kind, Way, folder_of, ways_of
+
+if TYPE_CHECKING:
+    from .figures.clip import Clip
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 16
+FID_SETTLES = 2048
+"""Pictures below which a covariance of 2048 features is singular, and FID much too large."""
+
+Part = TypeVar("Part")
+
+HIGHER, LOWER = "higher", "lower"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column of the table.
+
+    Attributes:
+        name: its heading.
+        better: "higher" or "lower".
+        told: what it is, in a sentence.
+        compared: values, intervals and differences, by the names of the ways.
+        values: of each picture, (items,) by way; none where only whole sets have one.
+    """
+
+    name: str
+    better: str
+    told: str
+    compared: Compared
+    values: Mapping[str, NDArray[numpy.float64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the pictures of an evaluation come to.
+
+    Attributes:
+        figures: in the order of the table.
+        not_computed: figure → reason.
+        notes: what a reader has to know.
+    """
+
+    figures: tuple[Figure, ...]
+    not_computed: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The pictures that are measured: of every caption that has all of its seeds, each way.
+
+    Attributes:
+        out: the folder of everything.
+        items: caption by caption, each with all seeds.
+        seeds: of each caption.
+        ways: in the order of the table.
+    """
+
+    out: Path
+    items: tuple[Item, ...]
+    seeds: int
+    ways: tuple[Way, ...]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Sample:
+        """As far as the pictures are there."""
+        ways, seeds = ways_of(evaluation.job), len(evaluation.seeds)
+        whole = [not folder_of(evaluation.out, item).missing(ways) for item in evaluation.items]
+        items = evaluation.items
+        starts = [start for start in range(0, len(items), seeds) if all(whole[start : start + seeds])]
+        return cls(
+            evaluation.out, tuple(item for start in starts for item in items[start : start + seeds]), seeds, ways
+        )
+
+    @property
+    def captions(self) -> int:
+        return len(self.items) // self.seeds
+
+    @cached_property
+    def folders(self) -> tuple[Folder, ...]:
+        return tuple(folder_of(self.out, item) for item in self.items)
+
+    def of_kind(self, *kinds: Kind) -> tuple[Way, ...]:
+        return tuple(way for way in self.ways if way.kind in kinds)
+
+    def per_caption(self, values: NDArray) -> NDArray:
+        """(items, …) → (captions, seeds, …)."""
+        return values.reshape(self.captions, self.seeds, *values.shape[1:])
+
+    def through(self, measure: Callable[[Sequence[Image.Image]], NDArray], way: Way, told: str) -> NDArray:
+        """What is measured of each picture of a way, (items, …)."""
+        batches = shown(list(self._batches()), f"{told}: {way.name}")
+        return numpy.concatenate([measure([opened(folder.of(way)) for folder in batch]) for batch in batches])
+
+    def _batches(self) -> Iterator[Sequence[Folder]]:
+        for start in range(0, len(self.folders), AT_ONCE):
+            yield self.folders[start : start + AT_ONCE]
+
+
+def shown(parts: Sequence[Part], told: str) -> Iterator[Part]:
+    """One after the other, with a progress bar."""
+    return iter(tqdm(parts, desc=told, dynamic_ncols=True, leave=False))
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+@dataclass(frozen=True)
+class KeptConditions:
+    """Of each picture of a way: its map's similarity to the one given, and for edges F1; (items,)."""
+
+    similarities: NDArray[numpy.float64]
+    f1s: NDArray[numpy.float64]
+
+
+class Measuring:
+    """Measures a sample.
+
+    Args:
+        evaluation: what was asked for.
+        sample: of its pictures.
+        device: where networks run.
+    """
+
+    def __init__(self, evaluation: Evaluation, sample: Sample, device: str = "cpu") -> None:
+        self._evaluation, self._sample, self._device = evaluation, sample, device
+        self._measures: Measures = evaluation.measures
+        self._embedded: dict[Way, NDArray] = {}
+        self._kept: dict[str, Mapping[str, KeptConditions]] = {}
+
+    def measured(self) -> Measured:
+        """Every figure that was asked for, or the reason why it is not there."""
+        figures, not_computed = [], {}
+        for told, measure in self._wanted():
+            try:
+                figures.append(measure())
+            except XAdapterError as error:
+                not_computed[told] = str(error)
+            except Exception as error:
+                logger.warning("%s failed:", told, exc_info=True)
+                not_computed[told] = f"{type(error).__name__}: {first_line(error)}"
+        return Measured(tuple(figures), not_computed, tuple(self._notes(figures)))
+
+    def _wanted(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        wanted = self._measures.wanted
+        if FID in wanted:
+            yield "FID", self._fid
+        if CLIP in wanted:
+            yield "CLIP score", self._clip_score
+        if CONDITION in wanted:
+            yield from self._conditions()
+        if STYLE in wanted:
+            yield "Style similarity", self._style
+
+    def _conditions(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        kinds = [control.kind for control in self._evaluation.controls]
+        if not kinds:
+            yield "Condition reconstruction", self._no_condition
+        for kind in kinds:
+            yield f"SSIM of {kind} maps", lambda kind=kind: self._map_similarity(kind)
+            if kind == CANNY:
+                yield "F1 of edges", self._edge_f1
+
+    def _notes(self, figures: Sequence[Figure]) -> Iterator[str]:
+        pictures = len(self._sample.items)
+        if pictures < FID_SETTLES and any(figure.name == "FID" for figure in figures):
+            yield (
+                f"FID of {pictures} pictures is far above what it settles to with thousands: compare it within this "
+                "table alone."
+            )
+
+    # --- figures ------------------------------------------------------------------------------------------------------
+
+    def _fid(self) -> Figure:
+        if self._measures.inception is None:
+            raise WrongArgument("--inception names no weights of InceptionV3.")
+        if self._sample.captions < 2:
+            raise WrongArgument("it takes two captions at least.")
+        from .figures.frechet import FrechetDistance, Inception
+
+        inception = Inception(self._measures.inception, self._device)
+        (plain,) = self._sample.of_kind(Kind.UPGRADED)
+        features = {
+            way.name: self._sample.per_caption(self._sample.through(inception.features, way, "FID"))
+            for way in self._sample.ways
+        }
+        reference = features.pop(plain.name)
+        statistics = {name: FrechetDistance(ours, reference, self._device) for name, ours in features.items()}
+        return self._figure("FID", LOWER, "Fréchet Inception distance from the pictures of plain SDXL", statistics)
+
+    def _clip_score(self) -> Figure:
+        from .figures.clip import similarity
+
+        texts = [item.caption.text for item in self._sample.items]
+        of_texts = numpy.concatenate(
+            [self._clip.of_texts(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
+        )
+        values = {way.name: similarity(self._embeddings(way), of_texts) for way in self._sample.ways}
+        return self._mean("CLIP score", HIGHER, "cosine of CLIP's embeddings of picture and caption", values)
+
+    def _style(self) -> Figure:
+        from .figures.clip import similarity
+
+        (base,) = self._sample.of_kind(Kind.BASE)
+        others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.UPGRADED)
+        values = {way.name: similarity(self._embeddings(way), self._embeddings(base)) for way in others}
+        return self._mean(
+            "Style similarity", HIGHER, "cosine of CLIP's embeddings of the picture and of SD1.5's own", values
+        )
+
+    def _no_condition(self) -> Figure:
+        raise WrongArgument("there is no --controlnet whose map could be kept.")
+
+    def _map_similarity(self, kind: str) -> Figure:
+        return self._mean(
+            f"SSIM, {kind}",
+            HIGHER,
+            f"structural similarity of the {kind} map of the picture, at SD1.5's size, and the one that was given",
+            {way: found.similarities for way, found in self._kept_conditions(kind).items()},
+        )
+
+    def _edge_f1(self) -> Figure:
+        return self._mean(
+            "F1, edges",
+            HIGHER,
+            "F1 of the edges of the picture, at SD1.5's size, and of those given, within two pixels",
+            {way: found.f1s for way, found in self._kept_conditions(CANNY).items()},
+        )
+
+    # --- what they share ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _clip(self) -> Clip:
+        if self._measures.clip is None:
+            raise WrongArgument("--clip names no CLIP model.")
+        from .figures.clip import Clip
+
+        return Clip(self._measures.clip, self._device)
+
+    def _embeddings(self, way: Way) -> NDArray:
+        if way not in self._embedded:
+            self._embedded[way] = self._sample.through(self._clip.of_pictures, way, "CLIP")
+        return self._embedded[way]
+
+    def _kept_conditions(self, kind: str) -> Mapping[str, KeptConditions]:
+        """By the names of the ways."""
+        if kind not in self._kept:
+            extract = extractor(kind, self._measures.depth, self._device)
+            self._kept[kind] = {way.name: self._kept_by(way, kind, extract) for way in self._sample.ways}
+        return self._kept[kind]
+
+    def _kept_by(self, way: Way, kind: str, extract: Extractor) -> KeptConditions:
+        from .figures.condition import edge_f1, map_similarity
+
+        similarities, f1s = [], []
+        for folder in shown(self._sample.folders, f"{kind}: {way.name}"):
+            given = opened(folder.map_of(kind))
+            found = extract(opened(folder.of(way)).resize(given.size, Image.Resampling.LANCZOS))
+            similarities.append(map_similarity(found, given))
+            if kind == CANNY:
+                f1s.append(edge_f1(found, given))
+        return KeptConditions(numpy.array(similarities), numpy.array(f1s))
+
+    def _mean(self, name: str, better: str, told: str, values: Mapping[str, NDArray]) -> Figure:
+        statistics = {way: MeanOverCaptions(self._sample.per_caption(ours)) for way, ours in values.items()}
+        return self._figure(name, better, told, statistics, values)
+
+    def _figure(
+        self,
+        name: str,
+        better: str,
+        told: str,
+        statistics: Mapping[str, Statistic],
+        values: Mapping[str, NDArray] | None = None,
+    ) -> Figure:
+        compared = compare(statistics, self._sample.captions, self._measures.resamples)
+        return Figure(name, better, told, compared, values or {})

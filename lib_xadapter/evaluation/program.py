@@ -1,0 +1,177 @@
+"""`evaluate`: pictures of captions in several ways, shared out over processes, then figures, tables and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import WrongArgument, WrongFile, XAdapterError
+from ..headless.bars import Bars
+from ..headless.generate import choose_placement, load_models
+from ..headless.options import say
+from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES, no_progress
+from ..headless.saving import write_whole
+from .asked import Evaluation, Item
+from .maps import extractor
+from .measuring import Measured, Measuring, Sample
+from .page import page
+from .processes import Processes
+from .report import Report, Row
+from .ways import Maker, UnusablePicture, folder_of, ways_of
+
+logger = logging.getLogger(__name__)
+
+MADE_WITH, PAGE, TABLE, FIGURES = "made-with.json", "index.html", "table.txt", "figures.json"
+EXIT_NOTHING = 1
+
+
+def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
+    """Make what is missing, measure what was asked for; status 1 where nothing at all could be measured."""
+    processes = Processes(options.device)
+    try:
+        if processes.is_first:
+            _claim(evaluation)
+        processes.wait()
+        _make(evaluation, options, processes)
+        processes.wait()
+        return _tell(evaluation, processes.device) if processes.is_first else 0
+    finally:
+        processes.leave()
+
+
+def _claim(evaluation: Evaluation) -> None:
+    """Write down what the pictures of the folder are made with.
+
+    Raises:
+        WrongArgument: it holds pictures that were made with something else.
+    """
+    path = evaluation.out / MADE_WITH
+    asked = json.loads(json.dumps(evaluation.made_with))
+    if path.is_file():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            different = next((name for name in asked if there.get(name) != asked[name]), None)
+        except (ValueError, AttributeError) as error:
+            raise WrongFile(f"{path} is not what evaluate wrote there.") from error
+        if different is not None:
+            raise WrongArgument(
+                f"--out: the pictures in {evaluation.out} were made with '{different}' {there.get(different)!r}, not "
+                f"{asked[different]!r}; name another folder."
+            )
+    write_whole(path, lambda to: to.write_text(_json(asked), encoding="utf-8"))
+
+
+def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Processes) -> None:
+    """The pictures that this process has to make."""
+    ways = ways_of(evaluation.job)
+    ours = processes.share(evaluation.items)
+    wanted = {item: len(folder_of(evaluation.out, item).missing(ways)) for item in ours}
+    missing = [item for item, pictures in wanted.items() if pictures]
+    if not missing:
+        return
+    placement = choose_placement(processes.device, options.dtype, options.low_memory)
+    models = load_models(evaluation.files, replace(placement, mapping=options.mapping), options.tokenizer)
+    kinds = {control.kind for control in evaluation.controls}
+    extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in kinds}
+    rules = RELEASED_RULES if evaluation.reference else WEBUI_RULES
+    works = len(missing) < len(ours)
+    bars: AbstractContextManager[Bars | None] = Bars(sum(wanted.values())) if processes.is_first else nullcontext()
+    with bars as shown:
+        maker = Maker(evaluation, models, rules, extractors, shown.show if shown else no_progress)
+        for item in missing:
+            works = _make_one(maker, item, evaluation, works) or works
+            if shown:
+                shown.finished(wanted[item])
+
+
+def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> bool:
+    """Make the pictures of an item, or write down why not; gives whether they are made.
+
+    Args:
+        works: whether any were made before; if not, what is wrong is wrong for all.
+
+    Raises:
+        XAdapterError: it is.
+    """
+    try:
+        maker.make(item)
+    except XAdapterError as error:
+        if not works and not isinstance(error, UnusablePicture):
+            raise
+        reason = " ".join(str(error).split())
+        logger.warning("%s is left out: %s", item.key, reason)
+        write_whole(folder_of(evaluation.out, item).left_out, lambda to: to.write_text(reason, encoding="utf-8"))
+        return False
+    return True
+
+
+def _tell(evaluation: Evaluation, device: str) -> int:
+    """Measure and write the report; gives the exit status."""
+    sample = Sample.of(evaluation)
+    if not sample.items:
+        raise WrongArgument(f"--captions: no caption has all its pictures; {_some_reason(evaluation)}")
+    measured = Measuring(evaluation, sample, device).measured()
+    report = Report(
+        ways=tuple(way.name for way in sample.ways),
+        captions=sample.captions,
+        seeds=sample.seeds,
+        measured=measured,
+        made_with=evaluation.made_with,
+        left_out=_left_out(evaluation),
+        skipped=evaluation.captions.skipped,
+        pictures=tuple(_rows(evaluation, sample, measured)),
+    )
+    text = report.text()
+    written: Mapping[str, Callable[[], str]] = {
+        TABLE: lambda: text,
+        FIGURES: lambda: _json(report.as_json()),
+        PAGE: lambda: page(report),
+    }
+    for name, content in written.items():
+        write_whole(evaluation.out / name, lambda to, content=content: to.write_text(content(), encoding="utf-8"))
+    say(f"{text}\n  page:   {evaluation.out / PAGE}\n  json:   {evaluation.out / FIGURES}")
+    return 0 if measured.figures else EXIT_NOTHING
+
+
+def _rows(evaluation: Evaluation, sample: Sample, measured: Measured) -> Sequence[Row]:
+    rows = []
+    for place, (item, folder) in enumerate(zip(sample.items, sample.folders, strict=True)):
+        given = {"picture": folder.source}
+        given |= {f"{control.kind} map": folder.map_of(control.kind) for control in evaluation.controls}
+        paths = given | {way.name: folder.of(way) for way in sample.ways}
+        rows.append(
+            Row(
+                item.caption.text,
+                item.seed,
+                {name: _relative(path, evaluation.out) for name, path in paths.items() if path.is_file()},
+                {
+                    figure.name: {way: round(float(values[place]), 6) for way, values in figure.values.items()}
+                    for figure in measured.figures
+                    if figure.values
+                },
+            )
+        )
+    return rows
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _left_out(evaluation: Evaluation) -> Mapping[str, str]:
+    found = ((item, folder_of(evaluation.out, item).left_out) for item in evaluation.items)
+    return {item.key: path.read_text(encoding="utf-8") for item, path in found if path.is_file()}
+
+
+def _some_reason(evaluation: Evaluation) -> str:
+    return next((f"{key}: {reason}" for key, reason in _left_out(evaluation).items()), "")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

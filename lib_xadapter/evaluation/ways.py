@@ -1,0 +1,219 @@
+"""The ways of making a picture of a caption that are compared, and the pictures themselves.
+
+SD1.5 with its plugins, SDEdit + SDXL over its picture, X-Adapter, and plain SDXL: all of them by `XAdapterPipeline`.
+The base makes its picture once for all of them, and its part of the joint stage once for all weights. What it finished
+stands beside the pictures, so that a run that goes on, or one with more weights, does not ask it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import safetensors.torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import WrongArgument, WrongFile, XAdapterError
+from ..headless.composed import BaseSide
+from ..headless.generate import texts_in
+from ..headless.grid import save_picture
+from ..headless.job import Job, open_picture
+from ..headless.jobs import make_pictures
+from ..headless.models import Models
+from ..headless.pipeline import Progress, Rules, no_progress
+from ..headless.saving import write_whole
+from ..settings import NOISE
+from .asked import Evaluation, Item
+from .maps import Extractor, fitted
+
+
+class UnusablePicture(XAdapterError):
+    """A caption's picture that cannot be read: what is wrong is wrong for this caption alone."""
+
+
+BASE_LATENTS = "base.safetensors"
+SOURCE = "source.png"
+
+
+class Kind(Enum):
+    """What makes a picture."""
+
+    BASE = "SD1.5"
+    SDEDIT = "SDEdit + SDXL"
+    ADAPTER = "X-Adapter"
+    UPGRADED = "SDXL"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of making a picture.
+
+    Attributes:
+        kind: what makes it.
+        name: for tables.
+        file: of its picture, in the folder of each item.
+        switch_point, weight: of the joint stage; None where there is none.
+    """
+
+    kind: Kind
+    name: str
+    file: str
+    switch_point: float | None = None
+    weight: float | tuple[float, ...] | None = None
+
+
+def ways_of(job: Job) -> tuple[Way, ...]:
+    """The base, SDEdit at each switch point, X-Adapter at each of them with each weight, and plain SDXL."""
+    several_points, several_weights = len(job.switch_points) > 1, len(job.weights) > 2
+    joint = []
+    for weight in job.weights:
+        kind, weights = (Kind.ADAPTER, _shown(weight)) if weight else (Kind.SDEDIT, "")
+        for point in job.switch_points:
+            told = [f"switch point {point:g}"] * several_points + [f"weight {weights}"] * (
+                several_weights and weight != 0
+            )
+            stem = "-".join([FILES[kind], f"{point:g}", *([weights.replace(", ", "_")] if weight else [])])
+            joint.append(Way(kind, ", ".join([kind.value, *told]), f"{stem}.png", point, weight))
+    return (Way(Kind.BASE, Kind.BASE.value, "base.png"), *joint, Way(Kind.UPGRADED, Kind.UPGRADED.value, "sdxl.png"))
+
+
+FILES = {Kind.SDEDIT: "sdedit", Kind.ADAPTER: "x-adapter"}
+
+
+def _shown(weight: float | tuple[float, ...]) -> str:
+    return ", ".join(f"{one:g}" for one in weight) if isinstance(weight, tuple) else f"{weight:g}"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the pictures of an item are."""
+
+    path: Path
+
+    def missing(self, ways: Sequence[Way]) -> tuple[Way, ...]:
+        return tuple(way for way in ways if not self.of(way).is_file())
+
+    def of(self, way: Way) -> Path:
+        return self.path / way.file
+
+    def map_of(self, kind: str) -> Path:
+        return self.path / f"map-{kind}.png"
+
+    @property
+    def source(self) -> Path:
+        return self.path / SOURCE
+
+    @property
+    def left_out(self) -> Path:
+        """Says why there are pictures missing, where they could not be made."""
+        return self.path / "left-out.txt"
+
+
+def folder_of(out: Path, item: Item) -> Folder:
+    return Folder(out / "pictures" / item.key)
+
+
+class Maker:
+    """Makes the pictures of one item after the other.
+
+    Args:
+        evaluation: what is asked for.
+        models: loaded.
+        rules: where the paper leaves a choice.
+        extractors: of control maps, by kind.
+        progress: told of every step.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        models: Models,
+        rules: Rules,
+        extractors: Mapping[str, Extractor],
+        progress: Progress = no_progress,
+    ) -> None:
+        self._evaluation, self._models, self._rules = evaluation, models, rules
+        self._extractors, self._progress = extractors, progress
+        self._ways = ways_of(evaluation.job)
+
+    def make(self, item: Item) -> None:
+        """All pictures of an item that are not there yet, each written as soon as it is finished."""
+        folder = folder_of(self._evaluation.out, item)
+        missing = folder.missing(self._ways)
+        job = self._evaluation.job_of(item, self._maps(item, folder))
+        if any(way.kind is not Kind.UPGRADED for way in missing):
+            self._make_joint(job, folder)
+        if any(way.kind is Kind.UPGRADED for way in missing):
+            (upgraded,) = (way for way in missing if way.kind is Kind.UPGRADED)
+            (picture,) = make_pictures(self._models, _plain(job), self._rules, self._progress)
+            save_picture(folder.of(upgraded), picture.image, picture.text)
+        folder.left_out.unlink(missing_ok=True)
+
+    def _make_joint(self, job: Job, folder: Folder) -> None:
+        base = next(way for way in self._ways if way.kind is Kind.BASE)
+        side = _kept_side(folder, base)
+        files = {(way.switch_point, way.weight): folder.of(way) for way in self._ways}
+        for picture in make_pictures(
+            self._models, job, self._rules, self._progress, there=texts_in(folder.path), base_side=side
+        ):
+            if picture.base_image is not None and not folder.of(base).is_file():
+                _keep_latents(folder, picture.base_latents)
+                save_picture(folder.of(base), picture.base_image)
+            save_picture(files[picture.settings.switch_point, picture.settings.weight], picture.image, picture.text)
+
+    def _maps(self, item: Item, folder: Folder) -> tuple[Image.Image, ...]:
+        controls, picture = self._evaluation.controls, item.caption.picture
+        if not controls or picture is None:
+            return ()
+        source = fitted(_given(picture), self._evaluation.job.base_size)
+        if not folder.source.is_file():
+            save_picture(folder.source, source)
+        return tuple(self._map(source, control.kind, folder.map_of(control.kind)) for control in controls)
+
+    def _map(self, source: Image.Image, kind: str, path: Path) -> Image.Image:
+        if not path.is_file():
+            save_picture(path, self._extractors[kind](source))
+        return open_picture(path, "--out")
+
+
+def _given(path: Path) -> Image.Image:
+    try:
+        return open_picture(path, "--captions")
+    except WrongArgument as error:
+        raise UnusablePicture(str(error)) from error
+
+
+def _plain(job: Job) -> Job:
+    """SDXL alone, from noise."""
+    alone = dataclasses.replace(job.settings, single_stage=True, base_start=NOISE)
+    return dataclasses.replace(
+        job,
+        settings=alone,
+        switch_points=job.switch_points[:1],
+        weights=(0.0,),
+        control_images=(),
+        control_scales=(),
+        control_names=(),
+    )
+
+
+def _keep_latents(folder: Folder, latents: Tensor) -> None:
+    tensors = {"latents": latents.cpu().contiguous()}
+    write_whole(folder.path / BASE_LATENTS, lambda to: to.write_bytes(safetensors.torch.save(tensors)))
+
+
+def _kept_side(folder: Folder, base: Way) -> BaseSide | None:
+    """What the base finished for this item; None where it has not."""
+    path = folder.path / BASE_LATENTS
+    # the latents are written before the picture
+    if not (path.is_file() and folder.of(base).is_file()):
+        return None
+    try:
+        return BaseSide(safetensors.torch.load_file(path)["latents"])
+    except (SafetensorError, KeyError) as error:
+        raise WrongFile(f"{path} holds no latents of the base; without it and base.png they are made anew.") from error

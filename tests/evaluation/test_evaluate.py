@@ -1,0 +1,354 @@
+"""`evaluate`, from captions to a page, on small models."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from lib_xadapter.evaluation import ways
+from lib_xadapter.headless import composed
+from lib_xadapter.headless.cli import main
+
+WAYS = ("SD1.5", "SDEdit + SDXL", "X-Adapter", "SDXL")
+FILES = ("base.png", "sdedit-0.8.png", "x-adapter-0.8-1.png", "sdxl.png")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """An `evaluate` command that makes small pictures in one step."""
+
+    models: Path
+    tokenizer: Path
+    captions: Path
+    out: Path
+
+    def words(self, *more: str) -> list[str]:
+        usual = {
+            "captions": self.captions,
+            "upgraded": "small-sdxl",
+            "base": "small-sd15",
+            "adapter": "small",
+            "models-dir": self.models,
+            "tokenizer": self.tokenizer,
+            "width": 64,
+            "height": 64,
+            "steps": 2,
+            "device": "cpu",
+            "resamples": 100,
+            "out": self.out,
+        }
+        left = {f"--{name}": str(value) for name, value in usual.items() if f"--{name}" not in more}
+        return ["evaluate", *(word for pair in left.items() for word in pair), *more]
+
+    def __call__(self, *more: str) -> int:
+        return main(self.words(*more))
+
+    def pictures(self) -> dict[Path, int]:
+        """When each was written."""
+        found = (path for path in self.out.rglob("pictures/*/*.png"))
+        return {path.relative_to(self.out): path.stat().st_mtime_ns for path in found if path.name in FILES}
+
+    def told(self) -> dict:
+        return json.loads((self.out / "figures.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def evaluate(small, captioned, tmp_path) -> Evaluate:
+    return Evaluate(small.folder, small.tokenizer, captioned, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def whole(small, captioned, clip_folder, depth_folder, inception_file, tmp_path_factory) -> Evaluate:
+    """A finished evaluation with every figure that there is."""
+    run = Evaluate(small.folder, small.tokenizer, captioned, tmp_path_factory.mktemp("whole"))
+    weights = ["--clip", str(clip_folder), "--depth", str(depth_folder), "--inception", str(inception_file)]
+    nets = ["--controlnet", "small-edges", "small-edges", "--control", "canny", "depth"]
+    assert run(*nets, "--lora", "small-style", *weights) == 0
+    return run
+
+
+class TestPictures:
+    def test_every_caption_has_one_each_way(self, whole):
+        folders = [path for path in (whole.out / "pictures").iterdir()]
+        assert sorted(path.name[:4] for path in folders) == ["ball", "moon"]
+        for folder in folders:
+            assert {path.name for path in folder.glob("*.png")} == {
+                *FILES, "source.png", "map-canny.png", "map-depth.png"
+            }  # fmt: skip
+            pictures = [Image.open(folder / name).tobytes() for name in FILES]
+            assert len(set(pictures)) == 4
+
+    def test_they_are_those_of_generate(self, whole, small, tmp_path):
+        """The same models, plugins, map and seed: the same pictures, to the byte."""
+        (folder,) = (whole.out / "pictures").glob("ball*")
+        command = [
+            "generate", "--upgraded", "small-sdxl", "--base", "small-sd15", "--adapter", "small", "--models-dir",
+            str(small.folder), "--tokenizer", str(small.tokenizer), "--width", "64", "--height", "64", "--steps", "2",
+            "--device", "cpu", "--controlnet", "small-edges", "small-edges", "--lora", "small-style",
+            "--control-image", str(folder / "map-canny.png"), str(folder / "map-depth.png"), "--weight", "0", "1",
+            "--return-base-image", "--prompt", r"a yellow ball \(number 0\) at 10:\30", "--out", str(tmp_path),
+        ]  # fmt: skip
+        assert main(command) == 0
+        theirs = [Image.open(path).tobytes() for path in sorted(tmp_path.glob("0*.png"))]
+        ours = [Image.open(folder / name).tobytes() for name in (FILES[0], FILES[1], FILES[0], FILES[2])]
+        assert [theirs[1], theirs[0]] == [ours[1], ours[0]] or theirs[:2] == ours[:2]
+        assert ours[3] in theirs
+
+    def test_plain_sdxl_knows_nothing_of_the_base(self, evaluate):
+        """Another base prompt changes every picture but its."""
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
+        other = Evaluate(evaluate.models, evaluate.tokenizer, evaluate.captions, evaluate.out.with_name("other"))
+        assert other("--limit", "1", "--metrics", "condition", "--base-prompt", "ink, {prompt}") == 1
+        changed = {
+            path.name: Image.open(evaluate.out / path).tobytes() != Image.open(other.out / path).tobytes()
+            for path in evaluate.pictures()
+        }
+        assert changed == {"base.png": True, "sdedit-0.8.png": True, "x-adapter-0.8-1.png": True, "sdxl.png": False}
+
+
+class TestGoingOn:
+    def test_nothing_is_made_twice_and_no_model_is_loaded_for_nothing(self, whole, monkeypatch):
+        before = whole.pictures()
+        monkeypatch.setattr("lib_xadapter.evaluation.program.load_models", None)
+        nets = ["--controlnet", "small-edges", "small-edges", "--control", "canny", "depth", "--lora", "small-style"]
+        assert whole(*nets, "--depth", str(whole.models), "--metrics", "fid") == 1
+        assert whole.pictures() == before
+
+    @pytest.mark.parametrize("finished", range(1, 8))
+    def test_a_run_that_was_killed_goes_on_where_it_was(self, evaluate, monkeypatch, finished):
+        """Whichever picture it was killed after."""
+        saved, calls = [], []
+        save, run = ways.save_picture, composed.XAdapterPipeline.run
+
+        def save_so_many(path, *given):
+            if len(saved) == finished:
+                raise KeyboardInterrupt
+            saved.append(save(path, *given))
+
+        def counted(self, request, side=None, *given, **named):
+            calls.append(side is None)
+            return run(self, request, side, *given, **named)
+
+        monkeypatch.setattr(composed.XAdapterPipeline, "run", counted)
+        with monkeypatch.context() as patch:
+            patch.setattr(ways, "save_picture", save_so_many)
+            assert evaluate("--metrics", "condition") == 130
+        before = evaluate.pictures()
+        assert len(before) == finished
+        assert evaluate("--metrics", "condition") == 1
+        after = evaluate.pictures()
+        assert len(after) == 8
+        assert {path: after[path] for path in before} == before
+
+    def test_a_killed_process_leaves_no_half_picture(self, evaluate):
+        program = (
+            "import os, signal, sys\n"
+            "from lib_xadapter.evaluation import ways\n"
+            "from lib_xadapter.headless import cli\n"
+            "save, saved = ways.save_picture, []\n"
+            "def killed(path, *given):\n"
+            "    saved.append(save(path, *given))\n"
+            "    if len(saved) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "ways.save_picture = killed\n"
+            "cli.main(sys.argv[1:])\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", program, *evaluate.words()], capture_output=True, timeout=600)
+        assert ended.returncode == -9
+        before = evaluate.pictures()
+        assert len(before) == 3
+        assert evaluate("--metrics", "condition") == 1
+        assert before.items() <= evaluate.pictures().items()
+        assert len(evaluate.pictures()) == 8
+        for path in evaluate.pictures():
+            Image.open(evaluate.out / path).load()
+
+    def test_more_weights_use_the_bases_side_again(self, evaluate, monkeypatch):
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
+        stages = []
+        progress = ways.make_pictures
+
+        def watched(models, job, rules, told, **named):
+            def show(stage, done, total):
+                stages.extend([stage] * (done == 0))
+
+            return progress(models, job, rules, show, **named)
+
+        monkeypatch.setattr(ways, "make_pictures", watched)
+        assert evaluate("--limit", "1", "--metrics", "condition", "--weight", "1", "0.5", "1.5") == 1
+        assert stages == ["recording", "SDXL", "SDXL"]
+
+    def test_other_models_or_settings_need_another_folder(self, evaluate, capsys):
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
+        for more, told in (
+            (("--steps", "3"), "were made with 'steps' 2, not 3"),
+            (("--lora", "small-style"), "were made with 'lora' {}, not {'small-style.safetensors': 1.0}"),
+            (("--guidance-end", "0.5"), "were made with 'guidance_end' 1.0, not 0.5"),
+        ):
+            assert evaluate("--limit", "1", *more) == 2
+            assert told in capsys.readouterr().err
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+    def test_two_share_out_the_work(self, evaluate, launcher):
+        program = {
+            "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+            "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+        }
+        command = [sys.executable, "-m", *program[launcher], "--module" if launcher == "accelerate" else "-m"]
+        seeds = ["--seed", "1", "2", "--metrics", "condition"]
+        ended = subprocess.run(
+            [*command, "lib_xadapter", *evaluate.words(*seeds)], capture_output=True, text=True, timeout=900
+        )
+        assert "Condition reconstruction: there is no --controlnet" in ended.stdout
+        assert len(evaluate.pictures()) == 16
+        one = Evaluate(evaluate.models, evaluate.tokenizer, evaluate.captions, evaluate.out.with_name("one"))
+        assert one(*seeds) == 1
+        for path in one.pictures():
+            assert Image.open(one.out / path).tobytes() == Image.open(evaluate.out / path).tobytes()
+
+
+class TestReport:
+    def test_every_figure_has_an_interval_for_every_way_it_is_for(self, whole):
+        told = whole.told()
+        assert told["sample"] == {"captions": 2, "seeds": 1}
+        assert told["not_computed"] == {}
+        ways_of = {figure["name"]: tuple(figure["ways"]) for figure in told["figures"]}
+        assert ways_of == {
+            "FID": WAYS[:3],
+            "CLIP score": WAYS,
+            "SSIM, canny": WAYS,
+            "F1, edges": WAYS,
+            "SSIM, depth": WAYS,
+            "Style similarity": WAYS[1:],
+        }
+        for figure in told["figures"]:
+            for estimate in (*figure["ways"].values(), *figure["differences"]):
+                low, high = estimate["interval"]
+                assert low <= estimate["value"] <= high
+
+    def test_values_are_those_of_the_pictures(self, whole):
+        from lib_xadapter.evaluation.figures.condition import edge_f1, map_similarity
+        from lib_xadapter.evaluation.maps import canny
+
+        told = whole.told()
+        figures = {figure["name"]: figure for figure in told["figures"]}
+        found = []
+        for row in told["pictures"]:
+            given = Image.open(whole.out / row["pictures"]["canny map"])
+            made = canny(Image.open(whole.out / row["pictures"]["X-Adapter"]))
+            found.append(edge_f1(made, given))
+            assert row["values"]["F1, edges"]["X-Adapter"] == pytest.approx(found[-1], abs=1e-6)
+            assert row["values"]["SSIM, canny"]["X-Adapter"] == pytest.approx(map_similarity(made, given), abs=1e-6)
+        assert figures["F1, edges"]["ways"]["X-Adapter"]["value"] == pytest.approx(numpy.mean(found))
+
+    def test_the_table_says_it_all_in_text(self, whole):
+        text = (whole.out / "table.txt").read_text(encoding="utf-8")
+        assert text.startswith("2 captions with 1 seed each, 95 % intervals")
+        heading, *rows = text.split("\n\n")[1].splitlines()
+        assert re.split(r"  +", heading.strip()) == [
+            "FID ↓", "CLIP score ↑", "SSIM, canny ↑", "F1, edges ↑", "SSIM, depth ↑", "Style similarity ↑"
+        ]  # fmt: skip
+        assert [row.split("  ")[0] for row in rows] == list(WAYS)
+        assert rows[3].split()[1] == "–"
+        assert "SDEdit + SDXL less X-Adapter" in text
+        assert "FID of 2 pictures is far above what it settles to" in text
+
+    def test_what_cannot_be_computed_is_named_with_its_reason(self, evaluate, clip_folder, depth_folder, capsys):
+        given = ["--clip", str(depth_folder), "--controlnet", "small-edges", "--control", "canny"]
+        assert evaluate("--limit", "1", *given) == 0
+        said = capsys.readouterr().out
+        assert "Not computed: FID: --inception names no weights of InceptionV3." in said
+        assert f"Not computed: CLIP score: --clip: {depth_folder} holds no CLIP model" in said
+        assert evaluate.told()["not_computed"].keys() == {"FID", "CLIP score", "Style similarity"}
+
+    def test_metrics_takes_some(self, evaluate, clip_folder):
+        assert evaluate("--metrics", "clip", "style", "--clip", str(clip_folder), "--limit", "1") == 0
+        told = evaluate.told()
+        assert [figure["name"] for figure in told["figures"]] == ["CLIP score", "Style similarity"]
+        assert told["not_computed"] == {}
+
+    def test_several_weights_and_switch_points_are_ways_of_their_own(self, evaluate, clip_folder):
+        more = ["--weight", "0", "1", "1,0.5,0", "--switch-point", "0.8", "0.5"]
+        assert evaluate("--limit", "1", "--metrics", "clip", "--clip", str(clip_folder), *more) == 0
+        assert evaluate.told()["ways"] == [
+            "SD1.5",
+            "SDEdit + SDXL, switch point 0.8",
+            "SDEdit + SDXL, switch point 0.5",
+            "X-Adapter, switch point 0.8, weight 1",
+            "X-Adapter, switch point 0.5, weight 1",
+            "X-Adapter, switch point 0.8, weight 1, 0.5, 0",
+            "X-Adapter, switch point 0.5, weight 1, 0.5, 0",
+            "SDXL",
+        ]
+
+    def test_without_an_adapter_there_is_no_such_way(self, evaluate, clip_folder):
+        more = ["--adapter", "None", "--metrics", "clip", "--clip", str(clip_folder), "--limit", "1"]
+        assert evaluate(*more) == 0
+        assert evaluate.told()["ways"] == ["SD1.5", "SDEdit + SDXL", "SDXL"]
+
+    def test_a_broken_picture_is_left_out_by_name_and_the_rest_is_measured(self, evaluate, captioned, tmp_path):
+        folder = tmp_path / "captions"
+        folder.mkdir()
+        for path in captioned.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / "a.png").write_bytes(b"no picture")
+        (folder / "a.txt").write_text("broken")
+        (folder / "b.txt").write_text("no picture at all")
+        given = ["--captions", str(folder), "--controlnet", "small-edges", "--control", "canny"]
+        assert evaluate(*given, "--metrics", "condition") == 0
+        told = evaluate.told()
+        assert told["sample"]["captions"] == 2
+        ((name, reason),) = told["left_out"].items()
+        assert name.startswith("a-")
+        assert "a.png is no picture that can be read" in reason
+        assert told["skipped"] == {"no picture": ["b"]}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("more", "told"),
+        [
+            (["--captions", "nowhere.txt"], "--captions: nowhere.txt cannot be read"),
+            (["--width", "100"], "--width is 100, expected a multiple of 8 from 64 to 4096"),
+            (["--seed", "-1"], "--seed is -1, expected a whole number from 0"),
+            (["--limit", "0"], "--limit is 0, expected a whole number from 1"),
+            (["--resamples", "5"], "--resamples is 5, expected a whole number from 100"),
+            (["--metrics", "beauty"], "argument --metrics: invalid choice: 'beauty'"),
+            (["--inception", "nowhere"], "--inception: there is no nowhere"),
+            (["--clip", "nowhere"], "--clip: there is no nowhere"),
+            (["--controlnet", "small-edges"], "--control is given 0 times, expected once for each --controlnet"),
+            (["--control", "canny"], "--control is given 1 times, expected once for each --controlnet"),
+            (["--controlnet", "small-edges", "--control", "depth"], "--control is depth, but --depth names no estimator"),
+            (["--controlnet", "small-edges", "--control", "canny", "--control-scale", "3"], "--control-scale is 3"),
+            (["--controlnet", "small-edges", "small-edges", "--control", "canny", "canny"], "a kind of map twice"),
+            (["--base-prompt", "<lora:small-style>"], "--base-prompt names a LoRA; name it by --lora"),
+            (["--upgraded", "small-sd15"], "--upgraded:"),
+            (["--base", "nobody"], "--base: there is no checkpoint 'nobody'"),
+            (["--device", "abacus"], "--device is 'abacus'"),
+            (["--guidance-start", "0.9", "--guidance-end", "0.1"], "--guidance-start is 0.9, after --guidance-end"),
+            (["--base-start", "control image"], "--base-start is 'control image', but there is no"),
+        ],
+    )  # fmt: skip
+    def test_it_is_told_in_one_line(self, evaluate, capsys, more, told):
+        try:
+            status = evaluate(*more)
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr().err.strip().splitlines()
+        assert status == 2
+        assert told in said[-1]
+        assert not evaluate.pictures()
+
+    def test_a_folder_without_captions_is_told(self, evaluate, capsys, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert evaluate("--captions", str(tmp_path / "empty")) == 2
+        assert "has no caption that can be used (it holds none)" in capsys.readouterr().err
