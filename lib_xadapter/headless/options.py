@@ -10,9 +10,8 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import WrongArgument
-from ..settings import Settings, arguments, checked, defaults, expectation
-from ..training.command_line import add_train
 from ..settings import RECORDED, Settings, arguments, checked, defaults, expectation
+from ..training.command_line import add_train
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
