@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path | None = None, pad_token: str = END) -> CLIPToke
     Raises:
         WrongFile: there is no vocabulary.
     """
-    vocabulary, merges = _read_folder(folder) if folder else _read_shipped_table()
+    vocabulary, merges = _read_folder(folder) if folder else read_shipped_table()
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
@@ -60,7 +60,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, merges
 
 
-def _read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's whole vocabulary and its merges, from an installed package.
+
+    Raises:
+        WrongFile: no package carries it.
+    """
     for package, table in SHIPPED_TABLES:
         spec = importlib.util.find_spec(package)
         path = Path(spec.origin).parent / table if spec and spec.origin else None
