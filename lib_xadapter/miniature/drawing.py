@@ -230,4 +230,3 @@ def _linen(size: int) -> Array:
 
 def _bytes(canvas: Array) -> NDArray[numpy.uint8]:
     return (numpy.clip(canvas, 0, 1) * 255 + 0.5).astype(numpy.uint8)
-
