@@ -1,8 +1,7 @@
 """The models in miniature: SD1.5's and SDXL's own topologies, narrow enough to be learned on a CPU.
 
 ldm and sgm norm in 32 groups and know VAEs of factor 8 with four channels only, which bounds how narrow they can be. At
-64 pixels the base's latents are 8 x 8, so its four levels go down to 1 x 1; what is to be seen lies in its first two,
-which therefore are as wide as the others.
+64 pixels the base's latents are 8 x 8, so its four levels go down to 1 x 1.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..headless.model_configs import SCALING_FACTORS, SIZE_EMBEDDING
 from .vocabulary import LENGTH, numbers
 
-BASE_CHANNELS = (64, 64, 64, 64)
-BASE_HEADS = 8
-"""As sd-webui-controlnet and ldm have them."""
-UPGRADED_CHANNELS = (64, 64, 96)
+BASE_CHANNELS = (32, 32, 64, 64)
+BASE_HEADS = 4
+UPGRADED_CHANNELS = (32, 64, 64)
 HEAD_WIDTH = 16
 """Of the upgraded model's attention."""
 VAE_CHANNELS = (32, 32, 64, 64)
@@ -66,8 +64,24 @@ def upgraded_unet() -> UNet2DConditionModel:
 
 
 def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet that begins as a UNet's encoder."""
+    """A ControlNet of the base that begins as its UNet's encoder."""
     return ControlNetModel.from_unet(unet)
+
+
+def upgraded_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """One of the upgraded model without attention, as SDXL's "small" ones are, which begins as its encoder."""
+    net = ControlNetModel(
+        block_out_channels=UPGRADED_CHANNELS,
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2D",
+        cross_attention_dim=None,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_EMBEDDING,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * SIZE_EMBEDDING,
+    )
+    there = unet.state_dict()
+    net.load_state_dict({name: there[name] for name in net.state_dict() if name in there}, strict=False)
+    return net
 
 
 def t2i_adapter() -> T2IAdapter:

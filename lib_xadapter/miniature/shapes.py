@@ -22,12 +22,12 @@ def outline(shape: str) -> Sequence[Loop]:
     return {
         "circle": lambda: [_round(0.95)],
         "square": lambda: [_regular(4, 1.15, math.pi / 4)],
-        "triangle": lambda: [_regular(3, 1.22, -math.pi / 2) + (0, 0.15)],
+        "triangle": lambda: [_regular(3, 1.22, -math.pi / 2) + numpy.array([0, 0.15])],
         "star": lambda: [_pointed(5, 1.2, 0.52)],
         "heart": lambda: [_heart()],
         "cross": lambda: [_cross(1.05, 0.38)],
         "ring": lambda: [_round(1.0), _round(0.5)],
-        "diamond": lambda: [_regular(4, 1.0, math.pi / 2) * (0.78, 1.25)],
+        "diamond": lambda: [_regular(4, 1.0, math.pi / 2) * numpy.array([0.78, 1.25])],
         "flower": lambda: [_flower()],
     }[shape]()
 

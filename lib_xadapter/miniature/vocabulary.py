@@ -7,6 +7,7 @@ text falls into the same tokens as by the whole table, and the text encoders nee
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def _merged(word: str, ranks: Mapping[tuple[str, str], int]) -> list[tuple[str, 
     """The merges that make a word of its letters."""
     parts, made = [*word[:-1], word[-1] + WORD_END], []
     while len(parts) > 1:
-        pair = min(zip(parts, parts[1:], strict=False), key=lambda two: ranks.get(two, len(ranks)))
+        pair = min(itertools.pairwise(parts), key=lambda two: ranks.get(two, len(ranks)))
         place = next(at for at in range(len(parts) - 1) if (parts[at], parts[at + 1]) == pair)
         parts[place : place + 2] = ["".join(pair)]
         made.append(pair)
