@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ..headless.saving import write_whole
 from .captions import caption_of, facts_of
-
 from .learning import Drawn, batches
 from .scenes import SHAPES, Scene, scene_of
 from .vocabulary import token_rows
