@@ -72,6 +72,10 @@ def _run(options: argparse.Namespace) -> int:
         from ..evaluation.program import evaluate
 
         return evaluate(options, evaluation)
+    if options.command == "miniature":
+        from ..miniature.program import miniature
+
+        return miniature(options)
     if options.ui:
         from .page import open_page
 

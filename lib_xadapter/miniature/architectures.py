@@ -21,16 +21,16 @@ BASE_HEADS = 4
 UPGRADED_CHANNELS = (32, 64, 64)
 HEAD_WIDTH = 16
 """Of the upgraded model's attention."""
-VAE_CHANNELS = (32, 32, 64, 64)
+VAE_CHANNELS = {"sd1": (32, 32, 32, 32), "sdxl": (32, 32, 32, 64)}
 TEXT_WIDTH = 64
-TEXT_LAYERS = 3
+TEXT_LAYERS = 2
 FACTOR = 8
 
 
 def vae(family: str) -> AutoencoderKL:
-    """A VAE of family "sd1" or "sdxl", which differ in nothing but what they are told their latents' size is."""
+    """A VAE of family "sd1" or "sdxl"."""
     return AutoencoderKL(
-        block_out_channels=VAE_CHANNELS,
+        block_out_channels=VAE_CHANNELS[family],
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,

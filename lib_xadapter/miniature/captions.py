@@ -8,6 +8,7 @@ Objects stand from front to back. What a scene leaves to chance (`scenes.SHIFT` 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import WrongArgument
@@ -54,7 +55,7 @@ def facts_of(scene: Scene) -> Facts:
     return Facts(objects, scene.background.pattern, scene.background.colours)
 
 
-def caption_of(facts: Facts, names: dict[str, str] | None = None) -> str:
+def caption_of(facts: Facts, names: Mapping[str, str] | None = None) -> str:
     """The caption that says these facts.
 
     Args:

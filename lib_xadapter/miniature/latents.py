@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -48,18 +48,20 @@ class Source:
     """What a bank is made from.
 
     Attributes:
-        draw: scene and size → picture.
-        size: of pictures.
+        draw: scene → picture.
         first: seed of the first scene; the others follow.
         pictures: how many, whole files of `PART`.
         shapes: that can be in a scene.
+        names: other words for shapes in the captions.
+        tokens: of words that the vocabulary has not.
     """
 
     draw: Draw
-    size: int
     first: int
     pictures: int
     shapes: tuple[str, ...] = SHAPES
+    names: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def scene(self, row: int) -> Scene:
         return scene_of(self.first + row, self.shapes)
@@ -119,5 +121,7 @@ def _encoded(source: Source, vae: AutoencoderKL, rows: range) -> dict[str, NDArr
         factor = vae.config.scaling_factor
         means.append((factor * posterior.mean).half().numpy())
         deviations.append((factor * posterior.std).half().numpy())
-    tokens = numpy.array([token_rows(caption_of(facts_of(scene))) for scene in scenes], numpy.int16)
+    tokens = numpy.array(
+        [token_rows(caption_of(facts_of(scene), source.names), replaced=source.tokens) for scene in scenes], numpy.int16
+    )
     return {"means": numpy.concatenate(means), "deviations": numpy.concatenate(deviations), "tokens": tokens}

@@ -1,8 +1,8 @@
 """The miniature models as a user's files: single files with their .yaml, and what the WebUI wants beside.
 
-Both hosts read the same names. For the WebUI the tokenizer stands in the .yaml by its absolute path, and open_clip knows
-no text encoder narrower than `OPEN_CLIP_WIDTH`: the second one is written several times side by side, which gives the
-same text to the last bit but rounding.
+Both hosts read the same names. For the WebUI the tokenizer stands in the .yaml by its absolute path, and open_clip
+knows no text encoder narrower than `OPEN_CLIP_WIDTH`: the channels of the second one are written several times side by
+side, which changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def base_tensors(unet: nn.Module, vae: nn.Module, text: BaseText) -> dict[str, T
     """The base as a single file."""
     return {
         **write_compvis(unet.state_dict(), UNET_PREFIX, unet_table_of(unet)),
-        **write_compvis(vae.state_dict(), VAE_PREFIX, vae_table(len(VAE_CHANNELS))),
+        **write_compvis(vae.state_dict(), VAE_PREFIX, vae_table(len(vae.config.block_out_channels))),
         **write_compvis(_weights(text.encoder), BASE_TEXT_PREFIX, clip_origin),
     }
 
@@ -68,7 +68,7 @@ def upgraded_tensors(unet: nn.Module, vae: nn.Module, text: UpgradedText) -> dic
     """The upgraded model as a single file."""
     return {
         **write_compvis(unet.state_dict(), UNET_PREFIX, unet_table_of(unet)),
-        **write_compvis(vae.state_dict(), VAE_PREFIX, vae_table(len(VAE_CHANNELS))),
+        **write_compvis(vae.state_dict(), VAE_PREFIX, vae_table(len(vae.config.block_out_channels))),
         **write_compvis(_weights(text.first), FIRST_TEXT_PREFIX, clip_origin),
         **write_compvis(_weights(text.second), SECOND_TEXT_PREFIX, open_clip_origin),
     }
@@ -122,7 +122,7 @@ def base_config(tokenizer: str) -> dict[str, Any]:
         "scale_factor": SCALING_FACTORS["sd1"],
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": _vae({})},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": _vae("sd1")},
         "cond_stage_config": {
             "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
             "params": {"version": tokenizer},
@@ -191,7 +191,7 @@ def upgraded_config(tokenizer: str, second_width: int) -> dict[str, Any]:
         "conditioner_config": {"target": f"{sgm}.GeneralConditioner", "params": {"emb_models": embedders}},
         "first_stage_config": {
             "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
-            "params": _vae({"attn_type": "vanilla"}),
+            "params": _vae("sdxl", attn_type="vanilla"),
         },
     }
     return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}}
@@ -210,15 +210,16 @@ def _unet(widths: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _vae(more: dict[str, Any]) -> dict[str, Any]:
+def _vae(family: str, **more: str) -> dict[str, Any]:
+    widths = VAE_CHANNELS[family]
     network = {
         "double_z": True,
         "z_channels": 4,
         "resolution": 256,
         "in_channels": 3,
         "out_ch": 3,
-        "ch": VAE_CHANNELS[0],
-        "ch_mult": [width // VAE_CHANNELS[0] for width in VAE_CHANNELS],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
         "num_res_blocks": 1,
         "attn_resolutions": [],
         "dropout": 0.0,
@@ -330,8 +331,7 @@ def _widened_text(name: str, value: Tensor) -> dict[str, Tensor]:
     thirds = value.chunk(3) if "in_proj" in rest else (value,)
     tensor = torch.cat([_copies(third) for third in thirds])
     last = int(number) == TEXT_LAYERS - 1
-    places = [OPEN_CLIP_LAYERS - 1] if last else [int(number)]
-    tensors = {_layer(place, rest): tensor for place in places}
+    tensors = {_layer(OPEN_CLIP_LAYERS - 1 if last else int(number), rest): tensor}
     if last:
         still = torch.zeros_like(tensor) if rest.startswith(STILL) else tensor
         tensors |= {_layer(place, rest): still for place in range(TEXT_LAYERS - 1, OPEN_CLIP_LAYERS - 1)}
