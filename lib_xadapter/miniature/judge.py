@@ -6,6 +6,7 @@ text encoders before their UNet comes, so that a caption's words are bound to ea
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class Judge(nn.Module):
         super().__init__()
         widths = (3, WIDTH // 2, WIDTH, WIDTH, 2 * WIDTH)
         self.body = nn.Sequential(
-            *(_halving(inner, outer) for inner, outer in zip(widths, widths[1:], strict=False)),
+            *(_halving(inner, outer) for inner, outer in itertools.pairwise(widths)),
             nn.Conv2d(2 * WIDTH, 2 * WIDTH, 3, padding=1),
             nn.SiLU(),
         )
