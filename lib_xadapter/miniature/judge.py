@@ -1,4 +1,4 @@
-"""A small classifier that finds a caption's facts in pictures of either world, and gives features for Fréchet distances.
+"""A small classifier that finds a caption's facts in pictures of either world; its features make Fréchet distances.
 
 It answers for each cell of the 3 x 3 grid what stands there, and for the background. The same questions are put to the
 text encoders before their UNet comes, so that a caption's words are bound to each other from its first step on.
