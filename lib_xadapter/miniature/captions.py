@@ -24,7 +24,9 @@ WORDS = tuple(
 )
 """All words of the grammar."""
 
-_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) (\S+) ({'|'.join(sorted(PLACES, key=len)[::-1])})")
+_OBJECT = re.compile(
+    rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(sorted(PLACES, key=len)[::-1])})"
+)
 _BACKGROUND = re.compile(
     rf"({'|'.join(GROUNDS)})(?: (?:to|and) ({'|'.join(GROUNDS)}) ({'|'.join(PATTERNS[1:])}))?",
 )
