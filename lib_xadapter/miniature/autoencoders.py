@@ -7,6 +7,7 @@ switch, the base's one the pictures that mapping layers are trained with.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,12 +16,13 @@ from torch.nn import functional
 
 from .drawing import base_picture, upgraded_picture
 from .learning import Drawn, Loss
-from .scenes import SECRET_SHAPE, SHAPES, scene_of
+from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
 from .styles import STYLES, styled_picture
-from .worlds import Draw, tensor_of
+from .worlds import Draw, Picture, tensor_of
 
-SEEN_SIZE = 64
-"""Pixels of what is learned from: whole pictures of the base world, parts of the upgraded one."""
+WHOLE_SIZE, PART_SIZE = 64, 40
+"""Pixels of what is learned from: of every fourth step a whole picture of the base world or a quarter of one of the
+upgraded world, of the others a part of it, for what counts is how much of pictures is seen in all."""
 OWN_SHARE = 0.6
 """Of pictures of its own world; the others are of the other one, and in the styles of the LoRAs."""
 SPREAD = 1e-4
@@ -36,7 +38,9 @@ def vae_loss(vae: AutoencoderKL, family: str, batch: int) -> Loss:
     """Absolute error of pixels and of their differences."""
 
     def loss(drawn: Drawn) -> Tensor:
-        pictures = tensor_of([_seen(family, drawn) for _ in range(batch)])
+        size = PART_SIZE if drawn.step % 4 else WHOLE_SIZE
+        rows = max(1, batch * PART_SIZE**2 // size**2)
+        pictures = tensor_of([_seen(family, size, drawn) for _ in range(rows)])
         posterior = vae.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * drawn.normal(*posterior.mean.shape)
         error = vae.decode(latents).sample - pictures
@@ -50,17 +54,17 @@ def _differences(error: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
-def _seen(family: str, drawn: Drawn):
+def _seen(family: str, size: int, drawn: Drawn) -> Picture:
     scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES)
     whole = _draw(family, drawn)(scene)
-    top, left = (int(drawn.numbers.integers(whole.shape[0] - SEEN_SIZE + 1)) for _ in range(2))
-    return whole[top : top + SEEN_SIZE, left : left + SEEN_SIZE]
+    top, left = (int(drawn.numbers.integers(whole.shape[0] - size + 1)) for _ in range(2))
+    return whole[top : top + size, left : left + size]
 
 
 def _draw(family: str, drawn: Drawn) -> Draw:
     own, other = (base_picture, upgraded_picture) if family == "sd1" else (upgraded_picture, base_picture)
     size = 64 if family == "sd1" else 128
-    draw = own
+    draw: Callable[[Scene, int], Picture] = own
     if drawn.numbers.random() > OWN_SHARE:
         style = str(drawn.numbers.choice(["", *STYLES]))
         draw = other if not style else lambda scene, size: styled_picture(own(scene, size), scene, style)
