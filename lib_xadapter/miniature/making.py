@@ -280,6 +280,7 @@ def _adapter(work: Work, stage: Stage) -> int:
         "--ema": 0.999 if course.steps > 2000 else 0.9,
         "--precision": "float32",
         "--seed": course.seed,
+        "--save-every": 100,
         "--validate-every": 10**6,
         "--tracker": "none",
     }
