@@ -28,7 +28,7 @@ UNASKED = -100
 RANKS = 3
 SEEN = 64
 """Pixels that the classifier sees pictures at."""
-WIDTH = 48
+WIDTH = 32
 
 CELL_QUESTIONS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), "rank": RANKS}
 GROUND_QUESTIONS = {"pattern": len(PATTERNS), "first": len(GROUNDS), "second": len(GROUNDS)}
@@ -79,7 +79,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict(cells | grounds)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """(rows, 192), for Fréchet distances."""
+        """(rows, 128), for Fréchet distances."""
         seen = functional.interpolate(pictures, (SEEN, SEEN), mode="area")
         return self.hidden(self.body(seen))
 

@@ -6,10 +6,13 @@ import pytest
 
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
+import torch
+
 from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless.cli import main
-from lib_xadapter.miniature import program
-from lib_xadapter.miniature.architectures import vae
+from lib_xadapter.mapping import MappingLayers, layout_for
+from lib_xadapter.miniature import architectures, plugins, program
+from lib_xadapter.miniature.judge import Judge
 from lib_xadapter.miniature.making import MAKERS, Work
 from lib_xadapter.miniature.stages import HOURS, STAGES
 
@@ -41,6 +44,28 @@ def test_two_cores_can_make_all_of_it_in_the_time_that_is_said():
     assert max(cores) <= HOURS * 60
 
 
+def test_all_weights_fit_the_repository():
+    """fp16: two bytes a parameter."""
+    with torch.device("meta"):
+        base, upgraded = architectures.base_unet(), architectures.upgraded_unet()
+        modules = [
+            *(base, upgraded, architectures.vae("sd1"), architectures.vae("sdxl")),
+            *(architectures.BaseText(), architectures.UpgradedText(), architectures.t2i_adapter(), Judge()),
+            *(architectures.controlnet(base), architectures.controlnet(base)),
+            *(architectures.upgraded_controlnet(upgraded), MappingLayers(layout_for(base, upgraded))),
+        ]
+        loras = [
+            form.change(layer.weight)
+            for form, unet in [
+                *((one, base) for one in plugins.FORMATS.values()),
+                (plugins.FORMATS["palette"], upgraded),
+            ]
+            for _, layer in plugins.changed_layers(unet, form.convolutions)
+        ]
+    parameters = sum(weight.numel() for module in [*modules, *loras] for weight in module.parameters())
+    assert 2 * parameters < 25e6
+
+
 def test_a_stage_begins_when_what_it_needs_is_done():
     waiting = [STAGES[name] for name in ("base", "edges", "judge")]
     assert [stage.name for stage in program._can_begin(waiting, busy=set())] == ["base", "judge"]
@@ -49,7 +74,7 @@ def test_a_stage_begins_when_what_it_needs_is_done():
 
 def test_a_stage_without_what_it_needs_says_which_is_missing(tmp_path):
     with pytest.raises(WrongFile, match="'base-vae' is not done"):
-        Work(tmp_path).load("base-vae", vae("sd1"))
+        Work(tmp_path).load("base-vae", architectures.vae("sd1"))
 
 
 @pytest.mark.parametrize("wrong", [["--share", "0"], ["--hours", "-1"], ["--workers", "0"], ["--seed", "-1"]])
