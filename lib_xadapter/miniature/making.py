@@ -201,11 +201,24 @@ def _controlnet(work: Work, stage: Stage) -> int:
     denoiser, course = _denoiser(work, world), work.course(stage)
     make_net = architectures.upgraded_controlnet if world == "upgraded" else architectures.controlnet
     net = make_net(denoiser.unet).requires_grad_(True)
+    if world == "upgraded":
+        _read_maps_like(net, work.load("edges", architectures.controlnet(architectures.base_unet())))
     features = by_controlnet(net, _controls(stage.name, world))
     loss = denoising_loss(denoiser, _bank(work, world), course.batch, features)
     steps = learn(net, loss, course, work.folder(stage.name), stage.name)
     work.keep(stage.name, net.state_dict())
     return steps
+
+
+def _read_maps_like(net: nn.Module, other: nn.Module) -> None:
+    """Give a ControlNet the layers by which another one reads its maps; all but the last are not learned again.
+
+    They are what costs most in it, and edges are edges at every size.
+    """
+    reading = net.controlnet_cond_embedding
+    reading.load_state_dict(other.controlnet_cond_embedding.state_dict())
+    reading.requires_grad_(False)
+    reading.conv_out.requires_grad_(True)
 
 
 def _sketch(work: Work, stage: Stage) -> int:

@@ -53,7 +53,9 @@ STAGES: Mapping[str, Stage] = {
         Stage("lines", "LoCon of the base: line drawings", 9, ("base",), 1200, 16, 2e-3),
         Stage("pattern", "LoHa of the base: dotted objects", 9, ("base",), 1200, 16, 2e-3),
         Stage("word", "textual inversion of the base: a flower", 6, ("base",), 1000, 16, 5e-3),
-        Stage("upgraded-edges", "ControlNet of the upgraded model for edges", 40, ("upgraded",), 6000, 16, 1e-3),
+        Stage(
+            "upgraded-edges", "ControlNet of the upgraded model for edges", 40, ("upgraded", "edges"), 6000, 16, 1e-3
+        ),
         Stage("upgraded-palette", "LoRA of the upgraded model: the palette", 14, ("upgraded",), 1200, 16, 2e-3),
         Stage(
             "files",
