@@ -26,7 +26,7 @@ GROUNDS = ("white", "gray", "pink", "sand", "mint", "sky")
 
 SHIFT, STRETCH, TURN = 0.055, 0.1, math.radians(18)
 """How far an object's place, size and direction can be from what its caption says: that is left to a control map."""
-COUNTS = (0.25, 0.4, 0.35)
+COUNTS = (0.35, 0.4, 0.25)
 """Shares of scenes with one, two and three objects."""
 
 
