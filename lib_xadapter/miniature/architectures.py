@@ -21,16 +21,16 @@ BASE_HEADS = 4
 UPGRADED_CHANNELS = (32, 64, 64)
 HEAD_WIDTH = 16
 """Of the upgraded model's attention."""
-VAE_CHANNELS = {"sd1": (32, 32, 32, 32), "sdxl": (32, 32, 32, 64)}
+VAE_CHANNELS = (32, 32, 32, 32)
 TEXT_WIDTH = 64
 TEXT_LAYERS = 2
 FACTOR = 8
 
 
 def vae(family: str) -> AutoencoderKL:
-    """A VAE of family "sd1" or "sdxl"."""
+    """A VAE of family "sd1" or "sdxl", which differ in the factor of their latents."""
     return AutoencoderKL(
-        block_out_channels=VAE_CHANNELS[family],
+        block_out_channels=VAE_CHANNELS,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,

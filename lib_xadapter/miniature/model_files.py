@@ -122,7 +122,7 @@ def base_config(tokenizer: str) -> dict[str, Any]:
         "scale_factor": SCALING_FACTORS["sd1"],
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": _vae("sd1")},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": _vae()},
         "cond_stage_config": {
             "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
             "params": {"version": tokenizer},
@@ -191,7 +191,7 @@ def upgraded_config(tokenizer: str, second_width: int) -> dict[str, Any]:
         "conditioner_config": {"target": f"{sgm}.GeneralConditioner", "params": {"emb_models": embedders}},
         "first_stage_config": {
             "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
-            "params": _vae("sdxl", attn_type="vanilla"),
+            "params": _vae(attn_type="vanilla"),
         },
     }
     return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}}
@@ -210,8 +210,8 @@ def _unet(widths: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _vae(family: str, **more: str) -> dict[str, Any]:
-    widths = VAE_CHANNELS[family]
+def _vae(**more: str) -> dict[str, Any]:
+    widths = VAE_CHANNELS
     network = {
         "double_z": True,
         "z_channels": 4,

@@ -18,8 +18,6 @@ from .drawing import base_picture, depth_map, edge_map
 from .latents import Rows
 from .scenes import Scene, scene_of
 
-RANK = 4
-
 
 # --- control maps -----------------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ def depth(scene: Scene, size: int) -> numpy.ndarray:
 class LowRank(nn.Module):
     """weight + up · down (LoRA, arXiv 2106.09685), for linear layers and convolutions."""
 
-    def __init__(self, weight: Tensor, rank: int = RANK) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         outputs, inputs = weight.shape[0], weight[0].numel()
         self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
@@ -74,7 +72,7 @@ class LowRank(nn.Module):
 class Hadamard(nn.Module):
     """weight + (a₁ · b₁) ∘ (a₂ · b₂) (LoHa of LyCORIS, arXiv 2108.06098)."""
 
-    def __init__(self, weight: Tensor, rank: int = RANK) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         outputs, inputs = weight.shape[0], weight[0].numel()
         self.w1_a = nn.Parameter(torch.zeros(outputs, rank))
@@ -97,16 +95,18 @@ class Format:
     Attributes:
         change: of a weight.
         convolutions: whether ResNet blocks are changed as well as attention.
+        rank: of the change; of a Hadamard product its square.
     """
 
     change: type[LowRank] | type[Hadamard]
     convolutions: bool
+    rank: int
 
 
 FORMATS = {
-    "palette": Format(LowRank, convolutions=False),
-    "lines": Format(LowRank, convolutions=True),
-    "pattern": Format(Hadamard, convolutions=True),
+    "palette": Format(LowRank, convolutions=False, rank=4),
+    "lines": Format(LowRank, convolutions=True, rank=2),
+    "pattern": Format(Hadamard, convolutions=False, rank=2),
 }
 """Of each style: LoRA, LoCon, LoHa."""
 
@@ -127,7 +127,7 @@ def add_changes(unet: nn.Module, form: Format, seed: int) -> nn.ModuleDict:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         for name, layer in list(changed_layers(unet, form.convolutions)):
-            change = form.change(layer.weight)
+            change = form.change(layer.weight, form.rank)
             parametrize.register_parametrization(layer, "weight", change)
             changes[name.replace(".", "/")] = change
     return changes
