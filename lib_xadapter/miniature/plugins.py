@@ -18,7 +18,6 @@ from .drawing import base_picture, depth_map, edge_map
 from .latents import Rows
 from .scenes import Scene, scene_of
 
-
 # --- control maps -----------------------------------------------------------------------------------------------------
 
 

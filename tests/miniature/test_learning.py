@@ -11,7 +11,7 @@ from torch import nn
 
 from lib_xadapter.headless.compvis_layout import SECOND_TEXT_PREFIX, open_clip_origin, read_compvis, write_compvis
 from lib_xadapter.headless.tokenizers import load_tokenizer
-from lib_xadapter.miniature import architectures, judge, learning, model_files, vocabulary
+from lib_xadapter.miniature import architectures, autoencoders, judge, learning, model_files, vocabulary
 from lib_xadapter.miniature.autoencoders import normalise
 from lib_xadapter.miniature.captions import caption_of, facts_of
 from lib_xadapter.miniature.drawing import base_picture
@@ -94,7 +94,8 @@ def test_the_second_text_encoder_gets_zeros_after_the_end():
 
 
 @torch.no_grad()
-def test_normalising_a_vae_changes_its_latents_and_no_picture():
+def test_normalising_a_vae_changes_its_latents_and_no_picture(monkeypatch):
+    monkeypatch.setattr(autoencoders, "MEASURED", 32)
     torch.manual_seed(2)
     vae = architectures.vae("sd1").eval()
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
