@@ -1,4 +1,4 @@
-"""`python -m lib_xadapter`: demo, generate, evaluate, train, inspect, convert."""
+"""`python -m lib_xadapter`: demo, generate, evaluate, train, miniature, inspect, convert."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ def _run(options: argparse.Namespace) -> int:
         from ..training.program import train
 
         return train(options)
+    if options.command == "miniature":
+        from ..miniature.program import miniature
+
+        return miniature(options)
     if options.ui:
         from .page import open_page
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import WrongArgument
+from ..miniature.command_line import add_miniature
 from ..settings import RECORDED, Settings, arguments, checked, defaults, expectation
 from ..training.command_line import add_train
 from .annotator_names import ANNOTATORS
@@ -124,6 +125,7 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     _add_generate(generate)
     generate.set_defaults(**(taken_over or {}))
     add_train(commands.add_parser("train", help="train mapping layers for a pair of models of your own"))
+    add_miniature(commands.add_parser("miniature", help="train a pair of small models with all plugins, from nothing"))
     inspect = commands.add_parser("inspect", help="say what a model file is, without loading it whole")
     inspect.add_argument("file", type=Path, metavar="FILE")
     convert = commands.add_parser("convert", help="write an adapter as safetensors")

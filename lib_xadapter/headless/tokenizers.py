@@ -61,6 +61,11 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def read_shipped_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's whole vocabulary and its merges, from an installed package.
+
+    Raises:
+        WrongFile: no package carries it.
+    """
     for package, table in SHIPPED_TABLES:
         spec = importlib.util.find_spec(package)
         path = Path(spec.origin).parent / table if spec and spec.origin else None

@@ -1,0 +1,102 @@
+"""The two VAEs: learned apart, from seeds of their own, so that their latents have nothing to do with each other.
+
+Both see both worlds, for each has to encode what the other model made: the upgraded one a picture of the base at the
+switch, the base's one the pictures that mapping layers are trained with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+
+from .drawing import base_picture, upgraded_picture
+from .learning import Drawn, Loss
+from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
+from .styles import STYLES, styled_picture
+from .worlds import Draw, Picture, tensor_of
+
+WHOLE_SIZE, PART_SIZE = 64, 40
+"""Pixels of what is learned from: of every fourth step a whole picture of the base world or a quarter of one of the
+upgraded world, of the others a part of it, for what counts is how much of pictures is seen in all."""
+OWN_SHARE = 0.6
+"""Of pictures of its own world; the others are of the other one, and in the styles of the LoRAs."""
+SPREAD = 1e-4
+"""Weight of the divergence from a normal distribution: next to none, as in the real ones."""
+EDGES = 0.5
+"""Weight of the difference of neighbouring pixels, without which fine lines blur."""
+MEASURED = 256
+"""Pictures by which latents are brought to mean 0 and deviation 1."""
+ALL_SHAPES = (*SHAPES, SECRET_SHAPE)
+
+
+def vae_loss(vae: AutoencoderKL, family: str, batch: int) -> Loss:
+    """Absolute error of pixels and of their differences."""
+
+    def loss(drawn: Drawn) -> Tensor:
+        size = PART_SIZE if drawn.step % 4 else WHOLE_SIZE
+        rows = max(1, batch * PART_SIZE**2 // size**2)
+        pictures = tensor_of([_seen(family, size, drawn) for _ in range(rows)])
+        posterior = vae.encode(pictures).latent_dist
+        latents = posterior.mean + posterior.std * drawn.normal(*posterior.mean.shape)
+        error = vae.decode(latents).sample - pictures
+        spread = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return error.abs().mean() + EDGES * _differences(error) + SPREAD * spread
+
+    return loss
+
+
+def _differences(error: Tensor) -> Tensor:
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def _seen(family: str, size: int, drawn: Drawn) -> Picture:
+    scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES)
+    whole = _draw(family, drawn)(scene)
+    top, left = (int(drawn.numbers.integers(whole.shape[0] - size + 1)) for _ in range(2))
+    return whole[top : top + size, left : left + size]
+
+
+def _draw(family: str, drawn: Drawn) -> Draw:
+    own, other = (base_picture, upgraded_picture) if family == "sd1" else (upgraded_picture, base_picture)
+    size = 64 if family == "sd1" else 128
+    draw: Callable[[Scene, int], Picture] = own
+    if drawn.numbers.random() > OWN_SHARE:
+        style = str(drawn.numbers.choice(["", *STYLES]))
+        draw = other if not style else lambda scene, size: styled_picture(own(scene, size), scene, style)
+    return lambda scene: draw(scene, size)
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, family: str, seed: int) -> None:
+    """Bring each channel of the scaled latents to mean 0 and deviation 1, without changing a picture.
+
+    The scale goes into the convolutions around the latent, as files have no place for factors of their own.
+    """
+    draw, size = (base_picture, 64) if family == "sd1" else (upgraded_picture, 128)
+    means = [_mean(vae, draw, size, seed + number) for number in range(MEASURED // 16)]
+    latents = torch.cat(means)
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    gain = 1 / (deviation * vae.config.scaling_factor)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:4] *= gain[:, None, None, None]
+    into.bias[:4] = (into.bias[:4] - mean) * gain
+    into.bias[4:] += 2 * gain.log()
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight /= gain[None, :, None, None]
+
+
+def _mean(vae: AutoencoderKL, draw: Draw, size: int, seed: int) -> Tensor:
+    scenes = [scene_of(seed * 16 + number) for number in range(16)]
+    return vae.encode(tensor_of([draw(scene) for scene in scenes])).latent_dist.mean
+
+
+def fidelity(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """Peak signal-to-noise ratio of what is encoded and decoded, in dB."""
+    with torch.no_grad():
+        again = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+    return -10 * math.log10(float(functional.mse_loss(again, pictures)) / 4)
