@@ -1,9 +1,18 @@
-"""Names of textual inversions in prompts."""
+"""Textual inversions by name: their files, and their names in prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+SUFFIXES = (".pt", ".bin", ".safetensors")
+
+
+def files_below(*folders: Path) -> dict[str, Path]:
+    """Textual inversions in folders and their subfolders, each named as its file."""
+    paths = (path for folder in folders for path in sorted(folder.rglob("*")))
+    return {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()}
 
 
 def mentions(texts: Iterable[str], name: str) -> bool:

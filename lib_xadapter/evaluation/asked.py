@@ -18,6 +18,7 @@ from ..headless.lora_names import LoraTags, take_tags
 from ..headless.options import CONTROLS, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
+from ..inversion_names import files_below, mentions
 from ..settings import read_settings
 from .captions import Caption, Captions, literal, read_captions
 
@@ -123,6 +124,7 @@ class Evaluation:
             "upgraded": _identity(files.upgraded),
             "adapter": _identity(files.adapter) if files.adapter else "None",
             "lora": loras,
+            "embeddings": self._embeddings(),
             "controlnet": [_identity(path) for path in files.controlnets],
             "control": [control.kind for control in self.controls],
             "control_scale": [control.scale for control in self.controls],
@@ -137,6 +139,13 @@ class Evaluation:
             "reference": self.reference,
             **ours,
         }
+
+    def _embeddings(self) -> dict[str, str]:
+        """Textual inversions that a prompt names."""
+        negative = (self.job.negative_prompt, self.job.settings.base_negative_prompt)
+        told = [self.base_prompt, *negative, *(caption.text for caption in self.captions.usable)]
+        files = files_below(*self.files.embeddings)
+        return {name: _identity(path) for name, path in files.items() if mentions(told, name)}
 
 
 def _identity(path: Path) -> str:

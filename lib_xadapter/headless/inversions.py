@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..errors import DoesNotFit, WrongFile
-from ..inversion_names import mentions
+from ..inversion_names import files_below, mentions
 from ..lora_layers import BUNDLED_EMBEDDING
 from .model_files import check_finite
 
-SUFFIXES = (".pt", ".bin", ".safetensors")
 MOST_VECTORS = 75
 """That fit into a window of the text encoder."""
 
@@ -61,8 +60,7 @@ class Inversions:
     @classmethod
     def below(cls, *folders: Path) -> Inversions:
         """Those in folders and their subfolders, each named as its file."""
-        paths = (path for folder in folders for path in sorted(folder.rglob("*")))
-        return cls({path.stem: path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()})
+        return cls(files_below(*folders))
 
     @property
     def names(self) -> list[str]:

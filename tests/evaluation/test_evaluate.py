@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from lib_xadapter.evaluation import program, ways
@@ -61,6 +64,11 @@ class Evaluate:
 
     def told(self) -> dict:
         return json.loads((self.out / "figures.json").read_text(encoding="utf-8"))
+
+
+def save_inversion(path: Path, vectors: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    safetensors.torch.save_file({"emb_params": torch.zeros(vectors, 64)}, path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,12 +217,51 @@ class TestGoingOn:
             assert evaluate("--limit", "1", *more) == 2
             assert told in capsys.readouterr().err
 
+    def test_another_textual_inversion_under_a_name_in_the_captions_needs_another_folder(
+        self, evaluate, tmp_path, capsys
+    ):
+        folder = tmp_path / "embeddings"
+        for name in ("ball", "nowhere"):
+            save_inversion(folder / f"{name}.safetensors", 1)
+        given = ["--limit", "1", "--metrics", "condition", "--embeddings", str(folder)]
+        assert evaluate(*given) == 1
+        save_inversion(folder / "nowhere.safetensors", 2)
+        assert evaluate(*given) == 1
+        save_inversion(folder / "ball.safetensors", 2)
+        assert evaluate(*given) == 2
+        assert "were made with 'embeddings' {'ball': 'ball.safetensors" in capsys.readouterr().err
+
     def test_a_folder_without_pictures_belongs_to_nobody(self, evaluate, capsys):
         assert evaluate("--limit", "1", "--base", "small-sdxl") == 2
         assert evaluate("--limit", "1", "--metrics", "condition") == 1
 
 
 class TestProcesses:
+    def test_where_one_of_two_is_lost_both_end_and_what_is_made_is_kept(self, evaluate):
+        code = (
+            "import os, signal, sys\n"
+            "from lib_xadapter.evaluation import ways\n"
+            "from lib_xadapter.headless import cli\n"
+            "save, saved = ways.save_picture, []\n"
+            "def lost(path, *given):\n"
+            "    saved.append(save(path, *given))\n"
+            "    if os.environ['RANK'] == '1' and len(saved) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "ways.save_picture = lost\n"
+            "cli.program()\n"
+        )
+        driver = evaluate.out.with_name("driver.py")
+        driver.write_text(code, encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(driver)]
+        words = evaluate.words("--metrics", "condition")
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        ended = subprocess.run([*launcher, *words], capture_output=True, env=environment, timeout=1800)
+        assert ended.returncode != 0
+        before = evaluate.pictures()
+        assert 2 <= len(before) < 8
+        assert evaluate("--metrics", "condition") == 1
+        assert before.items() <= evaluate.pictures().items()
+        assert len(evaluate.pictures()) == 8
+
     @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
     def test_two_share_out_the_work(self, evaluate, launcher):
         launchers = {
