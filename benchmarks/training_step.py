@@ -4,7 +4,8 @@
 
 What is computed is counted, which takes neither weights nor time: a step, beside the sum of what it cannot do without,
 which are the forward passes of both models and of the mapping layers, and the backward passes of the upgraded decoder,
-behind the middle block, and of the mapping layers. Then steps are taken, and timed in turns with their parts.
+behind the middle block, and of the mapping layers. Then steps are taken, and timed in turns with their parts: in
+bfloat16, whose arithmetic is float32's on a CPU that has no other (`rounded_arithmetic.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lib_xadapter.training.step import Draws, TrainingStep
 from .random_adapter import type_name, type_named
 from .random_models import LATENT_PIXEL, TOKENS, random_models
 from .reports import Bar, Machine, Plot, Report, name_for, parser_for, turns_of
+from .rounded_arithmetic import can_compute_in_bfloat16, rounded_arithmetic
 from .timing import Spread, Work
 
 GIGABYTE, TERA = 1e9, 1e12
@@ -245,11 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, result = [], {f"TFLOP of {name}": value for name, value in count.items()}
     result["step over the sum of its parts, FLOP"] = over_parts(count)
     bars = []
+    rounded = options.device.type == "cpu" and options.type == torch.bfloat16 and not can_compute_in_bfloat16()
     for batch in options.batches:
-        memory, seconds = measured(options, batch)
+        with rounded_arithmetic() if rounded else nullcontext():
+            memory, seconds = measured(options, batch)
         rows.append(
             {
                 "batch": batch,
+                "arithmetic": "float32, a layer at a time" if rounded else type_name(options.type),
                 "pictures a second": batch / seconds[STEP].median,
                 "peak, GB": memory.peak,
                 **{f"{name}, GB": value for name, value in memory.shares.items()},

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
@@ -62,6 +63,26 @@ def test_a_training_step(tmp_path, capsys):
     found = run("training_step", tmp_path, capsys, "--size", "128", "--dtype", "float32")
     (row,) = found["rows"]
     assert row["peak, GB"] > row["base, GB"] + row["upgraded model, GB"] > 0
+
+
+def test_arithmetic_in_float32_gives_what_bfloat16s_own_gives():
+    from benchmarks.rounded_arithmetic import rounded_arithmetic
+
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(4, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(256, 5))
+    net, x = nn.Sequential(*parts), torch.randn(2, 4, 4, 4, requires_grad=True)
+
+    def computed() -> list[torch.Tensor]:
+        made = net(x)
+        return [made, *torch.autograd.grad(made.float().square().sum(), [x, *net.parameters()])]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        own = computed()
+        with rounded_arithmetic():
+            ours = computed()
+    for one, other in zip(ours, own, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
 def test_a_training_step_at_full_size_computes_what_it_cannot_do_without():
