@@ -234,6 +234,26 @@ def test_quantised_linear_layers(own_pipe, plain):
     assert float((made - plain).norm() / plain.norm()) < 0.5
 
 
+def by_torchao(unet: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(unet, quantization.Int8WeightOnlyConfig())
+
+
+def by_quanto(unet: nn.Module) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(unet, weights=quanto.qint8)
+    quanto.freeze(unet)
+
+
+@pytest.mark.parametrize("quantise", [by_torchao, by_quanto])
+def test_weights_quantised_by_the_libraries_that_diffusers_names(own_pipe, plain, quantise):
+    for pipeline in (own_pipe.base, own_pipe.upgraded):
+        quantise(pipeline.unet)
+    made = latents(own_pipe, **SMALL)
+    assert differs(made, latents(own_pipe, weight=0.0, **SMALL))
+    assert 0 < float((made - plain).norm() / plain.norm()) < 0.1
+
+
 def test_vae_tiling_and_slicing_take_part(own_pipe):
     given = {"width": 128, "height": 128, "num_inference_steps": 1, "generator": seeded(), "output_type": "np"}
     whole = own_pipe("a cat", **given).images
