@@ -7,16 +7,18 @@ stays bfloat16; the float32 copies of one layer at a time come on top, so that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.nn import functional
 
 ROUNDED = torch.bfloat16
-LAYERS: tuple[Callable[..., Tensor], ...] = (nn.functional.linear, torch.conv2d, torch.conv_transpose2d)
+LAYERS = ("linear", "conv2d", "conv_transpose2d")
+"""By their names in torch.nn.functional, under which modules call them."""
 
 
 def can_compute_in_bfloat16() -> bool:
@@ -27,49 +29,47 @@ def can_compute_in_bfloat16() -> bool:
 @contextmanager
 def rounded_arithmetic() -> Iterator[None]:
     """Linear layers and convolutions of bfloat16 tensors, or under bfloat16 autocast, are computed in float32."""
-    with _Rounded():
+    own = {name: getattr(functional, name) for name in LAYERS}
+    try:
+        for name, layer in own.items():
+            setattr(functional, name, functools.partial(_computed, layer))
         yield
+    finally:
+        for name, layer in own.items():
+            setattr(functional, name, layer)
 
 
-class _Rounded(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func in LAYERS and (args[0].dtype == ROUNDED or torch.is_autocast_enabled("cpu")):
-            x, weight, bias, *more = (*args, named.pop("bias", None)) if len(args) == 2 else args
-            return _Layer.apply(x.to(ROUNDED), weight.to(ROUNDED), _rounded(bias), func, tuple(more), named)
-        return func(*args, **named)
-
-
-def _rounded(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(ROUNDED)
+def _computed(
+    layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *more: Any, **named: Any
+) -> Tensor:
+    if x.dtype != ROUNDED and not torch.is_autocast_enabled("cpu"):
+        return layer(x, weight, bias, *more, **named)
+    rounded = (None if tensor is None else tensor.to(ROUNDED) for tensor in (x, weight, bias))
+    return _Layer.apply(*rounded, lambda *inputs: layer(*inputs, *more, **named))
 
 
 class _Layer(torch.autograd.Function):
     """A layer whose tensors are kept as they are and whose arithmetic is float32's, both ways."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, more: tuple, named: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Callable[..., Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.computed = lambda *inputs: layer(*inputs, *more, **named)
+        ctx.layer = layer
         with torch.autocast("cpu", enabled=False):
-            return ctx.computed(*_floats(x, weight, bias)).to(ROUNDED)
+            return layer(*_floats(x, weight, bias)).to(ROUNDED)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             inputs = [
-                value if value is None else value.detach().requires_grad_(want)
-                for value, want in zip(_floats(*ctx.saved_tensors), wanted, strict=True)
+                tensor if tensor is None else tensor.detach().requires_grad_(want)
+                for tensor, want in zip(_floats(*ctx.saved_tensors), wanted, strict=True)
             ]
-            made = ctx.computed(*inputs)
-        asked = [value for value, want in zip(inputs, wanted, strict=True) if want]
+            made = ctx.layer(*inputs)
+        asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(made, asked, gradient.float()))
-        return *(next(found).to(ROUNDED) if want else None for want in wanted), None, None, None
+        return *(next(found).to(ROUNDED) if want else None for want in wanted), None
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
