@@ -46,6 +46,9 @@ SMALLEST_GUIDANCE = 1 + 2**-52
 MOST_RECORDED = 8 * 2**30
 """Bytes of recordings that one base side keeps."""
 
+USUAL_LATENT = 128
+"""Of SDXL, across and down."""
+
 StepCallback = Callable[["XAdapterPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
@@ -504,7 +507,8 @@ class XAdapterPipeline:
         if painted is not None and (width is None or height is None):
             wide, tall = painted.size
             width, height = width or wide // LATENT_PIXEL * LATENT_PIXEL, height or tall // LATENT_PIXEL * LATENT_PIXEL
-        usual = self.upgraded.default_sample_size * self.upgraded.vae_scale_factor
+        # not every pipeline of SDXL tells its usual size, and its UNet need not either
+        usual = (self.upgraded.unet.config.sample_size or USUAL_LATENT) * self.upgraded.vae_scale_factor
         size = width or usual, height or usual
         for name, value in zip(("width", "height"), size, strict=True):
             if value % LATENT_PIXEL:

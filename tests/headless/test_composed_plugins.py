@@ -7,9 +7,11 @@ import inspect
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionXLControlNetPipeline,
     T2IAdapter,
 )
 from PIL import Image
@@ -265,3 +267,22 @@ def test_vae_tiling_and_slicing_take_part(own_pipe):
     tiled = own_pipe("a cat", **given).images
     assert tiled.shape == whole.shape
     assert 0 < abs(tiled - whole).max()
+
+
+# --- the upgraded model's own plugins ---------------------------------------------------------------------------------
+
+
+def test_a_controlnet_of_the_upgraded_model_acts_beside_the_base(pipe, plain, picture):
+    """Remix: each model with plugins of its own."""
+    net = ControlNetModel.from_unet(pipe.upgraded.unet)
+    with torch.no_grad():
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            layer.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    both = {**pipe.upgraded.components, "controlnet": net, "add_watermarker": False}
+    led = XAdapterPipeline(pipe.base, StableDiffusionXLControlNetPipeline(**both), pipe.adapter)
+    led.set_progress_bar_config(disable=True)
+    given = {"image": picture.resize((64, 64)), "controlnet_conditioning_scale": 1.0}
+    made = check_acts(led, plain, upgraded_arguments=given)
+    assert differs(made, latents(led, weight=0.0, upgraded_arguments=given, **SMALL))
+    off = {**given, "controlnet_conditioning_scale": 0.0}
+    assert torch.allclose(latents(led, upgraded_arguments=off, **SMALL), plain, atol=1e-4)
