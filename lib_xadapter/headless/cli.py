@@ -45,9 +45,11 @@ def stay_offline() -> None:
 
 
 def round_alike() -> None:
-    """Sums on the CPU are the same wherever tensors lie in memory, which Intel's MKL leaves open unless told before it
-    is loaded: trainings go on to the bit, and several processes learn what one does."""
+    """Sums on the CPU are the same wherever tensors lie in memory, and made by as many threads each time, which Intel's
+    MKL leaves open unless told before it is loaded: trainings go on to the bit, several processes learn what one does.
+    """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -19,6 +19,17 @@ def small(tmp_path_factory):
     return make_small_models(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture
+def one_thread():
+    """Two ways to the same sums come to the same bytes: several threads share them out as they find time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pipe(small):
     """Two pipelines of the small models, made one."""
