@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..errors import WrongArgument, WrongFile
 from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_folder, find_files, naming_options
 from ..headless.job import Job
 from ..headless.lora_names import LoraTags, take_tags
+from ..headless.named_files import find_file
 from ..headless.options import CONTROLS, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
@@ -30,7 +31,7 @@ LARGEST_LIMIT = 10**7
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of the base: the map it takes, and how strongly it acts."""
+    """A ControlNet: the map it takes, and how strongly it acts."""
 
     kind: str
     scale: float
@@ -75,7 +76,8 @@ class Evaluation:
         captions: what was read.
         seeds: of each caption.
         job: what every picture has in common.
-        controls: one for each ControlNet.
+        controls: one for each ControlNet of the base.
+        upgraded_controls: one for each of the upgraded model itself.
         base_prompt: what the base is told, `{prompt}` standing for the caption; "" for the caption alone.
         measures: the figures.
         reference: whether the released pipeline's rules hold.
@@ -87,6 +89,7 @@ class Evaluation:
     seeds: tuple[int, ...]
     job: Job
     controls: tuple[Control, ...]
+    upgraded_controls: tuple[Control, ...]
     base_prompt: str
     measures: Measures
     reference: bool
@@ -96,7 +99,12 @@ class Evaluation:
     def items(self) -> tuple[Item, ...]:
         return tuple(Item(caption, seed) for caption in self.captions.usable for seed in self.seeds)
 
-    def job_of(self, item: Item, maps: tuple[Image.Image, ...]) -> Job:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of maps, of either model's ControlNets."""
+        return tuple(dict.fromkeys(control.kind for control in (*self.controls, *self.upgraded_controls)))
+
+    def job_of(self, item: Item, maps: tuple[Image.Image, ...], upgraded_maps: tuple[Image.Image, ...] = ()) -> Job:
         """What the base and SDXL are asked for together, at every switch point and weight."""
         prompt = literal(item.caption.text)
         settings = dataclasses.replace(
@@ -109,6 +117,8 @@ class Evaluation:
             settings=settings,
             control_images=maps,
             control_scales=tuple((control.scale,) for control in self.controls),
+            upgraded_maps=upgraded_maps,
+            upgraded_map_scales=tuple(control.scale for control in self.upgraded_controls),
         )
 
     @property
@@ -128,6 +138,9 @@ class Evaluation:
             "controlnet": [_identity(path) for path in files.controlnets],
             "control": [control.kind for control in self.controls],
             "control_scale": [control.scale for control in self.controls],
+            "upgraded_controlnet": [_identity(path) for path in files.upgraded_controlnets],
+            "upgraded_control": [control.kind for control in self.upgraded_controls],
+            "upgraded_control_scale": [control.scale for control in self.upgraded_controls],
             "width": self.job.width,
             "height": self.job.height,
             "steps": self.job.steps,
@@ -166,9 +179,19 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         raise WrongArgument(f"--limit is {options.limit}, expected a whole number from 1 to {LARGEST_LIMIT}.")
     if take_tags(options.base_prompt).loras:
         raise WrongArgument("--base-prompt names a LoRA; name it by --lora.")
-    files = find_files(options, LoraTags("", ()))
-    controls = _controls(options, files)
-    captions = read_captions(options.captions, options.pictures, bool(controls), options.limit or 0)
+    files = dataclasses.replace(
+        find_files(options, LoraTags("", ())),
+        upgraded_controlnets=tuple(
+            find_file(name, "controlnet", options.models_dir, "--upgraded-controlnet")
+            for name in options.upgraded_controlnet
+        ),
+    )
+    controls = _controls("", options.control, options.control_scale, len(files.controlnets))
+    upgraded_controls = _controls(
+        "upgraded-", options.upgraded_control, options.upgraded_control_scale, len(files.upgraded_controlnets)
+    )
+    needs_pictures = bool(controls or upgraded_controls)
+    captions = read_captions(options.captions, options.pictures, needs_pictures, options.limit or 0)
     seeds = tuple(dict.fromkeys(options.seed or [0]))
     evaluation = Evaluation(
         files=files,
@@ -176,6 +199,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         seeds=seeds,
         job=_job(options, files, controls),
         controls=controls,
+        upgraded_controls=upgraded_controls,
         base_prompt=options.base_prompt,
         measures=Measures(
             tuple(options.metrics or METRICS),
@@ -187,6 +211,8 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         reference=options.reference,
         out=options.out,
     )
+    if DEPTH in evaluation.kinds and options.depth is None:
+        raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
     with naming_options():
         # what is out of range in one is so in all
         for seed in seeds:
@@ -194,19 +220,18 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
     return evaluation
 
 
-def _controls(options: argparse.Namespace, files: Files) -> tuple[Control, ...]:
-    kinds, nets = options.control, len(files.controlnets)
-    scales = options.control_scale or [1.0] * nets
-    for option, given in (("--control", kinds), ("--control-scale", scales)):
+def _controls(whose: str, kinds: Sequence[str], given_scales: Sequence[float], nets: int) -> tuple[Control, ...]:
+    scales = given_scales or [1.0] * nets
+    for option, given in (("control", kinds), ("control-scale", scales)):
         if len(given) != nets:
-            raise WrongArgument(f"{option} is given {len(given)} times, expected once for each --controlnet.")
+            raise WrongArgument(
+                f"--{whose}{option} is given {len(given)} times, expected once for each --{whose}controlnet."
+            )
     for scale in scales:
         if not 0 <= scale <= MOST_CONTROL:
-            raise WrongArgument(f"--control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
+            raise WrongArgument(f"--{whose}control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
     if len(set(kinds)) < nets:
-        raise WrongArgument("--control names a kind of map twice, expected one ControlNet for each kind.")
-    if DEPTH in kinds and options.depth is None:
-        raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
+        raise WrongArgument(f"--{whose}control names a kind of map twice, expected one ControlNet for each kind.")
     return tuple(Control(kind, scale) for kind, scale in zip(kinds, scales, strict=True))
 
 

@@ -180,7 +180,7 @@ class Measuring:
             yield "Style similarity", self._style
 
     def _conditions(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
-        kinds = [control.kind for control in self._evaluation.controls]
+        kinds = self._evaluation.kinds
         if not kinds:
             yield "Condition reconstruction", self._no_condition
         for kind in kinds:

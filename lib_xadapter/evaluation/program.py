@@ -77,8 +77,7 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
         return
     placement = choose_placement(processes.device, options.dtype, options.low_memory)
     models = load_models(evaluation.files, replace(placement, mapping=options.mapping), options.tokenizer)
-    kinds = {control.kind for control in evaluation.controls}
-    extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in kinds}
+    extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in evaluation.kinds}
     rules = RELEASED_RULES if evaluation.reference else WEBUI_RULES
     works = len(missing) < len(ours)
     bars: AbstractContextManager[Bars | None] = Bars(sum(wanted.values())) if processes.is_first else nullcontext()
@@ -143,7 +142,7 @@ def _rows(evaluation: Evaluation, sample: Sample, measured: Measured) -> Sequenc
     rows = []
     for place, (item, folder) in enumerate(zip(sample.items, sample.folders, strict=True)):
         given = {"picture": folder.source}
-        given |= {f"{control.kind} map": folder.map_of(control.kind) for control in evaluation.controls}
+        given |= {f"{kind} map": folder.map_of(kind) for kind in evaluation.kinds}
         paths = given | {way.name: folder.of(way) for way in sample.ways}
         rows.append(
             Row(

@@ -145,7 +145,7 @@ class Maker:
         """All pictures of an item that are not there yet, each written as soon as it is finished."""
         folder = folder_of(self._evaluation.out, item)
         missing = folder.missing(self._ways)
-        job = self._evaluation.job_of(item, self._maps(item, folder))
+        job = self._evaluation.job_of(item, *self._maps(item, folder))
         if any(way.kind is not Kind.UPGRADED for way in missing):
             self._make_joint(job, folder)
         if any(way.kind is Kind.UPGRADED for way in missing):
@@ -166,14 +166,22 @@ class Maker:
                 save_picture(folder.of(base), picture.base_image)
             save_picture(files[picture.settings.switch_point, picture.settings.weight], picture.image, picture.text)
 
-    def _maps(self, item: Item, folder: Folder) -> tuple[Image.Image, ...]:
-        controls, picture = self._evaluation.controls, item.caption.picture
-        if not controls or picture is None:
-            return ()
-        source = fitted(_given(picture), self._evaluation.job.base_size)
+    def _maps(self, item: Item, folder: Folder) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
+        """For the ControlNets of the base and of the upgraded model."""
+        evaluation, picture = self._evaluation, item.caption.picture
+        if not evaluation.kinds or picture is None:
+            return (), ()
+        given = _given(picture)
+        source = fitted(given, evaluation.job.base_size)
         if not folder.source.is_file():
             save_picture(folder.source, source)
-        return tuple(self._map(source, control.kind, folder.map_of(control.kind)) for control in controls)
+        # of every kind at the base's size, at which pictures are compared
+        maps = {kind: self._map(source, kind, folder.map_of(kind)) for kind in evaluation.kinds}
+        larger = fitted(given, evaluation.job.size)
+        return (
+            tuple(maps[control.kind] for control in evaluation.controls),
+            tuple(self._extractors[control.kind](larger) for control in evaluation.upgraded_controls),
+        )
 
     def _map(self, source: Image.Image, kind: str, path: Path) -> Image.Image:
         if not path.is_file():

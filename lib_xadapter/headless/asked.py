@@ -50,6 +50,7 @@ class Files:
     loras: tuple[Lora, ...]
     controlnets: tuple[Path, ...]
     embeddings: tuple[Path, ...] = ()
+    upgraded_controlnets: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

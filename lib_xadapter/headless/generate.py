@@ -110,12 +110,16 @@ def load_models(files: Files, placement: Placement, tokenizer: Path | None = Non
         upgraded = load_upgraded(files.upgraded, dtype, tokenizer)
     with naming("--controlnet"):
         controlnets = tuple(load_controlnet(path, base.unet, dtype) for path in files.controlnets)
+    with naming("--upgraded-controlnet"):
+        own = tuple(load_controlnet(path, upgraded.unet, dtype) for path in files.upgraded_controlnets)
     with naming("--lora"):
         for lora in files.loras:
             logger.info("%s goes to the %s model.", lora.path.name, merge_lora(lora, base, upgraded))
     with naming("--lora"):
         inversions = Inversions.below(*files.embeddings).with_those_of(lora.path for lora in files.loras)
-    models = Models(with_controlnets(base, controlnets), upgraded, adapter, placement, inversions)
+    models = Models(
+        with_controlnets(base, controlnets), with_controlnets(upgraded, own), adapter, placement, inversions
+    )
     with naming("--adapter"):
         models.check()
     for pipeline in (models.base, models.upgraded):

@@ -37,6 +37,7 @@ class Job:
         annotators: what makes the map of each; None where it is one.
         control_maps: the maps that were made; () where the images are them.
         control_scales: values that are tried for each ControlNet.
+        upgraded_maps, upgraded_map_scales: for each ControlNet of the upgraded model itself.
         init_image: a picture to paint over; None where the base paints one.
         mask: white where the picture is painted anew; None for everywhere.
         strength: of painting over it.
@@ -60,6 +61,8 @@ class Job:
     annotators: tuple[Annotator | None, ...] = ()
     control_maps: tuple[Image.Image, ...] = ()
     control_scales: tuple[tuple[float, ...], ...] = ()
+    upgraded_maps: tuple[Image.Image, ...] = ()
+    upgraded_map_scales: tuple[float, ...] = ()
     init_image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float = 0.75

@@ -103,11 +103,16 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
     return Request(
         base={
             **arguments_of(base, job.batch, base_guided),
-            **_control_arguments(job, scales),
+            **_control_arguments(job.control_maps or job.control_images, job.base_size, scales),
             "guidance_scale": max(base_cfg_scale, SMALLEST_GUIDANCE) if base_guided else 1.0,
             **_sized(job.base_size),
         },
-        upgraded={**arguments_of(upgraded, job.batch, guided), "guidance_scale": job.cfg_scale, **_sized(job.size)},
+        upgraded={
+            **arguments_of(upgraded, job.batch, guided),
+            **_control_arguments(job.upgraded_maps, job.size, job.upgraded_map_scales),
+            "guidance_scale": job.cfg_scale,
+            **_sized(job.size),
+        },
         settings=settings,
         steps=job.steps,
         noise=NoisePerImage(_noises(job)),
@@ -136,8 +141,8 @@ def _painted(job: Job) -> Painted | None:
     return Painted(job.init_image.resize(job.size, Image.Resampling.LANCZOS), job.strength, job.mask)
 
 
-def _control_arguments(job: Job, scales: Sequence[float]) -> dict[str, Any]:
-    maps = [to_tensor(image.convert("RGB").resize(job.base_size)) for image in job.control_maps or job.control_images]
+def _control_arguments(given: Sequence[Image.Image], size: tuple[int, int], scales: Sequence[float]) -> dict[str, Any]:
+    maps = [to_tensor(image.convert("RGB").resize(size)) for image in given]
     if not maps:
         return {}
     if len(maps) == 1:

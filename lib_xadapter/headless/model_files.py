@@ -119,8 +119,8 @@ def load_upgraded(path: Path, dtype: torch.dtype, tokenizer: Path | None = None)
     )
 
 
-def load_controlnet(path: Path, base_unet: UNet2DConditionModel, dtype: torch.dtype) -> ControlNetModel:
-    """A ControlNet for a base, from a single file (CompVis or diffusers layout) or a folder of diffusers.
+def load_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> ControlNetModel:
+    """A ControlNet for a UNet, from a single file (CompVis or diffusers layout) or a folder of diffusers.
 
     Raises:
         WrongFile: it is no ControlNet.
@@ -129,15 +129,16 @@ def load_controlnet(path: Path, base_unet: UNet2DConditionModel, dtype: torch.dt
     if path.is_dir():
         net = _from_pretrained(ControlNetOfLatents, path, dtype)
     else:
+        file = read_weights(path)
         with torch.device("meta"):
-            net = ControlNetOfLatents.from_unet(_without_mask(base_unet), load_weights_from_unet=False)
-        weights = _controlnet_weights(path, net, base_unet)
+            net = _controlnet_like(unet, attention=any("transformer_blocks" in key for key in file))
+        weights = _controlnet_weights(path.name, file, net, unet)
         check_finite(weights, path.name)
         with_weights(net, weights, dtype)
-    if net.config.cross_attention_dim != base_unet.config.cross_attention_dim:
+    if net.config.cross_attention_dim not in (unet.config.cross_attention_dim, None):
         raise DoesNotFit(
             f"The ControlNet {path.name} takes prompts of {net.config.cross_attention_dim} channels, "
-            f"the base gives {base_unet.config.cross_attention_dim}: it was made for another model."
+            f"the model gives {unet.config.cross_attention_dim}: it was made for another one."
         )
     return net.eval().requires_grad_(False)
 
@@ -149,24 +150,35 @@ class ControlNetOfLatents(ControlNetModel):
         return super().forward(sample[:, : self.config.in_channels], *arguments, **named)
 
 
+def _controlnet_like(unet: UNet2DConditionModel, attention: bool) -> ControlNetModel:
+    """One with the layers of a UNet's encoder; SDXL's small ones have none of its attention."""
+    net = ControlNetOfLatents.from_unet(_without_mask(unet), load_weights_from_unet=False)
+    if attention:
+        return net
+    levels = len(net.config.block_out_channels)
+    bare = {"down_block_types": ("DownBlock2D",) * levels, "mid_block_type": "UNetMidBlock2D"}
+    return ControlNetOfLatents.from_config({**net.config, **bare, "cross_attention_dim": None})
+
+
 def _without_mask(unet: UNet2DConditionModel) -> Any:
     """A UNet's config, of an ordinary model, as diffusers makes ControlNets from one."""
     return SimpleNamespace(config=FrozenDict({**unet.config, "in_channels": LATENT_CHANNELS}))
 
 
-def _controlnet_weights(path: Path, net: ControlNetModel, base_unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    file = read_weights(path)
+def _controlnet_weights(
+    name: str, file: Mapping[str, Tensor], net: ControlNetModel, unet: UNet2DConditionModel
+) -> dict[str, Tensor]:
     prefix = CONTROLNET_PREFIX if any(key.startswith(CONTROLNET_PREFIX) for key in file) else ""
     if "controlnet_mid_block.weight" in file:
         table: Table = _unchanged
     elif f"{prefix}middle_block_out.0.weight" in file:
-        table = unet_table_of(base_unet)
+        table = unet_table_of(unet)
     else:
-        raise WrongFile(f"{path.name} is no ControlNet: it misses 'middle_block_out.0.weight'.")
+        raise WrongFile(f"{name} is no ControlNet: it misses 'middle_block_out.0.weight'.")
     try:
-        return read_compvis(file, prefix, net, table, path.name)
+        return read_compvis(file, prefix, net, table, name)
     except WrongFile as error:
-        raise DoesNotFit(f"The ControlNet does not fit the base model: {error}") from error
+        raise DoesNotFit(f"The ControlNet does not fit the model: {error}") from error
 
 
 def unet_table_of(unet: UNet2DConditionModel) -> Table:

@@ -12,7 +12,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from torch import nn
 
@@ -108,12 +108,14 @@ def parts_at_work(pipeline: Any) -> list[nn.Module]:
     return [pipeline.unet, *(module for module in beside if isinstance(module, nn.Module))]
 
 
-def with_controlnets(base: StableDiffusionPipeline, nets: Sequence[ControlNetModel]) -> Any:
-    """The base's pipeline, one with ControlNets where there are any."""
+def with_controlnets(pipeline: Any, nets: Sequence[ControlNetModel]) -> Any:
+    """A pipeline of SD1.5, SD2 or SDXL, one with ControlNets where there are any."""
     if not nets:
-        return base
-    net = nets[0] if len(nets) == 1 else list(nets)
-    return StableDiffusionControlNetPipeline(**base.components, controlnet=net, requires_safety_checker=False)
+        return pipeline
+    parts = {**pipeline.components, "controlnet": nets[0] if len(nets) == 1 else list(nets)}
+    if hasattr(pipeline, "text_encoder_2"):
+        return StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
 
 
 def moves_by_itself(module: nn.Module) -> bool:

@@ -287,6 +287,15 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--control-scale", **SEVERAL, type=float, metavar="X", help="its strength, given once for each; default: 1"
     )
 
+    models.add_argument(
+        "--upgraded-controlnet",
+        **SEVERAL,
+        metavar="FILE",
+        help="of SDXL itself, one or more, which act in each of its pictures, each with",
+    )
+    models.add_argument("--upgraded-control", **SEVERAL, choices=CONTROLS, help="its map, of SDXL's size, and")
+    models.add_argument("--upgraded-control-scale", **SEVERAL, type=float, metavar="X", help="its strength; default: 1")
+
     picture = _add_picture(parser)
     picture.add_argument(
         "--base-prompt",

@@ -23,6 +23,21 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def own_controlnet(small, tmp_path_factory) -> Path:
+    """A ControlNet of SDXL itself."""
+    import safetensors.torch
+    import torch
+    from diffusers import ControlNetModel
+
+    from lib_xadapter.headless.small_models import seeded, upgraded_unet
+
+    net = seeded(ControlNetModel.from_unet(upgraded_unet()), "upgraded.controlnet", gain=1.2)
+    path = tmp_path_factory.mktemp("own") / "own-edges.safetensors"
+    safetensors.torch.save_file({name: tensor.to(torch.float32) for name, tensor in net.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def clip_folder(small, tmp_path_factory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 

@@ -131,6 +131,19 @@ class TestPictures:
         }
         assert changed == {"base.png": True, "sdedit-0.8.png": True, "x-adapter-0.8-1.png": True, "sdxl.png": False}
 
+    def test_a_controlnet_of_sdxl_itself_acts_in_all_pictures_of_sdxl(self, evaluate, own_controlnet):
+        given = ["--limit", "1", "--metrics", "condition"]
+        assert evaluate(*given) == 1
+        other = Evaluate(evaluate.models, evaluate.tokenizer, evaluate.captions, evaluate.out.with_name("other"))
+        own = ["--upgraded-controlnet", str(own_controlnet), "--upgraded-control", "canny"]
+        assert other(*given, *own) == 0
+        changed = {
+            path.name: Image.open(evaluate.out / path).tobytes() != Image.open(other.out / path).tobytes()
+            for path in evaluate.pictures()
+        }
+        assert changed == {"base.png": False, "sdedit-0.8.png": True, "x-adapter-0.8-1.png": True, "sdxl.png": True}
+        assert {figure["name"] for figure in other.told()["figures"]} == {"SSIM, canny", "F1, edges"}
+
 
 class TestGoingOn:
     def test_nothing_is_made_twice_and_no_model_is_loaded_for_nothing(self, whole, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import safetensors.torch
 import torch
+from diffusers import ControlNetModel
 
 from lib_xadapter.errors import DoesNotFit, WrongFile
 from lib_xadapter.headless import small_models
@@ -123,13 +124,23 @@ def test_a_controlnet_loads_in_either_layout(small, base, tmp_path):
     assert_same_weights(load_controlnet(tmp_path / "folder", base.unet, torch.float32), compvis)
 
 
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_controlnet_of_sdxl_loads_with_and_without_attention(upgraded, tmp_path, attention):
+    net = ControlNetModel.from_unet(upgraded.unet)
+    if not attention:
+        bare = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
+        net = ControlNetModel.from_config({**net.config, **bare, "cross_attention_dim": None})
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "own.safetensors")
+    assert_same_weights(load_controlnet(tmp_path / "own.safetensors", upgraded.unet, torch.float32), net)
+
+
 def test_a_file_that_is_no_controlnet_is_told(small, base):
     with pytest.raises(WrongFile, match=r"small-style.safetensors is no ControlNet"):
         load_controlnet(small.lora, base.unet, torch.float32)
 
 
 def test_a_controlnet_of_another_width_is_told(small, upgraded):
-    with pytest.raises(DoesNotFit, match=r"The ControlNet does not fit the base model: small-edges.safetensors"):
+    with pytest.raises(DoesNotFit, match=r"The ControlNet does not fit the model: small-edges.safetensors"):
         load_controlnet(small.controlnet, upgraded.unet, torch.float32)
 
 
