@@ -16,7 +16,7 @@ from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_f
 from ..headless.job import Job
 from ..headless.lora_names import LoraTags, take_tags
 from ..headless.named_files import find_file
-from ..headless.options import CONTROLS, METRICS, SETTINGS_OF_EVALUATE
+from ..headless.options import CONTROLS, FID_AGAINST, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
 from ..inversion_names import files_below, mentions
@@ -25,6 +25,7 @@ from .captions import Caption, Captions, literal, read_captions
 
 CANNY, DEPTH = CONTROLS
 FID, CLIP, CONDITION, STYLE = METRICS
+AGAINST_SDXL, AGAINST_CAPTIONS = FID_AGAINST
 FEWEST_RESAMPLES = 100
 LARGEST_LIMIT = 10**7
 
@@ -58,6 +59,7 @@ class Measures:
         wanted: names of figures.
         inception, clip, depth: weights; None where there are none.
         resamples: of the bootstrap.
+        fid_against: whose pictures FID is a distance from.
     """
 
     wanted: tuple[str, ...]
@@ -65,6 +67,7 @@ class Measures:
     clip: Path | None
     depth: Path | None
     resamples: int
+    fid_against: str = AGAINST_SDXL
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
     upgraded_controls = _controls(
         "upgraded-", options.upgraded_control, options.upgraded_control_scale, len(files.upgraded_controlnets)
     )
-    needs_pictures = bool(controls or upgraded_controls)
+    needs_pictures = bool(controls or upgraded_controls) or options.fid_against == AGAINST_CAPTIONS
     captions = read_captions(options.captions, options.pictures, needs_pictures, options.limit or 0)
     seeds = tuple(dict.fromkeys(options.seed or [0]))
     evaluation = Evaluation(
@@ -207,6 +210,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
             options.clip,
             options.depth,
             options.resamples,
+            options.fid_against,
         ),
         reference=options.reference,
         out=options.out,

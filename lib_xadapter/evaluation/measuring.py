@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import WrongArgument, XAdapterError, first_line
-from .asked import CANNY, CLIP, CONDITION, FID, STYLE, Evaluation, Item, Measures
+from .asked import AGAINST_CAPTIONS, CANNY, CLIP, CONDITION, FID, STYLE, Evaluation, Item, Measures
 from .intervals import Compared, MeanOverCaptions, Statistic, compare
-from .maps import Extractor, extractor
+from .maps import Extractor, extractor, fitted
 from .ways import Folder, Kind, Way, folder_of, ways_of
 
 if TYPE_CHECKING:
@@ -206,14 +206,25 @@ class Measuring:
         from .figures.frechet import FrechetDistance, Inception
 
         inception = Inception(self._measures.inception, self._device)
-        (plain,) = self._sample.of_kind(Kind.UPGRADED)
         features = {
             way.name: self._sample.per_caption(self._sample.through(inception.features, way, "FID"))
             for way in self._sample.ways
         }
-        reference = features.pop(plain.name)
+        if self._measures.fid_against == AGAINST_CAPTIONS:
+            whose, reference = "that the captions came with", self._of_given_pictures(inception.features)
+        else:
+            (plain,) = self._sample.of_kind(Kind.UPGRADED)
+            whose, reference = "of plain SDXL", features.pop(plain.name)
         statistics = {name: FrechetDistance(ours, reference, self._device) for name, ours in features.items()}
-        return self._figure("FID", LOWER, "Fréchet Inception distance from the pictures of plain SDXL", statistics)
+        return self._figure("FID", LOWER, f"Fréchet Inception distance from the pictures {whose}", statistics)
+
+    def _of_given_pictures(self, measure: Callable[[Sequence[Image.Image]], NDArray]) -> NDArray:
+        """What is measured of the picture that each caption came with, at SDXL's size, (captions, …)."""
+        captions = dict.fromkeys(item.caption for item in self._sample.items)
+        paths = [caption.picture for caption in captions if caption.picture is not None]
+        batches = [paths[start : start + AT_ONCE] for start in range(0, len(paths), AT_ONCE)]
+        size = self._evaluation.job.size
+        return numpy.concatenate([measure([fitted(opened(path), size) for path in batch]) for batch in batches])
 
     def _clip_score(self) -> Figure:
         from .figures.clip import similarity

@@ -38,6 +38,8 @@ SETTINGS_OF_EVALUATE = (
     "cond_only",
 )
 CONTROLS = ("canny", "depth")
+FID_AGAINST = ("sdxl", "captions")
+"""Whose pictures: plain SDXL's, or those that the captions came with."""
 METRICS = ("fid", "clip", "condition", "style")
 
 
@@ -309,6 +311,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     figures.add_argument("--metrics", **(SEVERAL | {"default": None}), choices=METRICS, help="default: all")
     figures.add_argument(
         "--inception", type=Path, metavar="FILE", help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth: fid"
+    )
+    figures.add_argument(
+        "--fid-against",
+        choices=FID_AGAINST,
+        default=FID_AGAINST[0],
+        help="the pictures of plain SDXL, or those that the captions came with; default: %(default)s",
     )
     figures.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model of transformers: clip, style")
     figures.add_argument(

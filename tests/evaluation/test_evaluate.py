@@ -19,12 +19,18 @@ import torch
 from PIL import Image
 
 from lib_xadapter.evaluation import program, ways
+from lib_xadapter.evaluation.figures.frechet import FrechetDistance, Inception
+from lib_xadapter.evaluation.maps import fitted
 from lib_xadapter.headless import composed
 from lib_xadapter.headless.cli import main
 from tests.pictures import grey_levels_apart
 
 WAYS = ("SD1.5", "SDEdit + SDXL", "X-Adapter", "SDXL")
 FILES = ("base.png", "sdedit-0.8.png", "x-adapter-0.8-1.png", "sdxl.png")
+PLUGINS = (
+    *("--controlnet", "small-edges", "small-edges", "--control", "canny", "depth"),
+    *("--lora", "small-style"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,7 @@ def whole(small, captioned, clip_folder, depth_folder, inception_file, tmp_path_
     """A finished evaluation with every figure that there is."""
     run = Evaluate(small.folder, small.tokenizer, captioned, tmp_path_factory.mktemp("whole"))
     weights = ["--clip", str(clip_folder), "--depth", str(depth_folder), "--inception", str(inception_file)]
-    nets = ["--controlnet", "small-edges", "small-edges", "--control", "canny", "depth"]
-    assert run(*nets, "--lora", "small-style", *weights) == 0
+    assert run(*PLUGINS, *weights) == 0
     return run
 
 
@@ -151,8 +156,7 @@ class TestGoingOn:
         again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
         before = again.pictures()
         monkeypatch.setattr("lib_xadapter.evaluation.program.load_models", None)
-        nets = ["--controlnet", "small-edges", "small-edges", "--control", "canny", "depth", "--lora", "small-style"]
-        assert again(*nets, "--depth", str(again.models), "--metrics", "fid") == 1
+        assert again(*PLUGINS, "--depth", str(again.models), "--metrics", "fid") == 1
         assert again.pictures() == before
 
     @pytest.mark.parametrize("finished", [1, 2, 3, 5])
@@ -347,6 +351,19 @@ class TestReport:
         assert "Not computed: FID: --inception names no weights of InceptionV3." in said
         assert f"Not computed: CLIP score: --clip: {depth_folder} holds no CLIP model" in said
         assert evaluate.told()["not_computed"].keys() == {"FID", "CLIP score", "Style similarity"}
+
+    def test_fid_can_be_measured_against_the_captions_own_pictures(self, whole, tmp_path, inception_file):
+        again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
+        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
+        assert again(*given, "--fid-against", "captions") == 0
+        (figure,) = again.told()["figures"]
+        assert tuple(figure["ways"]) == WAYS
+        assert figure["told"].endswith("from the pictures that the captions came with")
+        inception = Inception(inception_file)
+        own = [fitted(Image.open(path), (64, 64)) for path in sorted(whole.captions.glob("*.png"))]
+        made = [Image.open(path) for path in sorted((again.out / "pictures").glob("*/sdxl.png"))]
+        distance = FrechetDistance(inception.features(made), inception.features(own))(numpy.ones((1, 2), int))
+        assert figure["ways"]["SDXL"]["value"] == pytest.approx(float(distance[0]), rel=1e-4)
 
     def test_metrics_takes_some(self, evaluate, clip_folder):
         assert evaluate("--metrics", "clip", "style", "--clip", str(clip_folder), "--limit", "1") == 0
