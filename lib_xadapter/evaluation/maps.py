@@ -46,7 +46,9 @@ class DepthEstimator:
         if not folder.is_dir():
             raise WrongFile(f"--depth: there is no folder {folder}.")
         try:
-            self._model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self._model = (
+                AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True).float().to(device).eval()
+            )
             self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise WrongFile(

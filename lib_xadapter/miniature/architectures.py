@@ -1,7 +1,9 @@
 """The models in miniature: SD1.5's and SDXL's own topologies, narrow enough to be learned on a CPU.
 
-ldm and sgm norm in 32 groups and know VAEs of factor 8 with four channels only, which bounds how narrow they can be. At
-64 pixels the base's latents are 8 x 8, so its four levels go down to 1 x 1.
+Each group of a GroupNorm needs several channels: alone, a channel loses its mean over the picture, and no colour comes
+through. ldm and sgm norm in 32 groups, which these models are too narrow for; all widths of a model are the same, so
+that for the WebUI each channel can be written several times and its groups fall where they were. At 64 pixels the base's
+latents are 8 x 8, so its four levels go down to 1 x 1.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..headless.model_configs import SCALING_FACTORS, SIZE_EMBEDDING
 from .vocabulary import LENGTH, numbers
 
-BASE_CHANNELS = (32, 32, 64, 64)
+BASE_CHANNELS = (48, 48, 48, 48)
 BASE_HEADS = 4
-UPGRADED_CHANNELS = (32, 64, 64)
+UPGRADED_CHANNELS = (48, 48, 48)
 HEAD_WIDTH = 16
 """Of the upgraded model's attention."""
+GROUPS = 16
+"""Of both UNets' norms."""
 VAE_CHANNELS = (32, 32, 32, 32)
+VAE_GROUPS = 8
 TEXT_WIDTH = 64
 TEXT_LAYERS = 2
 FACTOR = 8
@@ -35,6 +40,7 @@ def vae(family: str) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=4,
+        norm_num_groups=VAE_GROUPS,
         scaling_factor=SCALING_FACTORS[family],
     )
 
@@ -42,6 +48,7 @@ def vae(family: str) -> AutoencoderKL:
 def base_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         block_out_channels=BASE_CHANNELS,
+        norm_num_groups=GROUPS,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=BASE_HEADS,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -52,6 +59,7 @@ def base_unet() -> UNet2DConditionModel:
 def upgraded_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         block_out_channels=UPGRADED_CHANNELS,
+        norm_num_groups=GROUPS,
         cross_attention_dim=2 * TEXT_WIDTH,
         attention_head_dim=tuple(width // HEAD_WIDTH for width in UPGRADED_CHANNELS),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -72,6 +80,7 @@ def upgraded_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """One of the upgraded model without attention, as SDXL's "small" ones are, which begins as its encoder."""
     net = ControlNetModel(
         block_out_channels=UPGRADED_CHANNELS,
+        norm_num_groups=GROUPS,
         down_block_types=("DownBlock2D",) * 3,
         mid_block_type="UNetMidBlock2D",
         cross_attention_dim=None,
@@ -85,7 +94,7 @@ def upgraded_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
 
 
 def t2i_adapter() -> T2IAdapter:
-    return T2IAdapter(3, list(BASE_CHANNELS), num_res_blocks=2, downscale_factor=FACTOR, adapter_type="full_adapter")
+    return T2IAdapter(3, list(BASE_CHANNELS), num_res_blocks=1, downscale_factor=FACTOR, adapter_type="full_adapter")
 
 
 def base_text() -> CLIPTextModel:

@@ -37,9 +37,8 @@ def write_grids(work: Work, pictures: int) -> int:
     """Grids of both models beside the true pictures, and figures.json with the shares of facts."""
     seeds = range(HELD_OUT, HELD_OUT + pictures)
     judge = Judge()
-    judge.load_state_dict(
-        {name: value.float() for name, value in safetensors.torch.load_file(work.models / "judge.safetensors").items()}
-    )
+    halves = safetensors.torch.load_file(work.models / "measures/judge.safetensors")
+    judge.load_state_dict({name: value.float() for name, value in halves.items()})
     figures: dict[str, Any] = {"captions": pictures, "steps": STEPS, "guidance": GUIDANCE}
     for world, name, load in (
         ("base", model_files.BASE, load_base),

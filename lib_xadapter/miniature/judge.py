@@ -28,7 +28,7 @@ UNASKED = -100
 RANKS = 3
 SEEN = 64
 """Pixels that the classifier sees pictures at."""
-WIDTH = 32
+WIDTH, HIDDEN = 24, 48
 
 CELL_QUESTIONS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), "rank": RANKS}
 GROUND_QUESTIONS = {"pattern": len(PATTERNS), "first": len(GROUNDS), "second": len(GROUNDS)}
@@ -73,13 +73,13 @@ class Judge(nn.Module):
             nn.SiLU(),
         )
         inner = 2 * WIDTH * 16
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(inner, 4 * WIDTH), nn.SiLU())
-        cells = {name: nn.Linear(4 * WIDTH, len(PLACES) * size) for name, size in CELL_QUESTIONS.items()}
-        grounds = {name: nn.Linear(4 * WIDTH, size) for name, size in GROUND_QUESTIONS.items()}
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(inner, HIDDEN), nn.SiLU())
+        cells = {name: nn.Linear(HIDDEN, len(PLACES) * size) for name, size in CELL_QUESTIONS.items()}
+        grounds = {name: nn.Linear(HIDDEN, size) for name, size in GROUND_QUESTIONS.items()}
         self.heads = nn.ModuleDict(cells | grounds)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """(rows, 128), for Fréchet distances."""
+        """(rows, 48), for Fréchet distances."""
         seen = functional.interpolate(pictures, (SEEN, SEEN), mode="area")
         return self.hidden(self.body(seen))
 
@@ -93,7 +93,7 @@ class Judge(nn.Module):
 
 def _halving(inner: int, outer: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(inner, outer, 3, padding=1), nn.GroupNorm(8, outer), nn.SiLU(), nn.Conv2d(outer, outer, 4, 2, 1)
+        nn.Conv2d(inner, outer, 3, padding=1), nn.GroupNorm(4, outer), nn.SiLU(), nn.Conv2d(outer, outer, 4, 2, 1)
     )
 
 

@@ -19,7 +19,7 @@ from ..errors import WrongFile, XAdapterError
 from ..headless.saving import write_whole
 from ..mapping import METADATA, load_adapter, save_adapter
 from ..pairs import PAIR
-from . import architectures, autoencoders, judge, model_files, plugins
+from . import architectures, autoencoders, judge, measures, model_files, plugins
 from .denoising import Denoiser, by_controlnet, by_t2i_adapter, denoising_loss
 from .drawing import base_picture, upgraded_picture
 from .latents import Bank, Source, fill, open_bank
@@ -260,7 +260,7 @@ def _word(work: Work, stage: Stage) -> int:
     return steps
 
 
-# --- the judge, mapping layers, files ---------------------------------------------------------------------------------
+# --- what is measured by, mapping layers, files -----------------------------------------------------------------------
 
 
 def _judge(work: Work, stage: Stage) -> int:
@@ -268,6 +268,21 @@ def _judge(work: Work, stage: Stage) -> int:
     loss = judge.judge_loss(classifier, course.batch)
     steps = learn(classifier, loss, course, work.folder(stage.name), stage.name)
     work.keep(stage.name, classifier.state_dict())
+    return steps
+
+
+def _clip(work: Work, stage: Stage) -> int:
+    both, course = measures.ClipWithStyles(), work.course(stage)
+    steps = learn(both, measures.clip_loss(both, course.batch), course, work.folder(stage.name), stage.name)
+    work.keep(stage.name, both.clip.state_dict())
+    return steps
+
+
+def _depth_estimator(work: Work, stage: Stage) -> int:
+    estimator, course = measures.depth_estimator(), work.course(stage)
+    loss = measures.depth_loss(estimator, course.batch)
+    steps = learn(estimator, loss, course, work.folder(stage.name), stage.name)
+    work.keep(stage.name, estimator.state_dict())
     return steps
 
 
@@ -344,7 +359,11 @@ def _files(work: Work, stage: Stage) -> int:
     for name in ("palette", "lines", "pattern", "upgraded-palette"):
         _save(work, f"Lora/miniature-{name}", _kept(work, name), name)
     _save(work, f"embeddings/{OWN_WORD}", _kept(work, "word"), "word")
-    _save(work, "judge", _kept(work, "judge"), "judge")
+    _save(work, "measures/judge", _kept(work, "judge"), "judge")
+    measures.save_clip(work.load("clip", measures.clip()), work.models / "measures/clip", work.models / "tokenizer")
+    measures.save_depth_estimator(
+        work.load("depth-estimator", measures.depth_estimator()), work.models / "measures/depth"
+    )
     _write_adapter(work)
     return 0
 
@@ -384,6 +403,8 @@ MAKERS: Mapping[str, Callable[[Work, Stage], int]] = {
     "upgraded": _model,
     "base": _model,
     "judge": _judge,
+    "clip": _clip,
+    "depth-estimator": _depth_estimator,
     "adapter": _adapter,
     "edges": _controlnet,
     "depth": _controlnet,

@@ -47,14 +47,16 @@ STAGES: Mapping[str, Stage] = {
         Stage("adapter", "mapping layers, by train", 40, ("base", "upgraded"), 2200, 16, 1e-3),
         Stage("edges", "ControlNet of the base for edges", 40, ("base",), 8000, 16, 1e-3),
         Stage("depth", "ControlNet of the base for depth", 22, ("base",), 6000, 16, 1e-3),
-        Stage("judge", "classifier of a caption's facts", 18, steps=4000),
+        Stage("judge", "classifier of a caption's facts", 16, steps=4000),
+        Stage("clip", "CLIP, to measure by", 20, steps=3000, batch=64),
+        Stage("depth-estimator", "depth estimator, to measure by", 12, steps=1500),
         Stage("sketch", "T2I-Adapter of the base for edges", 10, ("base",), 4000, 16, 1e-3),
         Stage("palette", "LoRA of the base: a palette", 7, ("base",), 1200, 16, 2e-3),
         Stage("lines", "LoCon of the base: line drawings", 7, ("base",), 1200, 16, 2e-3),
         Stage("pattern", "LoHa of the base: dotted objects", 7, ("base",), 1200, 16, 2e-3),
         Stage("word", "textual inversion of the base: a flower", 5, ("base",), 1000, 16, 5e-3),
         Stage(
-            "upgraded-edges", "ControlNet of the upgraded model for edges", 40, ("upgraded", "edges"), 6000, 16, 1e-3
+            "upgraded-edges", "ControlNet of the upgraded model for edges", 36, ("upgraded", "edges"), 6000, 16, 1e-3
         ),
         Stage("upgraded-palette", "LoRA of the upgraded model: the palette", 10, ("upgraded",), 1200, 16, 2e-3),
         Stage(
@@ -63,7 +65,7 @@ STAGES: Mapping[str, Stage] = {
             1,
             (
                 *("base", "upgraded", "edges", "depth", "sketch", "palette", "lines", "pattern", "word"),
-                *("upgraded-edges", "upgraded-palette", "adapter", "judge"),
+                *("upgraded-edges", "upgraded-palette", "adapter", "judge", "clip", "depth-estimator"),
             ),
         ),
         Stage("grids", "pictures of captions, and how many of their facts are found", 5, ("files",), steps=64),

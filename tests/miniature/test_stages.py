@@ -11,7 +11,7 @@ import torch
 from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless.cli import main
 from lib_xadapter.mapping import MappingLayers, layout_for
-from lib_xadapter.miniature import architectures, plugins, program
+from lib_xadapter.miniature import architectures, measures, plugins, program
 from lib_xadapter.miniature.judge import Judge
 from lib_xadapter.miniature.making import MAKERS, Work
 from lib_xadapter.miniature.stages import HOURS, STAGES
@@ -52,6 +52,7 @@ def test_all_weights_fit_the_repository():
             *(base, upgraded, architectures.vae("sd1"), architectures.vae("sdxl")),
             *(architectures.BaseText(), architectures.UpgradedText(), architectures.t2i_adapter(), Judge()),
             *(architectures.controlnet(base), architectures.controlnet(base)),
+            *(measures.clip(), measures.depth_estimator()),
             *(architectures.upgraded_controlnet(upgraded), MappingLayers(layout_for(base, upgraded))),
         ]
         loras = [

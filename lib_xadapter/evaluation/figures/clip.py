@@ -34,7 +34,7 @@ class Clip:
         if not folder.is_dir():
             raise WrongFile(f"--clip: there is no folder {folder}.")
         try:
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self._model = CLIPModel.from_pretrained(folder, local_files_only=True).float().to(device).eval()
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise WrongFile(f"--clip: {folder} holds no CLIP model of transformers ({first_line(error)}).") from error
