@@ -2,8 +2,8 @@
 
 Each group of a GroupNorm needs several channels: alone, a channel loses its mean over the picture, and no colour comes
 through. ldm and sgm norm in 32 groups, which these models are too narrow for; all widths of a model are the same, so
-that for the WebUI each channel can be written several times and its groups fall where they were. At 64 pixels the base's
-latents are 8 x 8, so its four levels go down to 1 x 1.
+that for the WebUI each channel can be written several times and its groups fall where they were. At 64 pixels the
+base's latents are 8 x 8, so its four levels go down to 1 x 1.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ def write_grids(work: Work, pictures: int) -> int:
         ("base", model_files.BASE, load_base),
         ("upgraded", model_files.UPGRADED, load_upgraded),
     ):
-        path = work.models / "Stable-diffusion" / f"{name}.safetensors"
-        pipeline = load(path, torch.float32, work.models / "tokenizer")
+        pipeline = load(work.models / "Stable-diffusion" / name, torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         draw, _ = WORLDS[world]
         true = tensor_of([draw(scene_of(seed)) for seed in seeds])

@@ -293,8 +293,8 @@ def _adapter(work: Work, stage: Stage) -> int:
     write_pictures(pictures, range(4_000_000, 4_000_000 + work.number(ADAPTER_PICTURES)), upgraded_picture)
     course = work.course(stage)
     told = {
-        "--base": work.models / "Stable-diffusion" / f"{model_files.BASE}.safetensors",
-        "--upgraded": work.models / "Stable-diffusion" / f"{model_files.UPGRADED}.safetensors",
+        "--base": work.models / "Stable-diffusion" / model_files.BASE,
+        "--upgraded": work.models / "Stable-diffusion" / model_files.UPGRADED,
         "--tokenizer": work.models / "tokenizer",
         "--data": pictures,
         "--cache": work.folder(stage.name) / "cache",
@@ -332,17 +332,11 @@ def write_pictures(folder: Path, seeds: range, draw: Callable[[Scene], Picture])
 
 
 def _write_models(work: Work) -> None:
-    """Base and upgraded model as single files."""
-    checkpoints = work.models / "Stable-diffusion"
+    """Base and upgraded model as folders of diffusers."""
     write_tokenizer(work.models / "tokenizer")
-    model_files.write_configs(checkpoints)
-    for world, name, tensors in (
-        ("base", model_files.BASE, model_files.base_tensors),
-        ("upgraded", model_files.UPGRADED, model_files.upgraded_tensors),
-    ):
-        denoiser = _denoiser(work, world)
-        made = tensors(denoiser.unet, _vae_of(work, world), denoiser.text)
-        model_files.save_half(checkpoints / f"{name}.safetensors", made, _made_by(work, world))
+    for world, name in (("base", model_files.BASE), ("upgraded", model_files.UPGRADED)):
+        folder = work.models / "Stable-diffusion" / name
+        model_files.save_model(folder, _denoiser(work, world), _vae_of(work, world), work.models / "tokenizer")
 
 
 def _files(work: Work, stage: Stage) -> int:
@@ -354,8 +348,9 @@ def _files(work: Work, stage: Stage) -> int:
         ("upgraded-edges", upgraded, architectures.upgraded_controlnet),
     ):
         net = work.load(name, make_net(unet))
-        _save(work, f"ControlNet/miniature-{name}", model_files.controlnet_tensors(net, unet), name)
-    _save(work, "ControlNet/t2iadapter-miniature-sketch", _kept(work, "sketch"), "sketch")
+        net.half().save_pretrained(work.models / "ControlNet" / f"miniature-{name}")
+    sketch = work.load("sketch", architectures.t2i_adapter())
+    sketch.half().save_pretrained(work.models / "ControlNet" / "t2iadapter-miniature-sketch")
     for name in ("palette", "lines", "pattern", "upgraded-palette"):
         _save(work, f"Lora/miniature-{name}", _kept(work, name), name)
     _save(work, f"embeddings/{OWN_WORD}", _kept(work, "word"), "word")

@@ -22,7 +22,6 @@ from ..headless.asked import check_folder
 from ..headless.options import say
 from ..headless.saving import write_whole
 from .making import StageFailed, Work, make
-from .model_files import write_for_webui
 from .stages import HOURS, STAGES, Stage
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,6 @@ def miniature(options: argparse.Namespace) -> int:
     """Make what is not done yet."""
     _check(options)
     work = Work(options.out, options.seed, options.share, options.hours)
-    if options.webui is not None:
-        write_for_webui(work.models, options.webui)
-        say(f"The miniature models are below {options.webui}.")
-        return 0
     if options.list:
         for stage in STAGES.values():
             say(f"{stage.name:18}{'done' if is_done(work, stage) else '':6}{stage.minutes:5g} min  {stage.told}")

@@ -9,11 +9,12 @@ pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 import torch
 from torch import nn
 
-from lib_xadapter.headless.compvis_layout import SECOND_TEXT_PREFIX, open_clip_origin, read_compvis, write_compvis
+from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.tokenizers import load_tokenizer
 from lib_xadapter.miniature import architectures, autoencoders, judge, learning, model_files, vocabulary
 from lib_xadapter.miniature.autoencoders import normalise
 from lib_xadapter.miniature.captions import caption_of, facts_of
+from lib_xadapter.miniature.denoising import Denoiser
 from lib_xadapter.miniature.drawing import base_picture
 from lib_xadapter.miniature.learning import Course, Drawn, batches, learn
 from lib_xadapter.miniature.scenes import scene_of
@@ -111,37 +112,30 @@ def test_normalising_a_vae_changes_its_latents_and_no_picture(monkeypatch):
     assert ((latents.std((0, 2, 3)) > 0.5) & (latents.std((0, 2, 3)) < 2)).all()
 
 
-def test_the_wide_text_encoder_says_the_same():
-    """As open_clip's layers would: here by transformers, of as many layers and as wide."""
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("unet", "text", "family", "load"),
+    [
+        (architectures.base_unet, architectures.BaseText, "sd1", load_base),
+        (architectures.upgraded_unet, architectures.UpgradedText, "sdxl", load_upgraded),
+    ],
+    ids=["base", "upgraded"],
+)
+def test_a_model_is_told_the_same_by_its_files_as_in_training(unet, text, family, load, tmp_path):
     torch.manual_seed(3)
-    narrow = architectures.second_text().eval()
-    for weight in narrow.parameters():
-        nn.init.normal_(weight, std=0.2)
-    file = write_compvis(narrow.state_dict(), SECOND_TEXT_PREFIX, open_clip_origin)
-    label = torch.zeros(4, architectures.TEXT_WIDTH + 6 * 256)
-    wide_file = model_files.widened({**file, f"{model_files.UNET_PREFIX}label_emb.0.0.weight": label})
-
-    config = narrow.config.__class__(
-        **{
-            **narrow.config.to_dict(),
-            "hidden_size": model_files.OPEN_CLIP_WIDTH,
-            "intermediate_size": 4 * model_files.OPEN_CLIP_WIDTH,
-            "num_hidden_layers": model_files.OPEN_CLIP_LAYERS,
-            "num_attention_heads": model_files.COPIES,
-            "projection_dim": model_files.OPEN_CLIP_WIDTH,
-            "vocab_size": model_files.CLIP_VOCABULARY,
-            "eos_token_id": model_files.CLIP_VOCABULARY - 1,
-        }
+    vocabulary.write_tokenizer(tmp_path / "tokenizer")
+    told = text().eval()
+    model_files.save_model(
+        tmp_path / "model", Denoiser(unet(), told), architectures.vae(family), tmp_path / "tokenizer"
     )
-    wide = narrow.__class__(config).eval()
-    wide.load_state_dict(read_compvis(wide_file, SECOND_TEXT_PREFIX, wide, open_clip_origin, "wide"), strict=False)
-    tokens = tokens_of(["small red circle left on sky"])
-    in_clip = torch.tensor(vocabulary.clip_numbers())[tokens]
-    with torch.no_grad():
-        ours, theirs = (model(ids, output_hidden_states=True) for model, ids in ((narrow, tokens), (wide, in_clip)))
-    copies = ours.hidden_states[-2].repeat(1, 1, model_files.COPIES)
-    assert torch.allclose(theirs.hidden_states[-2], copies, atol=1e-3)
-    assert torch.allclose(theirs.text_embeds, ours.text_embeds.repeat(1, model_files.COPIES), atol=1e-3)
+    pipeline = load(tmp_path / "model", torch.float32)
+    caption = "small red circle left on sky"
+    encoded = pipeline.encode_prompt(caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    expected = told.float()(tokens_of([caption]))
+    assert torch.allclose(encoded[0], expected.tokens, atol=1e-5)
+    if expected.pooled is not None:
+        assert torch.allclose(encoded[2], expected.pooled, atol=1e-5)
+    assert pipeline.unet.config.norm_num_groups == architectures.GROUPS
 
 
 def test_the_classifier_s_true_answers_are_the_caption_s_facts():
