@@ -24,4 +24,7 @@ def add_miniature(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="of all steps and pictures, to try it out; default: %(default)g"
     )
+    parser.add_argument(
+        "--webui", type=Path, metavar="DIR", help="lay finished models out for the WebUI whose folder this is"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -38,6 +38,13 @@ def miniature(options: argparse.Namespace) -> int:
     """Make what is not done yet."""
     _check(options)
     work = Work(options.out, options.seed, options.share, options.hours)
+    if options.webui is not None:
+        # what comes before needs none of it
+        from .webui_files import write_for_webui
+
+        write_for_webui(work.models, options.webui)
+        say(f"The miniature models are below {options.webui}.")
+        return 0
     if options.list:
         for stage in STAGES.values():
             say(f"{stage.name:18}{'done' if is_done(work, stage) else '':6}{stage.minutes:5g} min  {stage.told}")
