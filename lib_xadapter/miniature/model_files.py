@@ -56,6 +56,11 @@ def save_model(folder: Path, denoiser: Denoiser, vae: AutoencoderKL, tokenizer: 
 
 def save_half(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as fp16 safetensors."""
-    halves = {name: value.detach().half().contiguous() for name, value in tensors.items()}
-    written = safetensors.torch.save(halves, metadata=dict(metadata or {}))
+    save(path, {name: value.half() for name, value in tensors.items()}, metadata)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    told = {name: value.detach().contiguous() for name, value in tensors.items()}
+    written = safetensors.torch.save(told, metadata=dict(metadata or {}))
     write_whole(path, lambda to: to.write_bytes(written))

@@ -44,7 +44,7 @@ from .architectures import (
     VAE_CHANNELS,
     VAE_GROUPS,
 )
-from .model_files import BASE, UPGRADED, save_half
+from .model_files import BASE, UPGRADED, save, save_half
 from .plugins import changed_layers
 from .vocabulary import LENGTH, clip_numbers, numbers, write_tokenizer
 from .widening import Tensors, Widening, widened_lora
@@ -229,7 +229,8 @@ def write_for_webui(models: Path, data: Path) -> None:
     for path in sorted((models / "Lora").glob("*.safetensors")):
         unet, widening, told = _of(path, base, upgraded)
         tensors = widened_lora(_read(path), widening, _layers_by_lora_name(unet).__getitem__)
-        save_half(there / "Lora" / path.name, told(tensors))
+        # the WebUI multiplies the parts of a LoHa as they are, and its torch no halves on a CPU
+        save(there / "Lora" / path.name, told(tensors))
     for path in sorted((models / "X-Adapter").glob("*.safetensors")):
         save_half(there / "X-Adapter" / path.name, BASE_WIDENING.mapping_layers(_read(path)), _metadata(path))
     for path in sorted((models / "embeddings").glob("*.safetensors")):
