@@ -19,7 +19,7 @@ def small(tmp_path_factory):
     return make_small_models(tmp_path_factory.mktemp("small"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Two ways to the same sums come to the same bytes: several threads share them out as they find time."""
     import torch

@@ -21,6 +21,8 @@ from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
 from lib_xadapter.headless.model_files import load_controlnet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = {"width": 128, "height": 128}
 STEPS = 3
 
@@ -44,7 +46,6 @@ def differs(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).norm() / other.norm()) > 1e-4
 
 
-@pytest.mark.usefixtures("one_thread")
 class TestPictures:
     def test_the_base_paints_what_it_paints_alone(self, pipe):
         alone = pipe.base(

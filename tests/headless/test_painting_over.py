@@ -20,6 +20,8 @@ from lib_xadapter.headless.models import noise_schedule_of
 from lib_xadapter.headless.small_models import seeded as with_seeded_weights
 from tests.headless.test_composed import SIZE, differs, latents, seeded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BASE_SIZE = {"width": 64, "height": 64}
 
 
@@ -47,7 +49,6 @@ def test_outside_the_mask_the_base_keeps_the_picture_at_every_noise_level(pipe, 
         assert differs(latent[..., 4:], kept[..., 4:])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_base_paints_the_picture_over_that_its_own_pipeline_paints(pipe, picture):
     made = pipe("a cat", image=picture, strength=0.6, img2img_start="base", num_inference_steps=4, generator=seeded(),
                 switch_point=0.5, weight=0.0, return_base_images=True)  # fmt: skip
@@ -61,7 +62,6 @@ def test_the_base_paints_the_picture_over_that_its_own_pipeline_paints(pipe, pic
     assert made.images[0].tobytes() == over.images[0].tobytes()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_with_a_mask_it_is_that_of_its_inpainting_pipeline(pipe, picture, mask):
     made = pipe("a cat", image=picture, mask_image=mask, strength=0.6, img2img_start="base", num_inference_steps=4,
                 generator=seeded(), weight=0.0, return_base_images=True)  # fmt: skip

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer
-from lib_xadapter.mapping import MappingLayers, layout_for, load_adapter, save_adapter
+from lib_xadapter.mapping import MappingLayers, layout_for, load_adapter
 from lib_xadapter.miniature import architectures, model_files, plugins, webui_files
-from lib_xadapter.miniature.denoising import Denoiser
-from lib_xadapter.miniature.vocabulary import write_tokenizer
 from lib_xadapter.miniature.webui_files import BASE_WIDENING, UPGRADED_WIDENING, VAE_WIDENING, _layers_by_lora_name
 from lib_xadapter.miniature.widening import Widening, widened_lora
+from tests.miniature.random_models import filled, save_models
 
 GROUPS = 32
 """Of the norms of ldm and sgm."""
@@ -32,15 +31,6 @@ def no_gradients():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def filled(module: nn.Module) -> nn.Module:
-    """With weights by which every layer matters."""
-    for name, weight in module.named_parameters():
-        nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.3)
-        if "norm" in name and name.endswith("weight"):
-            weight += 1
-    return module.eval()
 
 
 def wider(narrow: nn.Module, widening: Widening) -> nn.Module:
@@ -152,26 +142,8 @@ def test_mapping_layers_write_every_channel_twice():
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory) -> tuple[Path, Path]:
     """Models as they are made, and as they are laid out for the WebUI."""
-    torch.manual_seed(1)
     made, webui = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("webui")
-    write_tokenizer(made / "tokenizer")
-    nets = {}
-    with torch.no_grad():
-        for name, unet, text, family in (
-            (model_files.BASE, architectures.base_unet(), architectures.BaseText(), "sd1"),
-            (model_files.UPGRADED, architectures.upgraded_unet(), architectures.UpgradedText(), "sdxl"),
-        ):
-            parts = Denoiser(filled(unet), filled(text)), filled(architectures.vae(family))
-            model_files.save_model(made / "Stable-diffusion" / name, *parts, made / "tokenizer")
-            nets[name] = unet.float()
-        for place, (name, make) in enumerate(
-            ((model_files.BASE, architectures.controlnet), (model_files.UPGRADED, architectures.upgraded_controlnet))
-        ):
-            whose = ("", "upgraded-")[place]
-            filled(make(nets[name])).half().save_pretrained(made / "ControlNet" / f"miniature-{whose}edges")
-    (made / "X-Adapter").mkdir()
-    layers = MappingLayers(layout_for(nets[model_files.BASE], nets[model_files.UPGRADED]))
-    save_adapter(filled(layers).half(), made / "X-Adapter/miniature.safetensors", {"pair": "a>b"})
+    save_models(made)
     webui_files.write_for_webui(made, webui)
     return made, webui
 
