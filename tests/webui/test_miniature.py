@@ -57,10 +57,16 @@ def on_diffusers(models: Path, out: Path, *more: str) -> Image.Image:
     return Image.open(picture).convert("RGB")
 
 
+def check_same(one: Image.Image, other: Image.Image) -> None:
+    """To what is lost where queries are written smaller in half precision."""
+    assert mean_difference(one, other) < 0.05
+    assert grey_levels_apart(one, other) <= 4
+
+
 def test_the_picture_is_the_same(server, miniature, tmp_path):
     led, alone = (in_the_webui(server, weight=weight) for weight in (1.0, 0.0))
-    assert grey_levels_apart(led, on_diffusers(miniature, tmp_path / "led")) <= 1
-    assert grey_levels_apart(alone, on_diffusers(miniature, tmp_path / "alone", "--weight", "0")) <= 1
+    check_same(led, on_diffusers(miniature, tmp_path / "led"))
+    check_same(alone, on_diffusers(miniature, tmp_path / "alone", "--weight", "0"))
     assert mean_difference(led, alone) > 1
 
 
@@ -68,5 +74,5 @@ def test_the_picture_is_the_same(server, miniature, tmp_path):
 def test_a_lora_does_the_same(server, miniature, tmp_path, name):
     ours = in_the_webui(server, f"{PROMPT} <lora:miniature-{name}:0.7>")
     lora = miniature / "Lora" / f"miniature-{name}.safetensors"
-    assert grey_levels_apart(ours, on_diffusers(miniature, tmp_path / "led", "--lora", f"{lora}:0.7")) <= 1
+    check_same(ours, on_diffusers(miniature, tmp_path / "led", "--lora", f"{lora}:0.7"))
     assert mean_difference(ours, in_the_webui(server)) > 1
