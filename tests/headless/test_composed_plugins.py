@@ -272,14 +272,14 @@ def test_vae_tiling_and_slicing_take_part(own_pipe):
 # --- the upgraded model's own plugins ---------------------------------------------------------------------------------
 
 
-def test_a_controlnet_of_the_upgraded_model_acts_beside_the_base(pipe, plain, picture):
+def test_a_controlnet_of_the_upgraded_model_acts_beside_the_base(own_pipe, plain, picture):
     """Remix: each model with plugins of its own."""
-    net = ControlNetModel.from_unet(pipe.upgraded.unet)
+    net = ControlNetModel.from_unet(own_pipe.upgraded.unet)
     with torch.no_grad():
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             layer.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
-    both = {**pipe.upgraded.components, "controlnet": net, "add_watermarker": False}
-    led = XAdapterPipeline(pipe.base, StableDiffusionXLControlNetPipeline(**both), pipe.adapter)
+    both = {**own_pipe.upgraded.components, "controlnet": net, "add_watermarker": False}
+    led = XAdapterPipeline(own_pipe.base, StableDiffusionXLControlNetPipeline(**both), own_pipe.adapter)
     led.set_progress_bar_config(disable=True)
     given = {"image": picture.resize((64, 64)), "controlnet_conditioning_scale": 1.0}
     made = check_acts(led, plain, upgraded_arguments=given)

@@ -31,7 +31,8 @@ def example() -> str:
 
 @pytest.fixture
 def with_configs(small, tmp_path, monkeypatch):
-    """`from_single_file` finds the small models' configs, where diffusers would fetch those of the full ones."""
+    """`from_single_file` finds the small models' configs, where diffusers would fetch those of the full ones, and their
+    text encoders, which it knows by the full ones' widths and would leave without weights."""
     loaded = XAdapterPipeline.from_single_file(
         base=small.base, upgraded=small.upgraded, adapter=None, tokenizer=small.tokenizer
     )
@@ -39,7 +40,8 @@ def with_configs(small, tmp_path, monkeypatch):
         folder = tmp_path / kind.__name__
         pipeline.unet.register_to_config(sample_size=8 if pipeline is loaded.base else 16)
         pipeline.save_pretrained(folder)
-        given = {"config": str(folder), "local_files_only": True}
+        encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+        given = {"config": str(folder), "local_files_only": True, **encoders}
         monkeypatch.setattr(kind, "from_single_file", functools.partial(kind.from_single_file, **given))
 
 
