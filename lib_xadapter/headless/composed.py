@@ -442,7 +442,7 @@ class XAdapterPipeline:
                 check_scheduler(pipeline.scheduler)
         self._interruption.asked = False
         models, request = self._placed(request)
-        with where_they_were(models):
+        with where_they_were(models), attention_as_it_was(models):
             stages = TwoStages(models, self._rules, self._progress, self._interruption)
             if base_side is None:
                 base_side = BaseSide(None if request.settings.single_stage else stages.base_latents(request))
@@ -599,6 +599,21 @@ def check_unet(unet: Any, name: str) -> None:
 
 TAKEN_CHANNELS = (4, 9)
 PIPELINES = {"base": "StableDiffusionPipeline", "upgraded": "StableDiffusionXLPipeline"}
+
+
+@contextmanager
+def attention_as_it_was(models: Models) -> Iterator[None]:
+    """After it, both UNets have the attention processors that they had before: a pipeline that changes them while its
+    loop lasts, as perturbed attention does, leaves them where the loop is ended early."""
+    unets = [pipeline.unet for pipeline in (models.base, models.upgraded) if hasattr(pipeline.unet, "attn_processors")]
+    before = [dict(unet.attn_processors) for unet in unets]
+    try:
+        yield
+    finally:
+        for unet, processors in zip(unets, before, strict=True):
+            now = unet.attn_processors
+            if any(now.get(name) is not processor for name, processor in processors.items()):
+                unet.set_attn_processor(dict(processors))
 
 
 @contextmanager

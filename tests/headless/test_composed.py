@@ -236,6 +236,7 @@ class Hooks:
             found.append(copy.deepcopy(dict(pipeline.config)))
             found.append(copy.deepcopy(dict(pipeline.scheduler.config)))
             found.append(vars(pipeline).get("_progress_bar_config"))
+            found.append({name: id(one) for name, one in getattr(pipeline.unet, "attn_processors", {}).items()})
             for part in pipeline.components.values():
                 found += _state_of(part) if isinstance(part, torch.nn.Module) else []
         return found
