@@ -189,10 +189,8 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
             for name in options.upgraded_controlnet
         ),
     )
-    controls = _controls("", options.control, options.control_scale, len(files.controlnets))
-    upgraded_controls = _controls(
-        "upgraded-", options.upgraded_control, options.upgraded_control_scale, len(files.upgraded_controlnets)
-    )
+    controls = _controls("", options, len(files.controlnets))
+    upgraded_controls = _controls("upgraded-", options, len(files.upgraded_controlnets))
     needs_pictures = bool(controls or upgraded_controls) or options.fid_against == AGAINST_CAPTIONS
     captions = read_captions(options.captions, options.pictures, needs_pictures, options.limit or 0)
     seeds = tuple(dict.fromkeys(options.seed or [0]))
@@ -215,8 +213,6 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         reference=options.reference,
         out=options.out,
     )
-    if DEPTH in evaluation.kinds and options.depth is None:
-        raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
     with naming_options():
         # what is out of range in one is so in all
         for seed in seeds:
@@ -224,8 +220,11 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
     return evaluation
 
 
-def _controls(whose: str, kinds: Sequence[str], given_scales: Sequence[float], nets: int) -> tuple[Control, ...]:
-    scales = given_scales or [1.0] * nets
+def _controls(whose: str, options: argparse.Namespace, nets: int) -> tuple[Control, ...]:
+    """Of the options whose names begin with "" or "upgraded-", for as many ControlNets as there are."""
+    named = whose.replace("-", "_")
+    kinds: Sequence[str] = getattr(options, f"{named}control")
+    scales: Sequence[float] = getattr(options, f"{named}control_scale") or [1.0] * nets
     for option, given in (("control", kinds), ("control-scale", scales)):
         if len(given) != nets:
             raise WrongArgument(
@@ -236,6 +235,8 @@ def _controls(whose: str, kinds: Sequence[str], given_scales: Sequence[float], n
             raise WrongArgument(f"--{whose}control-scale is {scale:g}, expected a number from 0 to {MOST_CONTROL:g}.")
     if len(set(kinds)) < nets:
         raise WrongArgument(f"--{whose}control names a kind of map twice, expected one ControlNet for each kind.")
+    if DEPTH in kinds and options.depth is None:
+        raise WrongArgument(f"--{whose}control is depth, but --depth names no estimator that makes the maps.")
     return tuple(Control(kind, scale) for kind, scale in zip(kinds, scales, strict=True))
 
 

@@ -177,10 +177,12 @@ class Maker:
             save_picture(folder.source, source)
         # of every kind at the base's size, at which pictures are compared
         maps = {kind: self._map(source, kind, folder.map_of(kind)) for kind in evaluation.kinds}
-        larger = fitted(given, evaluation.job.size)
         return (
             tuple(maps[control.kind] for control in evaluation.controls),
-            tuple(self._extractors[control.kind](larger) for control in evaluation.upgraded_controls),
+            tuple(
+                self._extractors[control.kind](fitted(given, evaluation.job.size))
+                for control in evaluation.upgraded_controls
+            ),
         )
 
     def _map(self, source: Image.Image, kind: str, path: Path) -> Image.Image:

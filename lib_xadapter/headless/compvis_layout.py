@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WrongFile
 
@@ -196,6 +196,11 @@ def _read(tensor: Tensor, origin: Origin, shape: torch.Size, key: str, file_name
 
 def _without_kernel(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[:2]) if shape[2:] == (1, 1) else tuple(shape)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict without what counts positions, which files do not hold."""
+    return {key: value for key, value in module.state_dict().items() if value.dtype.is_floating_point}
 
 
 def write_compvis(state: Mapping[str, Tensor], prefix: str, table: Table) -> dict[str, Tensor]:

@@ -288,7 +288,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--control-scale", **SEVERAL, type=float, metavar="X", help="its strength, given once for each; default: 1"
     )
-
     models.add_argument(
         "--upgraded-controlnet",
         **SEVERAL,

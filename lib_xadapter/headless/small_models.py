@@ -30,6 +30,7 @@ from .compvis_layout import (
     clip_origin,
     open_clip_origin,
     vae_table,
+    weights_of,
     write_compvis,
 )
 from .model_configs import SIZE_EMBEDDING
@@ -162,7 +163,7 @@ def _base_checkpoint() -> dict[str, Tensor]:
     return {
         **unet_tensors(seeded(base_unet(), "base.unet")),
         **_vae_tensors("base.vae"),
-        **write_compvis(_without_counters(encoder), BASE_TEXT_PREFIX, clip_origin),
+        **write_compvis(weights_of(encoder), BASE_TEXT_PREFIX, clip_origin),
     }
 
 
@@ -172,8 +173,8 @@ def _upgraded_checkpoint() -> dict[str, Tensor]:
     return {
         **unet_tensors(seeded(upgraded_unet(), "upgraded.unet")),
         **_vae_tensors("upgraded.vae"),
-        **write_compvis(_without_counters(first), FIRST_TEXT_PREFIX, clip_origin),
-        **write_compvis(_without_counters(second), SECOND_TEXT_PREFIX, open_clip_origin),
+        **write_compvis(weights_of(first), FIRST_TEXT_PREFIX, clip_origin),
+        **write_compvis(weights_of(second), SECOND_TEXT_PREFIX, open_clip_origin),
     }
 
 
@@ -187,10 +188,6 @@ def _vae_tensors(name: str) -> dict[str, Tensor]:
     vae.quant_conv.weight[4:] = 0
     vae.quant_conv.bias[4:] = -30
     return write_compvis(vae.state_dict(), VAE_PREFIX, vae_table(4))
-
-
-def _without_counters(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value for key, value in module.state_dict().items() if value.dtype.is_floating_point}
 
 
 def _lora() -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,6 @@ from .learning import Drawn, batches
 from .scenes import SHAPES, Scene, scene_of
 from .vocabulary import token_rows
 from .worlds import Draw, tensor_of
-
-logger = logging.getLogger(__name__)
 
 PART = 512
 """Pictures a file."""
@@ -83,7 +80,7 @@ class Bank:
 
     def rows(self, batch: int, drawn: Drawn) -> Rows:
         """Those of one step."""
-        numbers = list(batches(len(self), batch, drawn))
+        numbers = batches(len(self), batch, drawn)
         means = torch.from_numpy(self._means[numbers].astype(numpy.float32))
         deviations = torch.from_numpy(self._deviations[numbers].astype(numpy.float32))
         latents = means + deviations * drawn.normal(*means.shape)

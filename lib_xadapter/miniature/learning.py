@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def _groups(weights: Mapping[str, nn.Parameter], decay: float) -> list[dict[str,
     return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def batches(bank: int, batch: int, drawn: Drawn) -> Iterable[int]:
+def batches(bank: int, batch: int, drawn: Drawn) -> list[int]:
     """Rows of a bank for one step: all of them once, in an order of each round's own, before any comes again."""
     first = drawn.step * batch
     return [_in_order(bank, number) for number in range(first, first + batch)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -23,14 +22,12 @@ from . import architectures, autoencoders, judge, measures, model_files, plugins
 from .denoising import Denoiser, by_controlnet, by_t2i_adapter, denoising_loss
 from .drawing import base_picture, upgraded_picture
 from .latents import Bank, Source, fill, open_bank
-from .learning import Course, learn
+from .learning import Course, Loss, learn
 from .scenes import SECRET_SHAPE, Scene, scene_of
 from .stages import HOURS, STAGES, Stage
 from .styles import styled_picture
 from .vocabulary import numbers, write_tokenizer
 from .worlds import Picture, caption
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 STYLED_PICTURES = 2048
@@ -93,6 +90,15 @@ class Work:
             seed=self.seed_of(stage.name),
         )
 
+    def learn(self, stage: Stage, module: nn.Module, loss_of: Callable[[int], Loss]) -> int:
+        """Learn a stage's module; gives its steps.
+
+        Args:
+            loss_of: rows a step → the loss of one.
+        """
+        course = self.course(stage)
+        return learn(module, loss_of(course.batch), course, self.folder(stage.name), stage.name)
+
     def load(self, stage: str, module: nn.Module) -> nn.Module:
         """A module with the weights of a stage that is done, frozen.
 
@@ -122,10 +128,8 @@ def make(work: Work, stage: Stage) -> int:
 
 def _vae(family: str) -> Callable[[Work, Stage], int]:
     def make_vae(work: Work, stage: Stage) -> int:
-        vae, course = architectures.vae(family), work.course(stage)
-        steps = learn(
-            vae, autoencoders.vae_loss(vae, family, course.batch), course, work.folder(stage.name), stage.name
-        )
+        vae = architectures.vae(family)
+        steps = work.learn(stage, vae, lambda batch: autoencoders.vae_loss(vae, family, batch))
         autoencoders.normalise(vae, family, work.seed_of(stage.name))
         work.keep(stage.name, vae.state_dict())
         return steps
@@ -137,9 +141,8 @@ def _text(work: Work, stage: Stage) -> int:
     upgraded = stage.name == "upgraded-text"
     text = _text_of(stage.name.removesuffix("-text"))
     reader = judge.Reader(architectures.TEXT_WIDTH * (2 if upgraded else 1), pooled=upgraded)
-    both, course = nn.ModuleDict({"text": text, "reader": reader}), work.course(stage)
-    loss = judge.reading_loss(text, reader, course.batch)
-    steps = learn(both, loss, course, work.folder(stage.name), stage.name)
+    both = nn.ModuleDict({"text": text, "reader": reader})
+    steps = work.learn(stage, both, lambda batch: judge.reading_loss(text, reader, batch))
     work.keep(stage.name, text.state_dict())
     return steps
 
@@ -174,9 +177,8 @@ def _bank(work: Work, world: str) -> Bank:
 def _model(work: Work, stage: Stage) -> int:
     unet = architectures.upgraded_unet() if stage.name == "upgraded" else architectures.base_unet()
     text = work.load(f"{stage.name}-text", _text_of(stage.name)).requires_grad_(True)
-    denoiser, course = Denoiser(unet, text), work.course(stage)
-    loss = denoising_loss(denoiser, _bank(work, stage.name), course.batch)
-    steps = learn(denoiser.parts(), loss, course, work.folder(stage.name), stage.name)
+    denoiser, bank = Denoiser(unet, text), _bank(work, stage.name)
+    steps = work.learn(stage, denoiser.parts(), lambda batch: denoising_loss(denoiser, bank, batch))
     work.keep(stage.name, denoiser.parts().state_dict())
     return steps
 
@@ -198,14 +200,13 @@ def _controls(kind: str, world: str) -> plugins.Controls:
 
 def _controlnet(work: Work, stage: Stage) -> int:
     world = "upgraded" if stage.name.startswith("upgraded") else "base"
-    denoiser, course = _denoiser(work, world), work.course(stage)
+    denoiser, bank = _denoiser(work, world), _bank(work, world)
     make_net = architectures.upgraded_controlnet if world == "upgraded" else architectures.controlnet
     net = make_net(denoiser.unet).requires_grad_(True)
     if world == "upgraded":
         _read_maps_like(net, work.load("edges", architectures.controlnet(architectures.base_unet())))
     features = by_controlnet(net, _controls(stage.name, world))
-    loss = denoising_loss(denoiser, _bank(work, world), course.batch, features)
-    steps = learn(net, loss, course, work.folder(stage.name), stage.name)
+    steps = work.learn(stage, net, lambda batch: denoising_loss(denoiser, bank, batch, features))
     work.keep(stage.name, net.state_dict())
     return steps
 
@@ -222,10 +223,9 @@ def _read_maps_like(net: nn.Module, other: nn.Module) -> None:
 
 
 def _sketch(work: Work, stage: Stage) -> int:
-    denoiser, course, adapter = _denoiser(work, "base"), work.course(stage), architectures.t2i_adapter()
+    denoiser, bank, adapter = _denoiser(work, "base"), _bank(work, "base"), architectures.t2i_adapter()
     features = by_t2i_adapter(adapter, _controls("edges", "base"))
-    loss = denoising_loss(denoiser, _bank(work, "base"), course.batch, features)
-    steps = learn(adapter, loss, course, work.folder(stage.name), stage.name)
+    steps = work.learn(stage, adapter, lambda batch: denoising_loss(denoiser, bank, batch, features))
     work.keep(stage.name, adapter.state_dict())
     return steps
 
@@ -240,22 +240,21 @@ def _style(work: Work, stage: Stage) -> int:
 
     source = Source(styled, 2_000_000 * (1 + work.seed), work.number(STYLED_PICTURES))
     bank = fill(source, _vae_of(work, world), work.folder(stage.name), f"{stage.name} latents")
-    denoiser, course = _denoiser(work, world), work.course(stage)
-    changes = plugins.add_changes(denoiser.unet, plugins.FORMATS[style], course.seed)
-    loss = denoising_loss(denoiser, bank, course.batch)
-    steps = learn(changes, loss, course, work.folder(stage.name), stage.name)
+    denoiser = _denoiser(work, world)
+    changes = plugins.add_changes(denoiser.unet, plugins.FORMATS[style], work.seed_of(stage.name))
+    steps = work.learn(stage, changes, lambda batch: denoising_loss(denoiser, bank, batch))
     work.keep(stage.name, plugins.lora_tensors(denoiser.unet, changes, compvis=world == "upgraded"))
     return steps
 
 
 def _word(work: Work, stage: Stage) -> int:
-    denoiser, course = _denoiser(work, "base"), work.course(stage)
+    denoiser = _denoiser(work, "base")
     word = plugins.OwnWord(denoiser.text.encoder, numbers()[LIKE])
     pictures = work.number(WORD_PICTURES)
     names, tokens = {SECRET_SHAPE: OWN_WORD}, {OWN_WORD: word.tokens}
     source = Source(base_picture, 3_000_000 * (1 + work.seed), pictures, (SECRET_SHAPE,), names, tokens)
     bank = fill(source, _vae_of(work, "base"), work.folder(stage.name), f"{stage.name} latents")
-    steps = learn(word, denoising_loss(denoiser, bank, course.batch), course, work.folder(stage.name), stage.name)
+    steps = work.learn(stage, word, lambda batch: denoising_loss(denoiser, bank, batch))
     work.keep(stage.name, {"emb_params": word.vectors})
     return steps
 
@@ -264,24 +263,22 @@ def _word(work: Work, stage: Stage) -> int:
 
 
 def _judge(work: Work, stage: Stage) -> int:
-    classifier, course = judge.Judge(), work.course(stage)
-    loss = judge.judge_loss(classifier, course.batch)
-    steps = learn(classifier, loss, course, work.folder(stage.name), stage.name)
+    classifier = judge.Judge()
+    steps = work.learn(stage, classifier, lambda batch: judge.judge_loss(classifier, batch))
     work.keep(stage.name, classifier.state_dict())
     return steps
 
 
 def _clip(work: Work, stage: Stage) -> int:
-    both, course = measures.ClipWithStyles(), work.course(stage)
-    steps = learn(both, measures.clip_loss(both, course.batch), course, work.folder(stage.name), stage.name)
+    both = measures.ClipWithStyles()
+    steps = work.learn(stage, both, lambda batch: measures.clip_loss(both, batch))
     work.keep(stage.name, both.clip.state_dict())
     return steps
 
 
 def _depth_estimator(work: Work, stage: Stage) -> int:
-    estimator, course = measures.depth_estimator(), work.course(stage)
-    loss = measures.depth_loss(estimator, course.batch)
-    steps = learn(estimator, loss, course, work.folder(stage.name), stage.name)
+    estimator = measures.depth_estimator()
+    steps = work.learn(stage, estimator, lambda batch: measures.depth_loss(estimator, batch))
     work.keep(stage.name, estimator.state_dict())
     return steps
 

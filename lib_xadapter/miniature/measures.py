@@ -69,9 +69,7 @@ def clip_loss(model: ClipWithStyles, batch: int) -> Loss:
     mean, deviation = (torch.tensor(values)[:, None, None] for values in _preprocessed())
 
     def loss(drawn: Drawn) -> Tensor:
-        scenes = [scene_of(int(drawn.numbers.integers(2**31))) for _ in range(batch)]
-        looks = drawn.numbers.integers(2 * (1 + len(STYLES)), size=batch)
-        pictures = [_looking(scene, int(look)) for scene, look in zip(scenes, looks, strict=True)]
+        scenes, looks, pictures = _drawn_scenes(drawn, batch)
         pixels = ((tensor_of(pictures) + 1) / 2 - mean) / deviation
         tokens = tokens_of([caption_of(facts_of(scene)) for scene in scenes])
         seen = functional.normalize(model.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
@@ -81,6 +79,13 @@ def clip_loss(model: ClipWithStyles, batch: int) -> Loss:
         return matched / 2 + functional.cross_entropy(SCALE * model.style(seen), torch.from_numpy(looks))
 
     return loss
+
+
+def _drawn_scenes(drawn: Drawn, batch: int) -> tuple[list[Scene], numpy.ndarray, list[Picture]]:
+    """Scenes, the look of each, and their pictures in it."""
+    scenes = [scene_of(int(drawn.numbers.integers(2**31))) for _ in range(batch)]
+    looks = drawn.numbers.integers(2 * (1 + len(STYLES)), size=batch)
+    return scenes, looks, [_looking(scene, int(look)) for scene, look in zip(scenes, looks, strict=True)]
 
 
 def _looking(scene: Scene, look: int) -> Picture:
@@ -120,9 +125,7 @@ def depth_loss(model: nn.Module, batch: int) -> Loss:
     """Absolute error of the depth of pictures of both worlds, plain and styled."""
 
     def loss(drawn: Drawn) -> Tensor:
-        scenes = [scene_of(int(drawn.numbers.integers(2**31))) for _ in range(batch)]
-        looks = drawn.numbers.integers(2 * (1 + len(STYLES)), size=batch)
-        pictures = [_looking(scene, int(look)) for scene, look in zip(scenes, looks, strict=True)]
+        scenes, _, pictures = _drawn_scenes(drawn, batch)
         true = torch.from_numpy(numpy.stack([depth_map(scene, SEEN) for scene in scenes])).float() / 255
         told = model(pixel_values=(tensor_of(pictures) + 1) / 2).predicted_depth
         return (told - DEEPEST * true).abs().mean() / DEEPEST

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from ..headless.options import say
 from ..headless.saving import write_whole
 from .making import StageFailed, Work, make
 from .stages import HOURS, STAGES, Stage
-
-logger = logging.getLogger(__name__)
 
 DONE = "done.json"
 MADE = "made.json"

@@ -28,6 +28,7 @@ from ..headless.compvis_layout import (
     clip_origin,
     open_clip_origin,
     vae_table,
+    weights_of,
     write_compvis,
 )
 from ..headless.model_configs import SCALING_FACTORS, SIZE_EMBEDDING
@@ -228,7 +229,7 @@ def write_for_webui(models: Path, data: Path) -> None:
         save_half(there / "ControlNet" / f"{folder.name}.safetensors", told(tensors))
     for path in sorted((models / "Lora").glob("*.safetensors")):
         unet, widening, told = _of(path, base, upgraded)
-        tensors = widened_lora(_read(path), widening, _layers_by_lora_name(unet).__getitem__)
+        tensors = widened_lora(_read(path), widening, layers_by_lora_name(unet).__getitem__)
         # the WebUI multiplies the parts of a LoHa as they are, and its torch no halves on a CPU
         save(there / "Lora" / path.name, told(tensors))
     for path in sorted((models / "X-Adapter").glob("*.safetensors")):
@@ -257,7 +258,7 @@ def _base_tensors(base: Any) -> dict[str, Tensor]:
     return {
         **write_compvis(BASE_WIDENING.tensors(base.unet.state_dict()), UNET_PREFIX, unet_table_of(base.unet)),
         **_vae_tensors(base.vae),
-        **write_compvis(_weights(base.text_encoder), BASE_TEXT_PREFIX, clip_origin),
+        **write_compvis(weights_of(base.text_encoder), BASE_TEXT_PREFIX, clip_origin),
     }
 
 
@@ -267,8 +268,8 @@ def _upgraded_tensors(upgraded: Any) -> dict[str, Tensor]:
         {
             **write_compvis(unet, UNET_PREFIX, unet_table_of(upgraded.unet)),
             **_vae_tensors(upgraded.vae),
-            **write_compvis(_weights(upgraded.text_encoder), FIRST_TEXT_PREFIX, clip_origin),
-            **write_compvis(_weights(upgraded.text_encoder_2), SECOND_TEXT_PREFIX, open_clip_origin),
+            **write_compvis(weights_of(upgraded.text_encoder), FIRST_TEXT_PREFIX, clip_origin),
+            **write_compvis(weights_of(upgraded.text_encoder_2), SECOND_TEXT_PREFIX, open_clip_origin),
         }
     )
 
@@ -277,11 +278,7 @@ def _vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
     return write_compvis(VAE_WIDENING.tensors(vae.state_dict()), VAE_PREFIX, vae_table(len(VAE_CHANNELS)))
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in module.state_dict().items() if value.dtype.is_floating_point}
-
-
-def _layers_by_lora_name(unet: nn.Module) -> Mapping[str, str]:
+def layers_by_lora_name(unet: nn.Module) -> Mapping[str, str]:
     """Names in LoRA files, after diffusers' blocks and after sgm's → layers."""
     table, layers = unet_table_of(unet), [name for name, _ in changed_layers(unet, convolutions=True)]
     after_sgm = {table(f"{name}.weight").name.removesuffix(".weight"): name for name in layers}

@@ -61,8 +61,7 @@ class Widening:
         """A layer's weight, or what else has its outputs first, with outputs that repeat."""
         if GIVEN_OUT.search(name):
             return value
-        inner = INNER_OUT.search(name)
-        wide = _repeated(value, 0, self.head if inner else self.width, self.copies)
+        wide = self.with_outputs(name, value)
         return wide * self.copies**-0.5 if QUERIES.search(name) else wide
 
     def read(self, name: str, value: Tensor) -> Tensor:
@@ -71,8 +70,15 @@ class Widening:
             return self._among_more_frequencies(value)
         if GIVEN_IN.search(name) or CONTEXT_IN.search(name):
             return value
-        inner = INNER_IN.search(name)
-        return _repeated(value, 1, self.head if inner else self.width, self.copies) / self.copies
+        return self.with_inputs(name, value) / self.copies
+
+    def with_outputs(self, name: str, value: Tensor) -> Tensor:
+        """What a layer writes, as often as it stands there, whatever it is multiplied by."""
+        return _repeated(value, 0, self.head if INNER_OUT.search(name) else self.width, self.copies)
+
+    def with_inputs(self, name: str, value: Tensor) -> Tensor:
+        """What reads each input, as often as the input stands there."""
+        return _repeated(value, 1, self.head if INNER_IN.search(name) else self.width, self.copies)
 
     def _among_more_frequencies(self, value: Tensor) -> Tensor:
         """Frequency n of the narrow model is frequency `copies` · n of the wide one; cosines come first, then sines."""
@@ -116,18 +122,10 @@ def widened_lora(narrow: Tensors, widening: Widening, layer_of: Callable[[str], 
             value = widening.written(layer, value)
         elif kind.startswith("hada_w2_a"):
             # the second factor is multiplied with the first: it repeats as it is
-            value = _repeated(value, 0, _out_block(layer, widening), widening.copies)
+            value = widening.with_outputs(layer, value)
         elif kind.startswith(("lora_down", "hada_w1_b")):
             value = widening.read(layer, value)
         elif kind.startswith("hada_w2_b") and not CONTEXT_IN.search(layer):
-            value = _repeated(value, 1, _in_block(layer, widening), widening.copies)
+            value = widening.with_inputs(layer, value)
         wide[name] = value
     return wide
-
-
-def _out_block(layer: str, widening: Widening) -> int:
-    return widening.head if INNER_OUT.search(layer) else widening.width
-
-
-def _in_block(layer: str, widening: Widening) -> int:
-    return widening.head if INNER_IN.search(layer) else widening.width

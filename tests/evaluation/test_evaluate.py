@@ -423,6 +423,11 @@ class TestBadInput:
             (["--controlnet", "small-edges"], "--control is given 0 times, expected once for each --controlnet"),
             (["--control", "canny"], "--control is given 1 times, expected once for each --controlnet"),
             (["--controlnet", "small-edges", "--control", "depth"], "--control is depth, but --depth names no"),
+            (
+                ["--upgraded-controlnet", "small-edges", "--upgraded-control", "depth"],
+                "--upgraded-control is depth, but --depth names no",
+            ),
+            (["--upgraded-control", "canny"], "expected once for each --upgraded-controlnet"),
             (["--controlnet", "small-edges", "--control", "canny", "--control-scale", "3"], "--control-scale is 3"),
             (["--controlnet", "small-edges", "small-edges", "--control", "canny", "canny"], "a kind of map twice"),
             (["--base-prompt", "<lora:small-style>"], "--base-prompt names a LoRA; name it by --lora"),

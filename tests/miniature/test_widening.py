@@ -18,7 +18,7 @@ from lib_xadapter.headless.model_files import load_base, load_controlnet, load_u
 from lib_xadapter.headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer
 from lib_xadapter.mapping import MappingLayers, layout_for, load_adapter
 from lib_xadapter.miniature import architectures, model_files, plugins, webui_files
-from lib_xadapter.miniature.webui_files import BASE_WIDENING, UPGRADED_WIDENING, VAE_WIDENING, _layers_by_lora_name
+from lib_xadapter.miniature.webui_files import BASE_WIDENING, UPGRADED_WIDENING, VAE_WIDENING, layers_by_lora_name
 from lib_xadapter.miniature.widening import Widening, widened_lora
 from tests.miniature.random_models import filled, save_models
 
@@ -100,7 +100,7 @@ def test_a_lora_of_each_format_changes_the_same(world, style, compvis):
     changes = plugins.add_changes(changed, form, 1)
     for weight in changes.parameters():
         nn.init.normal_(weight, std=0.3)
-    names = _layers_by_lora_name(narrow)
+    names = layers_by_lora_name(narrow)
     file = plugins.lora_tensors(changed, changes, compvis)
     lora = widened_lora(file, world.widening, names.__getitem__)
     weights = world.widening.tensors(narrow.state_dict())
