@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..errors import WrongArgument, WrongFile
 from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_folder, find_files, naming_options
-from ..headless.job import Job
+from ..headless.job import LARGEST_BATCH, Job
 from ..headless.lora_names import LoraTags, take_tags
 from ..headless.named_files import find_file
-from ..headless.options import CONTROLS, FID_AGAINST, METRICS, SETTINGS_OF_EVALUATE
+from ..headless.options import CONTROLS, FID_AGAINST, FID_FEATURES, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
 from ..inversion_names import files_below, mentions
@@ -26,6 +26,7 @@ from .captions import Caption, Captions, literal, read_captions
 CANNY, DEPTH = CONTROLS
 FID, CLIP, CONDITION, STYLE = METRICS
 AGAINST_SDXL, AGAINST_CAPTIONS = FID_AGAINST
+OF_INCEPTION, OF_CLIP = FID_FEATURES
 FEWEST_RESAMPLES = 100
 LARGEST_LIMIT = 10**7
 
@@ -60,6 +61,7 @@ class Measures:
         inception, clip, depth: weights; None where there are none.
         resamples: of the bootstrap.
         fid_against: whose pictures FID is a distance from.
+        fid_features: what it is a distance between.
     """
 
     wanted: tuple[str, ...]
@@ -68,6 +70,33 @@ class Measures:
     depth: Path | None
     resamples: int
     fid_against: str = AGAINST_SDXL
+    fid_features: str = OF_INCEPTION
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Pictures of another evaluation, which are measured along with those of this one.
+
+    Attributes:
+        name: of the row.
+        out: the other one's folder.
+        file: of the picture in each item's folder.
+    """
+
+    name: str
+    out: Path
+    file: str
+
+    @classmethod
+    def read(cls, given: str) -> Beside:
+        """Of "name=folder/file". Raises: WrongArgument: it is something else, or there are no such pictures."""
+        name, equals, path = given.partition("=")
+        out, file = Path(path).parent, Path(path).name
+        if not (name and equals and file):
+            raise WrongArgument(f"--beside is '{given}', expected NAME=DIR/FILE.")
+        if not any(out.glob(f"pictures/*/{file}")):
+            raise WrongArgument(f"--beside: no folder in {out / 'pictures'} has a {file}.")
+        return cls(name, out, file)
 
 
 @dataclass(frozen=True)
@@ -85,6 +114,8 @@ class Evaluation:
         measures: the figures.
         reference: whether the released pipeline's rules hold.
         out: the folder of everything.
+        batch: captions whose pictures are made at once.
+        beside: rows from other evaluations.
     """
 
     files: Files
@@ -97,6 +128,8 @@ class Evaluation:
     measures: Measures
     reference: bool
     out: Path
+    batch: int = 1
+    beside: tuple[Beside, ...] = ()
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -180,6 +213,8 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         raise WrongArgument(f"--resamples is {options.resamples}, expected a whole number from {FEWEST_RESAMPLES}.")
     if options.limit is not None and not 1 <= options.limit <= LARGEST_LIMIT:
         raise WrongArgument(f"--limit is {options.limit}, expected a whole number from 1 to {LARGEST_LIMIT}.")
+    if not 1 <= options.batch <= LARGEST_BATCH:
+        raise WrongArgument(f"--batch is {options.batch}, expected a whole number from 1 to {LARGEST_BATCH}.")
     if take_tags(options.base_prompt).loras:
         raise WrongArgument("--base-prompt names a LoRA; name it by --lora.")
     files = dataclasses.replace(
@@ -209,9 +244,12 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
             options.depth,
             options.resamples,
             options.fid_against,
+            options.fid_features,
         ),
         reference=options.reference,
         out=options.out,
+        batch=options.batch,
+        beside=tuple(Beside.read(given) for given in options.beside),
     )
     with naming_options():
         # what is out of range in one is so in all

@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import WrongArgument, XAdapterError, first_line
-from .asked import AGAINST_CAPTIONS, CANNY, CLIP, CONDITION, FID, STYLE, Evaluation, Item, Measures
+from .asked import AGAINST_CAPTIONS, CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures
 from .intervals import Compared, MeanOverCaptions, Statistic, compare
 from .maps import Extractor, extractor, fitted
-from .ways import Folder, Kind, Way, folder_of, ways_of
+from .ways import Folder, Kind, Way, folder_of, measured_ways
 
 if TYPE_CHECKING:
     from .figures.clip import Clip
@@ -87,7 +87,7 @@ class Sample:
     @classmethod
     def of(cls, evaluation: Evaluation) -> Sample:
         """As far as the pictures are there."""
-        ways, seeds = ways_of(evaluation.job), len(evaluation.seeds)
+        ways, seeds = measured_ways(evaluation), len(evaluation.seeds)
         whole = [not folder_of(evaluation.out, item).missing(ways) for item in evaluation.items]
         items = evaluation.items
         starts = [start for start in range(0, len(items), seeds) if all(whole[start : start + seeds])]
@@ -171,7 +171,7 @@ class Measuring:
     def _wanted(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
         wanted = self._measures.wanted
         if FID in wanted:
-            yield "FID", self._fid
+            yield "FID", self._fid_of_clip if self._measures.fid_features == OF_CLIP else self._fid
         if CLIP in wanted:
             yield "CLIP score", self._clip_score
         if CONDITION in wanted:
@@ -201,22 +201,29 @@ class Measuring:
     def _fid(self) -> Figure:
         if self._measures.inception is None:
             raise WrongArgument("--inception names no weights of InceptionV3.")
-        if self._sample.captions < 2:
-            raise WrongArgument("it takes two captions at least.")
-        from .figures.frechet import FrechetDistance, Inception
+        from .figures.frechet import Inception
 
         inception = Inception(self._measures.inception, self._device)
-        features = {
-            way.name: self._sample.per_caption(self._sample.through(inception.features, way, "FID"))
-            for way in self._sample.ways
+        return self._frechet("FID", "Fréchet Inception distance", inception.features)
+
+    def _fid_of_clip(self) -> Figure:
+        return self._frechet("Fréchet, CLIP", "Fréchet distance of CLIP's embeddings", self._clip.of_pictures)
+
+    def _frechet(self, name: str, told: str, measure: Callable[[Sequence[Image.Image]], NDArray]) -> Figure:
+        if self._sample.captions < 2:
+            raise WrongArgument("it takes two captions at least.")
+        from .figures.frechet import FrechetDistance
+
+        found = {
+            way.name: self._sample.per_caption(self._sample.through(measure, way, name)) for way in self._sample.ways
         }
         if self._measures.fid_against == AGAINST_CAPTIONS:
-            whose, reference = "that the captions came with", self._of_given_pictures(inception.features)
+            whose, reference = "that the captions came with", self._of_given_pictures(measure)
         else:
             (plain,) = self._sample.of_kind(Kind.UPGRADED)
-            whose, reference = "of plain SDXL", features.pop(plain.name)
-        statistics = {name: FrechetDistance(ours, reference, self._device) for name, ours in features.items()}
-        return self._figure("FID", LOWER, f"Fréchet Inception distance from the pictures {whose}", statistics)
+            whose, reference = "of plain SDXL", found.pop(plain.name)
+        statistics = {way: FrechetDistance(ours, reference, self._device) for way, ours in found.items()}
+        return self._figure(name, LOWER, f"{told} from the pictures {whose}", statistics)
 
     def _of_given_pictures(self, measure: Callable[[Sequence[Image.Image]], NDArray]) -> NDArray:
         """What is measured of the picture that each caption came with, at SDXL's size, (captions, …)."""
@@ -240,7 +247,7 @@ class Measuring:
         from .figures.clip import similarity
 
         (base,) = self._sample.of_kind(Kind.BASE)
-        others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.UPGRADED)
+        others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.UPGRADED, Kind.OTHER)
         values = {way.name: similarity(self._embeddings(way), self._embeddings(base)) for way in others}
         return self._mean(
             "Style similarity", HIGHER, "cosine of CLIP's embeddings of the picture and of SD1.5's own", values

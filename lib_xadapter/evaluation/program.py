@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -83,14 +84,15 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
     bars: AbstractContextManager[Bars | None] = Bars(sum(wanted.values())) if processes.is_first else nullcontext()
     with bars as shown:
         maker = Maker(evaluation, models, rules, extractors, shown.show if shown else no_progress)
-        for item in missing:
-            works = _make_one(maker, item, evaluation, works) or works
+        for start in range(0, len(missing), evaluation.batch):
+            together = missing[start : start + evaluation.batch]
+            works = _make_some(maker, together, evaluation, works) or works
             if shown:
-                shown.finished(wanted[item])
+                shown.finished(sum(wanted[item] for item in together))
 
 
-def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> bool:
-    """Make the pictures of an item, or write down why not; gives whether they are made.
+def _make_some(maker: Maker, items: Sequence[Item], evaluation: Evaluation, works: bool) -> bool:
+    """Make the pictures of some items in one batch, or of one after the other; gives whether any are made.
 
     Args:
         works: whether any were made before; if not, what is wrong is wrong for all.
@@ -98,8 +100,22 @@ def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> 
     Raises:
         XAdapterError: it is.
     """
+    if len(items) > 1:
+        try:
+            maker.make(items)
+            return True
+        except XAdapterError as error:
+            # what is wrong with one of them is found and told below
+            logger.info("one after the other: %s", error)
+    for item in items:
+        works = _make_one(maker, item, evaluation, works) or works
+    return works
+
+
+def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> bool:
+    """Make the pictures of an item, or write down why not; gives whether they are made."""
     try:
-        maker.make(item)
+        maker.make([item])
     except XAdapterError as error:
         if not works and not isinstance(error, UnusablePicture):
             raise
@@ -160,7 +176,7 @@ def _rows(evaluation: Evaluation, sample: Sample, measured: Measured) -> Sequenc
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _left_out(evaluation: Evaluation) -> Mapping[str, str]:

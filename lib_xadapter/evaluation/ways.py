@@ -8,7 +8,7 @@ stands beside the pictures, so that a run that goes on, or one with more weights
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..headless.composed import BaseSide
 from ..headless.generate import texts_in
 from ..headless.grid import save_picture
 from ..headless.job import Job, open_picture
-from ..headless.jobs import make_pictures
+from ..headless.jobs import Picture, make_together
 from ..headless.models import Models
 from ..headless.pipeline import Progress, Rules, no_progress
 from ..headless.saving import write_whole
@@ -47,6 +47,7 @@ class Kind(Enum):
     SDEDIT = "SDEdit + SDXL"
     ADAPTER = "X-Adapter"
     UPGRADED = "SDXL"
+    OTHER = "another evaluation"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Way:
         name: for tables.
         file: of its picture, in the folder of each item.
         switch_point, weight: of the joint stage; None where there is none.
+        out: the folder of another evaluation that it is from; None for this one.
     """
 
     kind: Kind
@@ -65,6 +67,7 @@ class Way:
     file: str
     switch_point: float | None = None
     weight: float | tuple[float, ...] | None = None
+    out: Path | None = None
 
 
 def ways_of(job: Job) -> tuple[Way, ...]:
@@ -85,6 +88,12 @@ def ways_of(job: Job) -> tuple[Way, ...]:
 FILES = {Kind.SDEDIT: "sdedit", Kind.ADAPTER: "x-adapter"}
 
 
+def measured_ways(evaluation: Evaluation) -> tuple[Way, ...]:
+    """Those of this evaluation, and what is put beside them."""
+    others = (Way(Kind.OTHER, one.name, one.file, out=one.out) for one in evaluation.beside)
+    return (*ways_of(evaluation.job), *others)
+
+
 def _shown(weight: float | tuple[float, ...]) -> str:
     return ", ".join(f"{one:g}" for one in weight) if isinstance(weight, tuple) else f"{weight:g}"
 
@@ -99,7 +108,7 @@ class Folder:
         return tuple(way for way in ways if not self.of(way).is_file())
 
     def of(self, way: Way) -> Path:
-        return self.path / way.file
+        return (self.path if way.out is None else _pictures(way.out) / self.path.name) / way.file
 
     def map_of(self, kind: str) -> Path:
         return self.path / f"map-{kind}.png"
@@ -115,11 +124,41 @@ class Folder:
 
 
 def folder_of(out: Path, item: Item) -> Folder:
-    return Folder(out / "pictures" / item.key)
+    return Folder(_pictures(out) / item.key)
+
+
+def _pictures(out: Path) -> Path:
+    return out / "pictures"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of an item.
+
+    Attributes:
+        folder: of its pictures.
+        missing: ways whose picture is not there.
+        job: of all of them.
+        side: what the base finished for it; None where it has not.
+    """
+
+    folder: Folder
+    missing: tuple[Way, ...]
+    job: Job
+    side: BaseSide | None
+
+    @property
+    def wants_joint(self) -> bool:
+        return any(way.kind is not Kind.UPGRADED for way in self.missing)
+
+    @property
+    def plain(self) -> Way | None:
+        """The plain upgraded model, where its picture is missing."""
+        return next((way for way in self.missing if way.kind is Kind.UPGRADED), None)
 
 
 class Maker:
-    """Makes the pictures of one item after the other.
+    """Makes pictures of items.
 
     Args:
         evaluation: what is asked for.
@@ -140,31 +179,48 @@ class Maker:
         self._evaluation, self._models, self._rules = evaluation, models, rules
         self._extractors, self._progress = extractors, progress
         self._ways = ways_of(evaluation.job)
+        self._base = next(way for way in self._ways if way.kind is Kind.BASE)
 
-    def make(self, item: Item) -> None:
-        """All pictures of an item that are not there yet, each written as soon as it is finished."""
+    def make(self, items: Sequence[Item]) -> None:
+        """All pictures of some items that are not there yet, each written as soon as it is finished.
+
+        Items of which none is there yet go in one batch.
+        """
+        wanted = [self._wanted(item) for item in items]
+        joint = [one for one in wanted if one.wants_joint]
+        fresh = [one for one in joint if one.side is None]
+        for together in ([fresh] if fresh else []) + [[one] for one in joint if one.side is not None]:
+            self._make_joint(together)
+        if plain := [one for one in wanted if one.plain]:
+            self._make_plain(plain)
+        for one in wanted:
+            one.folder.left_out.unlink(missing_ok=True)
+
+    def _wanted(self, item: Item) -> Wanted:
         folder = folder_of(self._evaluation.out, item)
-        missing = folder.missing(self._ways)
         job = self._evaluation.job_of(item, *self._maps(item, folder))
-        if any(way.kind is not Kind.UPGRADED for way in missing):
-            self._make_joint(job, folder)
-        if any(way.kind is Kind.UPGRADED for way in missing):
-            (upgraded,) = (way for way in missing if way.kind is Kind.UPGRADED)
-            (picture,) = make_pictures(self._models, _plain(job), self._rules, self._progress)
-            save_picture(folder.of(upgraded), picture.image, picture.text)
-        folder.left_out.unlink(missing_ok=True)
+        return Wanted(folder, folder.missing(self._ways), job, _kept_side(folder, self._base))
 
-    def _make_joint(self, job: Job, folder: Folder) -> None:
-        base = next(way for way in self._ways if way.kind is Kind.BASE)
-        side = _kept_side(folder, base)
-        files = {(way.switch_point, way.weight): folder.of(way) for way in self._ways}
-        for picture in make_pictures(
-            self._models, job, self._rules, self._progress, there=texts_in(folder.path), base_side=side
-        ):
-            if picture.base_image is not None and not folder.of(base).is_file():
+    def _make_joint(self, together: Sequence[Wanted]) -> None:
+        ways = {(way.switch_point, way.weight): way for way in self._ways}
+        there = {text for one in together for text in texts_in(one.folder.path)}
+        for picture in self._pictures([one.job for one in together], there, together[0].side):
+            folder, settings = together[picture.job].folder, picture.settings
+            if picture.base_image is not None and not folder.of(self._base).is_file():
                 _keep_latents(folder, picture.base_latents)
-                save_picture(folder.of(base), picture.base_image)
-            save_picture(files[picture.settings.switch_point, picture.settings.weight], picture.image, picture.text)
+                save_picture(folder.of(self._base), picture.base_image)
+            way = ways[settings.switch_point, settings.weight]
+            save_picture(folder.of(way), picture.image, picture.text)
+
+    def _make_plain(self, wanted: Sequence[Wanted]) -> None:
+        for picture in self._pictures([_plain(one.job) for one in wanted]):
+            one = wanted[picture.job]
+            save_picture(one.folder.of(one.plain), picture.image, picture.text)
+
+    def _pictures(
+        self, jobs: Sequence[Job], there: Collection[str] = (), side: BaseSide | None = None
+    ) -> Iterator[Picture]:
+        return make_together(self._models, jobs, self._rules, self._progress, there, side)
 
     def _maps(self, item: Item, folder: Folder) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
         """For the ControlNets of the base and of the upgraded model."""

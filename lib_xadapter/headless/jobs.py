@@ -16,6 +16,7 @@ from ..settings import Settings
 from .composed import SMALLEST_GUIDANCE, BaseSide, XAdapterPipeline
 from .infotexts import ControlUnit, PictureText
 from .job import LATENT_PIXEL, Job
+from .joining import can_join, joined
 from .models import Models
 from .pictures import Painted, to_tensor
 from .pipeline import WEBUI_RULES, Noise, NoisePerImage, Progress, Request, Rules, no_progress
@@ -33,7 +34,8 @@ class Picture:
         settings, control_scales, seed: what it was made with.
         text: settings in the WebUI's infotext form.
         prompt: of SDXL.
-        base_latents: what the base finished for its batch, (images, 4, h, w); None for a single stage.
+        job: which of the jobs that are made together it belongs to, from 0.
+        base_latents: what the base finished for it, (1, 4, h, w); None for a single stage.
     """
 
     image: Image.Image
@@ -43,6 +45,7 @@ class Picture:
     seed: int
     text: str
     prompt: str = ""
+    job: int = 0
     base_latents: Tensor | None = None
 
 
@@ -60,24 +63,70 @@ def make_pictures(
         there: texts of pictures that need not be made.
         base_side: of an earlier job, where nothing changes on the base's side; its pictures are not made again.
     """
-    pipeline = XAdapterPipeline(
+    return make_together(models, (job,), rules, progress, there, base_side)
+
+
+def make_together(
+    models: Models,
+    jobs: Sequence[Job],
+    rules: Rules = WEBUI_RULES,
+    progress: Progress = no_progress,
+    there: Collection[str] = (),
+    base_side: BaseSide | None = None,
+) -> Iterator[Picture]:
+    """The pictures of jobs that differ in prompts, seeds and control maps alone, in batches that hold all of them.
+
+    Where their prompts cannot stand in one batch, one job comes after the other, and `base_side` is not used.
+    """
+    first = jobs[0]
+    for scales in itertools.product(*first.control_scales):
+        requests = [request_of(models, job, job.settings, scales) for job in jobs]
+        if len(jobs) > 1 and not can_join(requests):
+            for number, job in enumerate(jobs):
+                for picture in make_together(models, (job,), rules, progress, there):
+                    yield dataclasses.replace(picture, job=number)
+            return
+        yield from _made(_pipeline(models, rules, progress), joined(requests), jobs, scales, there, base_side)
+
+
+def _pipeline(models: Models, rules: Rules, progress: Progress) -> XAdapterPipeline:
+    return XAdapterPipeline(
         models.base, models.upgraded, models.adapter, rules=rules, placement=models.placement, progress=progress
     )
-    for scales in itertools.product(*job.control_scales):
-        first = request_of(models, job, job.settings, scales)
-        side, base_images = base_side, [None] * job.batch
-        for switch_point, weight in itertools.product(job.switch_points, job.weights):
-            settings = dataclasses.replace(job.settings, switch_point=switch_point, weight=weight)
-            texts = [_text(job, settings, scales, seed) for seed in job.seeds]
-            if set(texts) <= set(there):
-                continue
-            # noise generators move on, so that every picture gets a request of its own
-            request = dataclasses.replace(first, settings=settings, noise=NoisePerImage(_noises(job)))
-            made = pipeline.run(request, side, return_base_images=side is None)
-            side, base_images = made.base_side, made.base_images or base_images
-            images = [_in_its_picture(image, job) for image in made.images]
-            for image, base_image, seed, text in zip(images, base_images, job.seeds, texts, strict=True):
-                yield Picture(image, base_image, settings, scales, seed, text, job.prompt, side.latents)
+
+
+def _made(
+    pipeline: XAdapterPipeline,
+    request: Request,
+    jobs: Sequence[Job],
+    scales: tuple[float, ...],
+    there: Collection[str],
+    side: BaseSide | None,
+) -> Iterator[Picture]:
+    """At every switch point and weight."""
+    rows = [(number, job, seed) for number, job in enumerate(jobs) for seed in job.seeds]
+    base_images: list[Any] = [None] * len(rows)
+    for switch_point, weight in itertools.product(jobs[0].switch_points, jobs[0].weights):
+        asked = {"switch_point": switch_point, "weight": weight}
+        settings = [dataclasses.replace(job.settings, **asked) for _, job, _ in rows]
+        texts = [_text(job, own, scales, seed) for (_, job, seed), own in zip(rows, settings, strict=True)]
+        if set(texts) <= set(there):
+            continue
+        made = pipeline.run(
+            dataclasses.replace(
+                request,
+                settings=dataclasses.replace(request.settings, **asked),
+                # noise generators move on, so that every picture gets a request of its own
+                noise=NoisePerImage([noise for job in jobs for noise in _noises(job)]),
+            ),
+            side,
+            return_base_images=side is None,
+        )
+        side, base_images = made.base_side, made.base_images or base_images
+        for row, (number, job, seed) in enumerate(rows):
+            latents = None if side.latents is None else side.latents[row : row + 1]
+            image = _in_its_picture(made.images[row], job)
+            yield Picture(image, base_images[row], settings[row], scales, seed, texts[row], job.prompt, number, latents)
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:

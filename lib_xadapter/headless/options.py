@@ -39,6 +39,7 @@ SETTINGS_OF_EVALUATE = (
 )
 CONTROLS = ("canny", "depth")
 FID_AGAINST = ("sdxl", "captions")
+FID_FEATURES = ("inception", "clip")
 """Whose pictures: plain SDXL's, or those that the captions came with."""
 METRICS = ("fid", "clip", "condition", "style")
 
@@ -317,6 +318,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=FID_AGAINST[0],
         help="the pictures of plain SDXL, or those that the captions came with; default: %(default)s",
     )
+    figures.add_argument(
+        "--fid-features",
+        choices=FID_FEATURES,
+        default=FID_FEATURES[0],
+        help="whose features the Fréchet distance is of: InceptionV3's, or those of --clip; default: %(default)s",
+    )
     figures.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model of transformers: clip, style")
     figures.add_argument(
         "--depth",
@@ -325,10 +332,20 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="an estimator of relative depth of transformers, such as DPT or Depth Anything: --control depth",
     )
     figures.add_argument(
+        "--beside",
+        **SEVERAL,
+        metavar="NAME=DIR/FILE",
+        help="one more row: the pictures of another evaluation of the same captions and seeds, as in "
+        "'other adapter=other-out/x-adapter-0.8-1.png'",
+    )
+    figures.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 100 or more; default: %(default)s"
     )
 
     machine = _add_machine(parser)
+    machine.add_argument(
+        "--batch", type=int, default=1, help="captions whose pictures are made at once; default: %(default)s"
+    )
     machine.add_argument(
         "--memory",
         choices=arguments()["memory"].choices,

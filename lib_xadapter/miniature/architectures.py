@@ -1,9 +1,9 @@
 """The models in miniature: SD1.5's and SDXL's own topologies, narrow enough to be learned on a CPU.
 
 Each group of a GroupNorm needs several channels: alone, a channel loses its mean over the picture, and no colour comes
-through. ldm and sgm norm in 32 groups, which these models are too narrow for; all widths of a model are the same, so
-that for the WebUI each channel can be written several times and its groups fall where they were. At 64 pixels the
-base's latents are 8 x 8, so its four levels go down to 1 x 1.
+through. ldm and sgm norm in 32 groups, which these models are too narrow for, so for the WebUI each channel is written
+several times, and groups have to fall where they were: all widths of a UNet are the same, as its decoder reads two
+levels at once. At 64 pixels the base's latents are 8 x 8, so its four levels go down to 1 x 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ HEAD_WIDTH = 16
 """Of the upgraded model's attention."""
 GROUPS = 16
 """Of both UNets' norms."""
-VAE_CHANNELS = (32, 32, 32, 32)
-VAE_GROUPS = 8
+VAE_CHANNELS = (16, 32, 48, 48)
+VAE_GROUPS = 4
 TEXT_WIDTH = 64
 TEXT_LAYERS = 2
 FACTOR = 8

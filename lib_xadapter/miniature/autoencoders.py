@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
+from ..headless.model_configs import SCALING_FACTORS
 from .drawing import base_picture, upgraded_picture
 from .learning import Drawn, Loss
 from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
@@ -23,6 +24,8 @@ from .worlds import Draw, Picture, tensor_of
 WHOLE_SIZE, PART_SIZE = 64, 40
 """Pixels of what is learned from: of every fourth step a whole picture of the base world or a quarter of one of the
 upgraded world, of the others a part of it, for what counts is how much of pictures is seen in all."""
+CUTS = 3
+"""Parts of each picture that is drawn: drawing costs as much as learning from it."""
 OWN_SHARE = 0.6
 """Of pictures of its own world; the others are of the other one, and in the styles of the LoRAs."""
 SPREAD = 1e-4
@@ -32,6 +35,9 @@ EDGES = 0.5
 COARSE = 2.0
 """Weight of the error of means of `PATCH` pixels, by which colours are learned before textures are."""
 PATCH = 8
+LED, LED_STEPS = 2.0, 1500
+"""Weight at the first step, and steps until it is 0, of what leads the latent to the mean colours of its patches: the
+latents of the real VAEs are nearly linear in them, and small networks come to that late by themselves."""
 MEASURED = 256
 """Pictures by which latents are brought to mean 0 and deviation 1."""
 ALL_SHAPES = (*SHAPES, SECRET_SHAPE)
@@ -39,30 +45,44 @@ ALL_SHAPES = (*SHAPES, SECRET_SHAPE)
 
 def vae_loss(vae: AutoencoderKL, family: str, batch: int) -> Loss:
     """Absolute error of pixels, of their differences and of their means."""
+    directions = _colour_directions(family)
 
     def loss(drawn: Drawn) -> Tensor:
         size = PART_SIZE if drawn.step % 4 else WHOLE_SIZE
         rows = max(1, batch * PART_SIZE**2 // size**2)
-        pictures = tensor_of([_seen(family, size, drawn) for _ in range(rows)])
+        pictures = tensor_of([part for _ in range(-(-rows // CUTS)) for part in _seen(family, size, drawn)][:rows])
         posterior = vae.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * drawn.normal(*posterior.mean.shape)
         error = vae.decode(latents).sample - pictures
         spread = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         coarse = functional.avg_pool2d(error, PATCH).abs().mean()
-        return error.abs().mean() + EDGES * _differences(error) + COARSE * coarse + SPREAD * spread
+        led = LED * max(0.0, 1 - drawn.step / LED_STEPS) * _from_colours(posterior.mean, pictures, directions)
+        return error.abs().mean() + EDGES * _differences(error) + COARSE * coarse + SPREAD * spread + led
 
     return loss
+
+
+def _colour_directions(family: str) -> Tensor:
+    """(4, 3), at right angles to each other, of each family's own."""
+    drawn = torch.randn(4, 4, generator=torch.Generator().manual_seed(list(SCALING_FACTORS).index(family)))
+    return torch.linalg.qr(drawn).Q[:, :3]
+
+
+def _from_colours(latents: Tensor, pictures: Tensor, directions: Tensor) -> Tensor:
+    """Squared distance of latents from the mean colours of their patches, each in its direction."""
+    colours = functional.avg_pool2d(pictures, PATCH)
+    return (latents - torch.einsum("lc,nchw->nlhw", directions, colours)).square().mean()
 
 
 def _differences(error: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
-def _seen(family: str, size: int, drawn: Drawn) -> Picture:
+def _seen(family: str, size: int, drawn: Drawn) -> list[Picture]:
     scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES)
     whole = _draw(family, drawn)(scene)
-    top, left = (int(drawn.numbers.integers(whole.shape[0] - size + 1)) for _ in range(2))
-    return whole[top : top + size, left : left + size]
+    corners = drawn.numbers.integers(whole.shape[0] - size + 1, size=(CUTS, 2))
+    return [whole[top : top + size, left : left + size] for top, left in corners]
 
 
 def _draw(family: str, drawn: Drawn) -> Draw:

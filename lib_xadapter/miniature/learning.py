@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import WrongFile, XAdapterError
 from ..headless.saving import write_whole
+from .muon import Muon, is_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,7 @@ class _State:
     def __init__(self, module: nn.Module, course: Course, path: Path) -> None:
         self._course, self._path = course, path
         self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            _groups(self._weights, course.weight_decay), lr=course.learning_rate, betas=(0.9, 0.99), foreach=True
-        )
+        self._optimizers = _optimizers(module, course)
         self._average = [weight.detach().clone() for weight in self._weights.values()]
         self.step, self.steps = 0, course.steps
         if path.is_file():
@@ -139,14 +138,17 @@ class _State:
 
     def advance(self, loss: Loss) -> float:
         """One step; gives its loss."""
-        self._optimizer.param_groups[0]["lr"] = self._optimizer.param_groups[1]["lr"] = self._rate()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate()
+            optimizer.zero_grad(set_to_none=True)
         value = loss(Drawn.of(self._course.seed, self.step))
         if not math.isfinite(told := float(value.detach())):
             raise Diverged(f"The loss is {told} at step {self.step}; the last state stays at {self._path}.")
         value.backward()
         torch.nn.utils.clip_grad_norm_(self._weights.values(), CLIPPED)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.step += 1
         # a short memory at first, so that the weights of the start are forgotten
         decay = min(self._course.decay, (1 + self.step) / (10 + self.step))
@@ -179,7 +181,7 @@ class _State:
             "steps": self.steps,
             "weights": dict(self._weights.items()),
             "average": self._average,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         write_whole(self._path, lambda to: torch.save(state, to))
 
@@ -190,16 +192,27 @@ class _State:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(state["weights"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, its in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
         self._average = list(state["average"])
         self.step, self.steps = state["step"], state["steps"]
 
 
-def _groups(weights: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not."""
-    matrices = [weight for weight in weights.values() if weight.ndim > 1]
-    others = [weight for weight in weights.values() if weight.ndim <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+def _optimizers(module: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for tables of embeddings and all else; biases and norms do not decay."""
+    tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    matrices = [weight for weight in weights if is_matrix(weight) and id(weight) not in tables]
+    taken = {id(weight) for weight in matrices}
+    others = [weight for weight in weights if id(weight) not in taken]
+    groups = [
+        {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": course.weight_decay},
+        {"params": [weight for weight in others if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=course.learning_rate, betas=(0.9, 0.99), foreach=True)
+    if not matrices:
+        return [adam]
+    return [adam, Muon(matrices, course.learning_rate, weight_decay=course.weight_decay)]
 
 
 def batches(bank: int, batch: int, drawn: Drawn) -> list[int]:

@@ -36,8 +36,8 @@ STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         # what waits longest comes first, as the two cores take the first stage that can begin
-        Stage("upgraded-vae", "VAE of the upgraded model", 50, steps=6000, batch=12, learning_rate=1.5e-3),
-        Stage("base-vae", "VAE of the base", 40, steps=6000, batch=12, learning_rate=1.5e-3),
+        Stage("upgraded-vae", "VAE of the upgraded model", 28, steps=6000, batch=12, learning_rate=3e-3),
+        Stage("base-vae", "VAE of the base", 24, steps=6000, batch=12, learning_rate=3e-3),
         Stage("upgraded-text", "both text encoders of the upgraded model", 10, steps=2500, batch=64),
         Stage("base-text", "text encoder of the base", 8, steps=2500, batch=64),
         Stage("upgraded-latents", "pictures of the upgraded world, encoded", 30, ("upgraded-vae",), 24576),

@@ -54,7 +54,7 @@ COPIES, VAE_COPIES = 32 // GROUPS, 32 // VAE_GROUPS
 """Of each channel: ldm and sgm norm in 32 groups."""
 BASE_WIDENING = Widening(BASE_CHANNELS[0], COPIES, BASE_CHANNELS[0] // BASE_HEADS)
 UPGRADED_WIDENING = Widening(UPGRADED_CHANNELS[0], COPIES, HEAD_WIDTH)
-VAE_WIDENING = Widening(VAE_CHANNELS[0], VAE_COPIES, VAE_CHANNELS[0])
+VAE_WIDENING = Widening(None, VAE_COPIES, None)
 OPEN_CLIP = "ViT-S-32-alt"
 OPEN_CLIP_WIDTH, OPEN_CLIP_LAYERS, CLIP_VOCABULARY = 256, 10, 49408
 """Of the narrowest text encoder in open_clip's table."""
@@ -188,7 +188,7 @@ def _vae(**more: str) -> dict[str, Any]:
         "in_channels": 3,
         "out_ch": 3,
         "ch": VAE_COPIES * VAE_CHANNELS[0],
-        "ch_mult": [1 for _ in VAE_CHANNELS],
+        "ch_mult": [width // VAE_CHANNELS[0] for width in VAE_CHANNELS],
         "num_res_blocks": 1,
         "attn_resolutions": [],
         "dropout": 0.0,

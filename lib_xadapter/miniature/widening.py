@@ -1,8 +1,8 @@
 """The same models, wider, for hosts whose norms have 32 groups: each channel stands there several times.
 
 A channel's copies carry its value, and what reads them reads a part of each, so that every sum comes out as before.
-The channels of a tensor repeat in blocks of the model's width; as all its layers are of that width, groups of a norm
-fall on copies of the groups that they were. Inside an attention whole heads repeat, and queries are made smaller by
+The channels of a UNet's tensor repeat in blocks of its width; as all its layers are of that width, groups of a norm
+fall on copies of the groups that they were. A VAE's widths may differ, as none of its layers reads two others. Inside an attention whole heads repeat, and queries are made smaller by
 what longer products grow by.
 
 Names are those of diffusers.
@@ -39,14 +39,14 @@ class Widening:
     """How a model's channels repeat.
 
     Attributes:
-        width: of all its levels.
+        width: of all its levels; None for a VAE.
         copies: of each channel.
-        head: channels of an attention head.
+        head: channels of an attention head; None where there is only one.
     """
 
-    width: int
+    width: int | None
     copies: int
-    head: int
+    head: int | None
 
     def tensors(self, narrow: Tensors) -> dict[str, Tensor]:
         """Of a UNet, a ControlNet, a VAE or a T2I-Adapter."""
@@ -100,9 +100,9 @@ class Widening:
         return _repeated(wide, inputs, self.width, self.copies) / self.copies
 
 
-def _repeated(value: Tensor, axis: int, block: int, copies: int) -> Tensor:
-    """Blocks along an axis, each several times in a row."""
-    blocks = value.unflatten(axis, (-1, 1, block))
+def _repeated(value: Tensor, axis: int, block: int | None, copies: int) -> Tensor:
+    """Blocks along an axis, each several times in a row; all of it where no block is given."""
+    blocks = value.unflatten(axis, (-1, 1, block or value.shape[axis]))
     return blocks.repeat_interleave(copies, axis + 1).flatten(axis, axis + 2)
 
 

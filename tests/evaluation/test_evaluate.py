@@ -150,6 +150,60 @@ class TestPictures:
         assert {figure["name"] for figure in other.told()["figures"]} == {"SSIM, canny", "F1, edges"}
 
 
+class TestTogether:
+    """Captions in one batch, and other evaluations beside this one."""
+
+    def test_captions_made_in_one_batch_have_the_pictures_that_they_have_alone(self, evaluate, whole, depth_folder):
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            make = ways.make_together
+            patch.setattr(ways, "make_together", lambda *given: calls.append(len(given[1])) or make(*given))
+            depth = ("--depth", str(depth_folder))
+            assert evaluate(*PLUGINS, *depth, "--batch", "2", "--metrics", "condition") == 0
+        assert calls == [2, 2]
+        assert evaluate.pictures().keys() == whole.pictures().keys()
+        for path in evaluate.pictures():
+            assert grey_levels_apart(Image.open(evaluate.out / path), Image.open(whole.out / path)) <= 1
+
+    def test_prompts_of_different_lengths_are_made_one_after_the_other(self, evaluate, tmp_path):
+        captions = tmp_path / "captions.txt"
+        captions.write_text("a house\n" + "a house by the sea and " * 20 + "\n", encoding="utf-8")
+        assert evaluate("--captions", str(captions), "--batch", "2", "--metrics", "fid") == 1
+        assert len(evaluate.pictures()) == 2 * len(FILES)
+
+    def test_another_evaluations_pictures_are_a_row_of_the_table(self, evaluate, whole, clip_folder):
+        more = ("--clip", str(clip_folder), "--metrics", "clip", "style", "--batch", "2")
+        assert evaluate(*more, "--beside", f"with plugins={whole.out}/x-adapter-0.8-1.png") == 0
+        told = evaluate.told()
+        assert told["ways"] == [*WAYS, "with plugins"]
+        (score,) = (figure for figure in told["figures"] if figure["name"] == "CLIP score")
+        (theirs,) = (figure for figure in whole.told()["figures"] if figure["name"] == "CLIP score")
+        assert score["ways"]["with plugins"]["value"] == pytest.approx(theirs["ways"]["X-Adapter"]["value"])
+        assert {"one": "X-Adapter", "other": "with plugins"}.items() <= score["differences"][-2].items()
+        row = told["pictures"][0]["pictures"]["with plugins"]
+        assert (evaluate.out / row).resolve().parent.parent == (whole.out / "pictures").resolve()
+
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ("nothing", "--beside is 'nothing', expected NAME=DIR/FILE."),
+            ("other=/nowhere/base.png", "--beside: no folder in /nowhere/pictures has a base.png."),
+        ],
+    )
+    def test_what_is_not_there_is_refused(self, evaluate, capsys, given, told):
+        assert evaluate("--beside", given) == 2
+        assert told in capsys.readouterr().err
+
+    def test_the_frechet_distance_can_be_of_clips_features(self, evaluate, whole, clip_folder):
+        shutil.copytree(whole.out, evaluate.out)
+        more = ("--clip", str(clip_folder), "--fid-features", "clip", "--metrics", "fid")
+        assert evaluate(*PLUGINS, "--depth", str(clip_folder), *more) == 0
+        (figure,) = evaluate.told()["figures"]
+        assert figure["name"] == "Fréchet, CLIP"
+        assert set(figure["ways"]) == set(WAYS) - {"SDXL"}
+        assert all(found["value"] > 0 for found in figure["ways"].values())
+
+
 class TestGoingOn:
     def test_nothing_is_made_twice_and_no_model_is_loaded_for_nothing(self, whole, monkeypatch, tmp_path):
         # another report takes the place of the one that is there
@@ -212,15 +266,15 @@ class TestGoingOn:
     def test_more_weights_use_the_bases_side_again(self, evaluate, monkeypatch):
         assert evaluate("--limit", "1", "--metrics", "condition") == 1
         stages = []
-        progress = ways.make_pictures
+        make = ways.make_together
 
-        def watched(models, job, rules, told, **named):
+        def watched(models, jobs, rules, told, *more):
             def show(stage, done, total):
                 stages.extend([stage] * (done == 0))
 
-            return progress(models, job, rules, show, **named)
+            return make(models, jobs, rules, show, *more)
 
-        monkeypatch.setattr(ways, "make_pictures", watched)
+        monkeypatch.setattr(ways, "make_together", watched)
         assert evaluate("--limit", "1", "--metrics", "condition", "--weight", "1", "0.5", "1.5") == 1
         assert stages == ["recording", "SDXL", "SDXL"]
 
