@@ -27,4 +27,11 @@ def add_miniature(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--webui", type=Path, metavar="DIR", help="lay finished models out for the WebUI whose folder this is"
     )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="DIR",
+        help="write pictures of the upgraded world that no model has seen, with captions, for evaluate --captions",
+    )
+    parser.add_argument("--pictures", type=int, default=512, metavar="N", help="how many of them; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

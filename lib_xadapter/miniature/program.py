@@ -20,13 +20,16 @@ from ..errors import WrongArgument
 from ..headless.asked import check_folder
 from ..headless.options import say
 from ..headless.saving import write_whole
-from .making import StageFailed, Work, make
+from .drawing import upgraded_picture
+from .making import StageFailed, Work, make, write_pictures
 from .stages import HOURS, STAGES, Stage
+from .worlds import HELD_OUT
 
 DONE = "done.json"
 MADE = "made.json"
 LOOKED_AFTER = 1.0
 """Seconds between two looks at the workers."""
+MOST_PICTURES = 100_000
 TOLD_EVERY = 300.0
 """Seconds between two words on what goes on."""
 
@@ -41,6 +44,10 @@ def miniature(options: argparse.Namespace) -> int:
 
         write_for_webui(work.models, options.webui)
         say(f"The miniature models are below {options.webui}.")
+        return 0
+    if options.held_out is not None:
+        write_pictures(options.held_out, range(HELD_OUT, HELD_OUT + options.pictures), upgraded_picture)
+        say(f"{options.pictures} pictures with captions are in {options.held_out}.")
         return 0
     if options.list:
         for stage in STAGES.values():
@@ -65,6 +72,8 @@ def _check(options: argparse.Namespace) -> None:
         raise WrongArgument(f"--hours is {options.hours:g}, expected a number above 0, to 1000.")
     if not 1 <= options.workers <= 64:
         raise WrongArgument(f"--workers is {options.workers}, expected a whole number from 1 to 64.")
+    if not 1 <= options.pictures <= MOST_PICTURES:
+        raise WrongArgument(f"--pictures is {options.pictures}, expected a whole number from 1 to {MOST_PICTURES}.")
     if not 0 <= options.seed <= 100:
         raise WrongArgument(f"--seed is {options.seed}, expected a whole number from 0 to 100.")
 

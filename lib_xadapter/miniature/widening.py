@@ -2,8 +2,8 @@
 
 A channel's copies carry its value, and what reads them reads a part of each, so that every sum comes out as before.
 The channels of a UNet's tensor repeat in blocks of its width; as all its layers are of that width, groups of a norm
-fall on copies of the groups that they were. A VAE's widths may differ, as none of its layers reads two others. Inside an attention whole heads repeat, and queries are made smaller by
-what longer products grow by.
+fall on copies of the groups that they were. A VAE's widths may differ, as none of its layers reads two others. Inside
+an attention whole heads repeat, and queries are made smaller by what longer products grow by.
 
 Names are those of diffusers.
 """
