@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import DoesNotFit, WrongFile, first_line
+from .pickled_weights import read_pickle
 from .taps import (
     FUSIONS,
     POSITIONS,
@@ -215,7 +215,7 @@ def load_adapter(
     """Mapping layers from a file in the released layout.
 
     Args:
-        path: a `.safetensors` file, or a `.bin`/`.pt` pickle, which is read with `weights_only=True`.
+        path: a `.safetensors` file, or a `.bin`/`.pt` pickle, of which no object but tensors is made.
         device: where the weights go; None leaves them on the CPU.
         dtype: their type; None keeps the file's.
 
@@ -342,18 +342,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     name = os.path.basename(os.fspath(path))
     if not os.path.isfile(path):
         raise WrongFile(f"There is no file {os.fspath(path)}.")
-    try:
-        if name.lower().endswith(".safetensors"):
+    if not name.lower().endswith(".safetensors"):
+        weights = read_pickle(path)
+    else:
+        try:
             weights = safetensors.torch.load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # torch's own words would advise to trust the file
-        told = "" if isinstance(error, pickle.UnpicklingError) else f": {first_line(error)}"
-        raise WrongFile(f"{name} is cut off, or holds something other than tensors{told or '.'}") from error
-    # the WebUI's own torch.load gives None for a pickle that it does not trust
+        except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise WrongFile(f"{name} is cut off, or holds something other than tensors: {first_line(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise WrongFile(f"{name} is cut off, or holds something other than named tensors.")
+        raise WrongFile(f"{name} holds something other than named tensors.")
     return weights
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import collections
-import io
 import json
 import math
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import WrongFile, first_line
+from .errors import WrongFile
+from .pickled_files import StoredTensor, opened
 
 PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 
@@ -69,6 +66,8 @@ def _read(path: Path, reader: Callable[[BinaryIO, str], Any]) -> Any:
 
 LENGTH_BYTES = 8
 METADATA_KEY = "__metadata__"
+LONGEST_HEADER = 100_000_000
+"""Bytes: what safetensors itself reads."""
 
 # name in the file → torch's name, bytes of one number
 SAFETENSORS_DTYPES = {
@@ -117,6 +116,8 @@ def _safetensors_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], int]
             f"{name} is cut off or is no safetensors file: it has {file_bytes} bytes, "
             f"expected a header of {length} bytes after the first {LENGTH_BYTES}."
         )
+    if length > LONGEST_HEADER:
+        raise WrongFile(f"{name}: its header claims {length} bytes, expected {LONGEST_HEADER} at most.")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
@@ -144,138 +145,27 @@ def _safetensors_tensor(entry: Any, weight_bytes: int, key: str, name: str) -> T
     return TensorInfo(shape, torch_name)
 
 
-# --- PyTorch pickles: a zip file with a pickle and the weights, or (before torch 1.6) pickles one after the other -----
-
-ZIP_START = b"PK"
-MAGIC_NUMBER_BEFORE_ZIP = 0x1950A86A20F9469CFC6C
-
-STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
-
-DTYPES = frozenset(STORAGE_DTYPES.values()) | {torch_name for torch_name, _ in SAFETENSORS_DTYPES.values()}
-
-# modules whose objects stand beside the weights in old checkpoints (training state), and say nothing about them
-BESIDE_THE_WEIGHTS = frozenset({"_codecs", "collections", "lightning", "numpy", "pytorch_lightning", "torch"})
-BUILTINS_BESIDE_THE_WEIGHTS = frozenset({"float", "int", "long", "set"})
+# --- PyTorch pickles --------------------------------------------------------------------------------------------------
 
 
 def _pickled_tensors(file: BinaryIO, name: str) -> dict[str, TensorInfo]:
-    start = file.read(len(ZIP_START))
-    file.seek(0)
-    try:
-        content = _unpickle_zip(file) if start == ZIP_START else _unpickle_before_zip(file)
-    except OSError:
-        raise
-    except Exception as error:  # a broken pickle can raise anything
-        raise WrongFile(f"{name} is cut off or is no PyTorch file of tensors: {first_line(error)}") from error
+    with opened(file, name) as pickled:
+        content = pickled.content
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise WrongFile(f"{name} holds one {type(content).__name__}, expected tensors by name.")
-    return dict(_named_tensors(content))
+    return {key: TensorInfo(tensor.shape, tensor.dtype) for key, tensor in _named_tensors(content)}
 
 
-def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, TensorInfo]]:
+def _named_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors at the top, and those one level below as "group.name" (IP-Adapter files hold two groups)."""
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, TensorInfo):
+        if isinstance(key, str) and isinstance(value, StoredTensor):
             yield key, value
         elif isinstance(key, str) and isinstance(value, Mapping):
             yield from (
                 (f"{key}.{name}", inner)
                 for name, inner in value.items()
-                if isinstance(name, str) and isinstance(inner, TensorInfo)
+                if isinstance(name, str) and isinstance(inner, StoredTensor)
             )
-
-
-def _unpickle_zip(file: BinaryIO) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        pickles = [member for member in archive.namelist() if member.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise pickle.UnpicklingError(f"the zip file holds {len(pickles)} 'data.pkl', expected one")
-        return _ShapeUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
-
-
-def _unpickle_before_zip(file: BinaryIO) -> Any:
-    """The fourth of the pickles that torch.save wrote: magic number, protocol, system, content, storages, weights."""
-    if _ShapeUnpickler(file).load() != MAGIC_NUMBER_BEFORE_ZIP:
-        raise pickle.UnpicklingError("it was not written by torch.save")
-    for _ in ("protocol", "system"):
-        _ShapeUnpickler(file).load()
-    return _ShapeUnpickler(file).load()
-
-
-class _ShapeUnpickler(pickle.Unpickler):
-    """Reads tensors as `TensorInfo`; whatever else a training run left beside them becomes `_Ignored`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")
-
-    def persistent_load(self, saved_id: tuple) -> _Storage:
-        return saved_id[1]
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module == "torch._utils" and name in REBUILDERS:
-            return REBUILDERS[name]
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return _Storage(STORAGE_DTYPES.get(name, name))
-        if module == "torch" and name in DTYPES:
-            return name
-        if module.split(".")[0] in BESIDE_THE_WEIGHTS:
-            return _Ignored
-        if module in ("builtins", "__builtin__") and name in BUILTINS_BESIDE_THE_WEIGHTS:
-            return _Ignored
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of tensors needs")
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-
-
-class _Ignored:
-    """Stands for an object that is neither made nor looked at; takes whatever a pickle gives it."""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-
-def _rebuild_tensor(storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> TensorInfo:
-    return TensorInfo(tuple(size), storage.dtype)
-
-
-def _rebuild_tensor_of_dtype(storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> TensorInfo:
-    _stride, _requires_grad, _hooks, dtype = rest[:4]
-    return TensorInfo(tuple(size), dtype)
-
-
-def _rebuild_parameter(tensor: TensorInfo, *rest: Any) -> TensorInfo:
-    return tensor
-
-
-# the functions of torch._utils that torch.save names to rebuild a tensor → what is made of their arguments here
-REBUILDERS = {
-    "_rebuild_tensor": _rebuild_tensor,
-    "_rebuild_tensor_v2": _rebuild_tensor,
-    "_rebuild_tensor_v3": _rebuild_tensor_of_dtype,
-    "_rebuild_parameter": _rebuild_parameter,
-    "_rebuild_parameter_with_state": _rebuild_parameter,
-}

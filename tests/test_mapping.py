@@ -128,7 +128,7 @@ def test_a_file_that_is_cut_off_says_so(suffix, tmp_path):
 
 def test_a_pickle_with_code_in_it_is_refused(tmp_path):
     torch.save({"body.0.block1.weight": print}, tmp_path / "code.bin")
-    with pytest.raises(WrongFile, match="code.bin is cut off, or holds something other than tensors"):
+    with pytest.raises(WrongFile, match=r"code\.bin .* asks for __builtin__\.print, which no file of tensors needs"):
         load_adapter(tmp_path / "code.bin")
 
 

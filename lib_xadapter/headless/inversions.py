@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..errors import DoesNotFit, WrongFile
 from ..inversion_names import files_below, mentions
 from ..lora_layers import BUNDLED_EMBEDDING
+from ..mapping import read_weights
+from ..pickled_weights import read_pickle
 from .model_files import check_finite
 
 MOST_VECTORS = 75
@@ -140,15 +140,7 @@ def read_inversion(path: Path) -> Inversion:
     Raises:
         WrongFile: it is none.
     """
-    try:
-        if path.suffix.lower() == ".safetensors":
-            data: Any = safetensors.torch.load_file(path)
-        else:
-            # what the first trainer of all kept the vectors in
-            with torch.serialization.safe_globals([nn.ParameterDict]):
-                data = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise WrongFile(f"{path.name} is cut off, or holds more than a textual inversion.") from error
+    data = read_weights(path) if path.suffix.lower() == ".safetensors" else read_pickle(path)
     inversion = _from_data(path.stem, data) if isinstance(data, Mapping) else None
     if inversion is None:
         raise WrongFile(f"{path.name} is no textual inversion: it holds neither one term nor clip_l and clip_g.")
@@ -179,12 +171,15 @@ def bundled_inversions(path: Path) -> list[Inversion]:
 def _from_data(name: str, data: Mapping[str, Any]) -> Inversion | None:
     if "string_to_param" in data:
         terms = data["string_to_param"]
-        terms = terms if isinstance(terms, Mapping) else dict(terms.items())
     elif {"clip_l", "clip_g"} <= data.keys():
         return Inversion(name, (_rows(data["clip_l"]), _rows(data["clip_g"])))
     else:
         terms = data
-    if len(terms) != 1 or not isinstance(vectors := next(iter(terms.values())), Tensor):
+    if (
+        not isinstance(terms, Mapping)
+        or len(terms) != 1
+        or not isinstance(vectors := next(iter(terms.values())), Tensor)
+    ):
         return None
     return Inversion(name, (_rows(vectors),))
 

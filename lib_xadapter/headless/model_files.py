@@ -25,6 +25,7 @@ from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import DoesNotFit, WrongFile
 from ..families import BASE_FAMILIES, FAMILY_NAMES
 from ..mapping import read_weights
+from ..pickled_weights import read_pickle
 from .compvis_layout import (
     BASE_TEXT_PREFIX,
     CONTROLNET_PREFIX,
@@ -272,10 +273,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint; those of a pickle lie under "state_dict"."""
     if path.suffix.lower() == ".safetensors":
         return read_weights(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise WrongFile(f"{path.name} is cut off or holds more than tensors: convert it to safetensors.") from error
+    found = read_pickle(path)
+    if not isinstance(found, dict):
+        raise WrongFile(f"{path.name} holds something other than named tensors.")
     found = found.get("state_dict", found)
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import WrongFile, first_line
 from ...headless.pictures import to_tensor
+from ...tensor_files import read_tensor_infos
 
 INCEPTION_SIZE = 299
 MOST_RESAMPLES = 200
@@ -97,7 +98,7 @@ class Inception:
             raise WrongFile(f"--inception: there is no file {weights}.")
         try:
             # torch-fidelity unpickles whatever it is given
-            torch.load(weights, map_location="cpu", weights_only=True)
+            read_tensor_infos(weights)
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(weights))
         except Exception as error:
             raise WrongFile(
