@@ -6,12 +6,16 @@ Default values are left out. The key of `enabled` holds the version, which tells
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import LEVELS, Settings, arguments, defaults
+from .errors import WrongArgument
+from .settings import LEVELS, Settings, arguments, checked, defaults, shown
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "X-Adapter "
 
@@ -74,20 +78,29 @@ def write_infotext(settings: Settings, version: str) -> dict[str, str]:
 def read_infotext(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """Every argument as the parsed infotext has it; None for a picture made without X-Adapter.
 
-    What is left out has the default of the version that wrote it. Arguments that no infotext holds are not among them.
+    What is left out has the default of the version that wrote it, and so has what the argument cannot be: anything can
+    be pasted. Arguments that no infotext holds are not among them.
     """
     if VERSION_KEY not in parameters:
         return None
-    values, left_out = {"enabled": True}, defaults_of(parameters[VERSION_KEY])
+    values, left_out = {"enabled": True}, defaults_of(str(parameters[VERSION_KEY]))
     for name in written_names():
         text, default = _find(parameters, key_of(name)), left_out[name]
-        values[name] = default if text is None else _read(name, text, default)
+        values[name] = default if text is None else _read_or(default, name, str(text))
     return values
+
+
+def _read_or(default: Any, name: str, text: str) -> Any:
+    try:
+        return checked(name, _read(name, text, default))
+    except (ValueError, IndexError, WrongArgument):
+        logger.warning("%s is passed over: it is %s.", key_of(name), shown(text))
+        return default
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """Of `0.1.0`, to be compared."""
-    return tuple(map(int, re.findall(r"\d+", version)))
+    return tuple(map(int, re.findall(r"[0-9]{1,9}", version)))
 
 
 def _write(value: Any) -> str:

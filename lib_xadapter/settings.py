@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class Argument:
         multiple_of: for sizes in pixels.
         or_zero: 0 is allowed beside the range and means "as the upgraded model".
         step: the control's step.
-        reach: the slider's ends, where a number has no limits of its own.
+        reach: the slider's ends, where they are not the limits.
         choices: what a text can be, where it is one of a few.
         main: whether the control stands at the top of the panel and not folded away.
     """
@@ -111,6 +112,8 @@ class Settings:
         "Weight",
         "weight",
         "How strongly SDXL follows the SD1.5 model while both run. 0: not at all.",
+        minimum=-10.0,
+        maximum=10.0,
         step=0.05,
         reach=(0.0, 2.0),
         main=True,
@@ -139,8 +142,8 @@ class Settings:
         "base CFG scale",
         "How closely the SD1.5 model follows its prompt. 0: the CFG scale above.",
         minimum=0.0,
+        maximum=30.0,
         step=0.5,
-        reach=(0.0, 30.0),
     )
     base_steps: int = argument(
         0,
@@ -148,8 +151,8 @@ class Settings:
         "base steps",
         "Sampling steps of the SD1.5 picture. 0: the steps above.",
         minimum=0,
+        maximum=150,
         step=1,
-        reach=(0, 150),
     )
     base_seed: int = argument(
         SAME_SEED,
@@ -202,6 +205,7 @@ class Settings:
         "refresh every",
         "Run the SD1.5 model at every n-th step that both take, and use what it gave in between: faster, and coarser.",
         minimum=1,
+        maximum=150,
         step=1,
         reach=(1, 10),
     )
@@ -264,7 +268,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     known = defaults()
     for name in given:
         if name not in known:
-            raise WrongArgument(f"'{name}' is no argument of X-Adapter; there are {', '.join(known)}.")
+            raise WrongArgument(f"{shown(name)} is no argument of X-Adapter; there are {', '.join(known)}.")
     settings = Settings(**{name: checked(name, value) for name, value in given.items()})
     if settings.guidance_start > settings.guidance_end:
         raise WrongArgument(
@@ -286,22 +290,23 @@ def checked(name: str, value: Any) -> Any:
         return _checked_weights(value)
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise WrongArgument(f"'{name}' is {value!r}, expected true or false.")
+            raise WrongArgument(f"'{name}' is {shown(value)}, expected true or false.")
         return value
     if isinstance(default, str):
         if not isinstance(value, str):
-            raise WrongArgument(f"'{name}' is {value!r}, expected text.")
+            raise WrongArgument(f"'{name}' is {shown(value)}, expected text.")
         if row.choices and value not in row.choices:
-            raise WrongArgument(f"'{name}' is {value!r}, expected one of {', '.join(row.choices)}.")
+            raise WrongArgument(f"'{name}' is {shown(value)}, expected one of {', '.join(row.choices)}.")
+        if not _can_be_written(value):
+            raise WrongArgument(f"'{name}' holds a character that no text can have: NUL, or half of a pair.")
         return value
     return _checked_number(name, value, row, whole=isinstance(default, int))
 
 
 def _checked_weights(value: list | tuple) -> tuple[float, ...]:
-    numbers = [item for item in value if _is_number(item)]
-    if len(value) != LEVELS or len(numbers) != LEVELS:
-        raise WrongArgument(f"'weight' is {list(value)!r}, expected a number or a list of {LEVELS} numbers.")
-    return tuple(float(item) for item in value)
+    if len(value) != LEVELS or not all(_is_number(item) for item in value):
+        raise WrongArgument(f"'weight' is {shown(list(value))}, expected a number or a list of {LEVELS} numbers.")
+    return tuple(float(_checked_number("weight", item, arguments()["weight"], whole=False)) for item in value)
 
 
 def _checked_number(name: str, value: Any, row: Argument, whole: bool) -> float | int:
@@ -313,12 +318,38 @@ def _checked_number(name: str, value: Any, row: Argument, whole: bool) -> float 
             and (row.multiple_of is None or value % row.multiple_of == 0)
         )
     if not fits:
-        raise WrongArgument(f"'{name}' is {value!r}, expected {expectation(row, whole)}.")
+        raise WrongArgument(f"'{name}' is {shown(value)}, expected {expectation(row, whole)}.")
     return int(value) if whole else float(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether a picture's text can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 100, 100
+
+
+def shown(value: Any) -> str:
+    """What was given, for a message: not all of it, where it is long or deep."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:
+        return "a number of very many digits"
 
 
 def expectation(row: Argument, whole: bool) -> str:
@@ -347,12 +378,14 @@ def _property(name: str, row: Argument) -> dict[str, Any]:
     default = defaults()[name]
     described = {"title": row.label, "description": row.tooltip, "default": default}
     if name == "weight":
-        three = {"type": "array", "items": {"type": "number"}, "minItems": LEVELS, "maxItems": LEVELS}
-        return {**described, "anyOf": [{"type": "number"}, three]}
+        number = {"type": "number", "minimum": row.minimum, "maximum": row.maximum}
+        three = {"type": "array", "items": number, "minItems": LEVELS, "maxItems": LEVELS}
+        return {**described, "anyOf": [number, three]}
     kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
     if row.choices:
         return {**described, "enum": list(row.choices)}
-    limits = {"minimum": row.minimum, "maximum": row.maximum, "multipleOf": row.multiple_of}
+    text = r"^[^\u0000]*$" if isinstance(default, str) else None
+    limits = {"minimum": row.minimum, "maximum": row.maximum, "multipleOf": row.multiple_of, "pattern": text}
     span = {key: value for key, value in limits.items() if value is not None}
     if row.or_zero:
         span = {"anyOf": [{"const": 0}, span]}

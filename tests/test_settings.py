@@ -10,6 +10,7 @@ import pytest
 from lib_xadapter.errors import WrongArgument
 from lib_xadapter.infotext import Change, read_infotext, write_infotext
 from lib_xadapter.settings import Settings, defaults, json_schema, read_settings
+from tests.pasted_infotext import pasted
 
 
 def test_an_empty_object_means_the_defaults():
@@ -70,19 +71,6 @@ def test_the_schema_takes_what_is_taken():
     jsonschema.validate(defaults(), json_schema())
     jsonschema.validate({"weight": [1, 0, 2], "base_width": 640, "base_steps": 12}, json_schema())
     assert set(json_schema()["properties"]) == set(defaults())
-
-
-def pasted(written: dict[str, str]) -> dict[str, str]:
-    """What the WebUI hands back after writing and parsing (infotext_utils.quote, parse_generation_parameters)."""
-    import json
-
-    parsed = {}
-    for key, value in written.items():
-        text = json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
-        text = json.loads(text) if text.startswith('"') and text.endswith('"') else text
-        size = re.match(r"^(\d+)x(\d+)$", text)
-        parsed |= {f"{key}-1": size.group(1), f"{key}-2": size.group(2)} if size else {key: text}
-    return parsed
 
 
 CHANGED = [
