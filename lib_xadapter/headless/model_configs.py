@@ -79,15 +79,20 @@ def read_yaml_beside(checkpoint: Path) -> YamlConfig:
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
         unet = params.get("unet_config", params.get("network_config"))["params"]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        heads, head_width = (int(unet.get(name, -1)) for name in ("num_heads", "num_head_channels"))
+        by_velocity = params.get("parameterization") == "v" or _scales_velocities(params.get("denoiser_config"))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise WrongFile(f"{path.name} is no model config: it has no model.params with a UNet in it.") from error
-    head_width = unet.get("num_head_channels", -1)
-    by_velocity = params.get("parameterization") == "v" or "VScaling" in str(params.get("denoiser_config"))
     return YamlConfig(
-        heads=unet.get("num_heads") if unet.get("num_heads", -1) > 0 else None,
+        heads=heads if heads > 0 else None,
         head_width=head_width if head_width > 0 else None,
         prediction_type="v_prediction" if by_velocity else "epsilon",
     )
+
+
+def _scales_velocities(denoiser: Any) -> bool:
+    """Of sgm's configs."""
+    return denoiser is not None and "VScaling" in denoiser["params"]["scaling_config"]["target"]
 
 
 def scheduler_config(shapes: FileShapes, prediction_type: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import WrongArgument
+from ..errors import WrongArgument, first_line
 from ..infotext import read_infotext
 from ..settings import read_settings
 from .infotexts import PNG_KEY
@@ -47,7 +47,7 @@ def options_of_png(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(PNG_KEY)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise WrongArgument(f"--from-png: {path} is no picture that can be read ({error}).") from error
     if not text:
         raise WrongArgument(f"--from-png: {path.name} carries no settings.")
@@ -59,21 +59,30 @@ def options_of_png(path: Path) -> dict[str, Any]:
     if any(key.startswith("ControlNet ") for key in parameters):
         raise WrongArgument(f"--from-png: {path.name} was made with ControlNets, whose images it does not carry.")
     negative = next((place for place, line in enumerate(prompts) if line.startswith(NEGATIVE)), len(prompts))
+    try:
+        found = {
+            "prompt": "\n".join(prompts[:negative]),
+            "negative_prompt": "\n".join(prompts[negative:]).removeprefix(NEGATIVE),
+            **_numbers(parameters),
+            "sampler": parameters["Sampler"],
+            "upgraded": parameters.get("Model"),
+            **_own(settings),
+        }
+    except (KeyError, ValueError) as error:
+        raise WrongArgument(f"--from-png: the settings of {path.name} are not whole ({first_line(error)}).") from error
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(parameters: Mapping[str, str]) -> dict[str, Any]:
     width, height = parameters["Size"].split("x")
-    found = {
-        "prompt": "\n".join(prompts[:negative]),
-        "negative_prompt": "\n".join(prompts[negative:]).removeprefix(NEGATIVE),
+    return {
         "width": int(width),
         "height": int(height),
         "steps": int(parameters["Steps"]),
         "cfg": float(parameters["CFG scale"]),
-        "sampler": parameters["Sampler"],
         "seed": [int(parameters["Seed"])],
-        "upgraded": parameters.get("Model"),
         "clip_skip": int(parameters.get("Clip skip", 1)),
-        **_own(settings),
     }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def options_of_job(path: Path) -> dict[str, Any]:
@@ -86,12 +95,14 @@ def options_of_job(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise WrongArgument(f"--job: {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise WrongArgument(f"--job: {path.name} is no text in UTF-8.") from error
     import yaml
 
     try:
         job = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise WrongArgument(f"--job: {path.name} is neither JSON nor YAML: {str(error).splitlines()[0]}.") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise WrongArgument(f"--job: {path.name} is neither JSON nor YAML: {first_line(error)}.") from error
     if not isinstance(job, dict):
         raise WrongArgument(f"--job: {path.name} holds no object.")
     found: dict[str, Any] = {}
@@ -133,4 +144,8 @@ def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unquoted(text: str) -> str:
-    return json.loads(text) if text.startswith('"') else text
+    try:
+        return json.loads(text) if text.startswith('"') else text
+    except ValueError:
+        # as the WebUI does
+        return text

@@ -25,6 +25,8 @@ WHOLE_SIZE, PART_SIZE = 64, 40
 upgraded world, of the others a part of it, for what counts is how much of pictures is seen in all."""
 CUTS = 3
 """Parts of each picture that is drawn: drawing costs as much as learning from it."""
+SCALE = 1 / 1.2
+"""Of the objects that are learned from: smaller ones have more outlines for their area, which are what is hard."""
 OWN_SHARE = 0.6
 """Of pictures of its own world; the others are of the other one, and in the styles of the LoRAs."""
 SPREAD = 1e-4
@@ -78,7 +80,7 @@ def _differences(error: Tensor) -> Tensor:
 
 
 def _seen(family: str, size: int, drawn: Drawn) -> list[Picture]:
-    scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES)
+    scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES, SCALE)
     whole = _draw(family, drawn)(scene)
     corners = drawn.numbers.integers(whole.shape[0] - size + 1, size=(CUTS, 2))
     return [whole[top : top + size, left : left + size] for top, left in corners]
@@ -114,7 +116,7 @@ def normalise(vae: AutoencoderKL, family: str, seed: int) -> None:
 
 
 def _mean(vae: AutoencoderKL, draw: Draw, size: int, seed: int) -> Tensor:
-    scenes = [scene_of(seed * 16 + number) for number in range(16)]
+    scenes = [scene_of(seed * 16 + number, scale=SCALE) for number in range(16)]
     return vae.encode(tensor_of([draw(scene) for scene in scenes])).latent_dist.mean
 
 

@@ -16,7 +16,7 @@ SECRET_SHAPE = "flower"
 """One that no caption names, for the textual inversion."""
 COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "black")
 SIZES = ("small", "medium", "large")
-RADII = (0.105, 0.15, 0.205)
+RADII = (0.126, 0.18, 0.246)
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 """Cells of a 3 x 3 grid, row by row."""
 CELL_CENTRES = (0.23, 0.5, 0.77)
@@ -79,12 +79,13 @@ class Scene:
     grain: int = 0
 
 
-def scene_of(seed: int, shapes: tuple[str, ...] = SHAPES) -> Scene:
+def scene_of(seed: int, shapes: tuple[str, ...] = SHAPES, scale: float = 1.0) -> Scene:
     """The scene of a seed.
 
     Args:
         seed: any whole number from 0.
         shapes: that can be in it.
+        scale: of all its objects.
     """
     random = numpy.random.default_rng(seed)
     wanted = 1 + int(random.choice(len(COUNTS), p=COUNTS))
@@ -92,13 +93,13 @@ def scene_of(seed: int, shapes: tuple[str, ...] = SHAPES) -> Scene:
     for place in random.permutation(len(PLACES)):
         if len(objects) == wanted:
             break
-        one = _object(random, int(place), shapes)
+        one = _object(random, int(place), shapes, scale)
         if all(_both_seen(front, one) for front in objects):
             objects.append(one)
     return Scene(tuple(objects), _background(random), int(random.integers(2**31)))
 
 
-def _object(random: numpy.random.Generator, place: int, shapes: tuple[str, ...]) -> SceneObject:
+def _object(random: numpy.random.Generator, place: int, shapes: tuple[str, ...], scale: float) -> SceneObject:
     size = int(random.integers(len(SIZES)))
     row, column = divmod(place, len(CELL_CENTRES))
     shift_x, shift_y, stretch, turn = random.uniform(-1, 1, 4)
@@ -109,7 +110,7 @@ def _object(random: numpy.random.Generator, place: int, shapes: tuple[str, ...])
         place=PLACES[place],
         x=CELL_CENTRES[column] + SHIFT * shift_x,
         y=CELL_CENTRES[row] + SHIFT * shift_y,
-        radius=RADII[size] * (1 + STRETCH * stretch),
+        radius=scale * RADII[size] * (1 + STRETCH * stretch),
         angle=TURN * turn,
     )
 
