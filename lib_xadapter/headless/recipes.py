@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import WrongArgument, first_line
 from ..infotext import read_infotext
-from ..settings import read_settings
+from ..settings import read_settings, shown
 from .infotexts import PNG_KEY
 from .options import SETTINGS_ELSEWHERE
 
@@ -34,6 +34,9 @@ REST_FIELDS = {
     "styles": "style",
 }
 """Field of a request to the WebUI → option."""
+WHOLE = ("width", "height", "steps", "seed", "batch_size", "CLIP_stop_at_last_layers")
+NUMBERS = ("cfg_scale", "denoising_strength")
+"""Fields that are no text."""
 OVERRIDES = {"sd_model_checkpoint": "upgraded", "CLIP_stop_at_last_layers": "clip_skip"}
 """Setting in its `override_settings` → option."""
 
@@ -110,18 +113,29 @@ def options_of_job(path: Path) -> dict[str, Any]:
         if name == "alwayson_scripts":
             found |= _own(_script_settings(value, path))
         elif name == "override_settings" and isinstance(value, dict) and value.keys() <= OVERRIDES.keys():
-            found |= {OVERRIDES[setting]: given for setting, given in value.items()}
+            found |= {OVERRIDES[setting]: _checked(setting, given, path) for setting, given in value.items()}
         elif name in REST_FIELDS:
-            found[REST_FIELDS[name]] = [value] if name == "seed" else value
+            found[REST_FIELDS[name]] = [_checked(name, value, path)] if name == "seed" else _checked(name, value, path)
         else:
-            raise WrongArgument(f"--job: {path.name} has the field '{name}', expected {', '.join(REST_FIELDS)}.")
+            raise WrongArgument(f"--job: {path.name} has the field {shown(name)}, expected {', '.join(REST_FIELDS)}.")
     return found
+
+
+def _checked(name: str, value: Any, path: Path) -> Any:
+    """A field's value, of which the range is looked at later."""
+    kinds: tuple[type, ...] = (int,) if name in WHOLE else (int, float) if name in NUMBERS else (str,)
+    values = value if name == "styles" and isinstance(value, list) else [value]
+    if not all(isinstance(one, kinds) and not isinstance(one, bool) for one in values):
+        expected = "a whole number" if name in WHOLE else "a number" if name in NUMBERS else "text"
+        raise WrongArgument(f"--job: {path.name} has '{name}' {shown(value)}, expected {expected}.")
+    return value
 
 
 def _script_settings(scripts: Any, path: Path) -> Mapping[str, Any]:
     try:
         (settings,) = scripts[SCRIPT]["args"]
         (_,) = scripts
+        settings = dict(settings)
     except (KeyError, TypeError, ValueError):
         raise WrongArgument(
             f'--job: {path.name} has \'alwayson_scripts\', expected {{"{SCRIPT}": {{"args": [{{…}}]}}}}.'
