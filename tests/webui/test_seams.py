@@ -1,0 +1,149 @@
+"""Wherever a call into the WebUI, an extension or torch fails: the message comes, and nothing is left behind.
+
+All seams with all faults take hours. A part of them that is drawn anew in every run is looked at by default; SEAMS=all
+looks at all of them, and SEAMS_TABLE names a file for the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from .asking import arguments, made
+from .conftest import PLAIN, same_bytes
+from .server import Answer, WebUIServer
+
+ERRORS = ("RuntimeError", "OutOfMemoryError", "KeyboardInterrupt")
+MESSAGE = "a fault at a seam"
+LOOKED_AT = 12
+"""Faults of each kind of job, where not all are wanted."""
+SMALL = {**PLAIN, "width": 128, "height": 128, "steps": 2}
+PLAIN_PROMPT = "an upgradedxl cat <lora:stylexl:1>"
+"""For pictures without X-Adapter: with an SDXL LoRA and a textual inversion."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of job: X-Adapter's arguments, and what else is asked for."""
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    picture: bool = False
+
+    def ask(self, server: WebUIServer) -> Answer:
+        asked = {**SMALL, **self.request, **arguments(**self.given)}
+        if not self.picture:
+            return server.txt2img(**asked)
+        return server.img2img(Image.new("RGB", (128, 128), "navy"), **asked, denoising_strength=0.6)
+
+
+KINDS = {
+    "lockstep": Kind({"memory": "lockstep"}),
+    "recorded": Kind({"memory": "recorded"}),
+    "batch of two": Kind({"memory": "lockstep"}, {"batch_size": 2}),
+    "LoRA": Kind({"memory": "lockstep"}, {"prompt": "a cat <lora:style15:0.8>"}),
+    "img2img": Kind({"memory": "lockstep"}, picture=True),
+    "hires": Kind({"memory": "lockstep"}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}),
+    "refused": Kind({"base_checkpoint": "nobody"}),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of a fault."""
+
+    kind: str
+    seam: str
+    error: str
+    told: bool
+    left_behind: list[str]
+
+    @property
+    def survived(self) -> bool:
+        return self.told and not self.left_behind
+
+
+class Watched:
+    """A server whose pictures before are known."""
+
+    def __init__(self, server: WebUIServer, name: str) -> None:
+        self.server, self.name, self.kind = server, name, KINDS[name]
+        self.usual = self.kind.ask(server)
+        # the first job has loaded what is loaded once
+        self.usual = self.kind.ask(server)
+        self.plain, self.state = self.plain_picture(), self.looked_inside()
+
+    def plain_picture(self) -> Image.Image:
+        return made(self.server.txt2img(**{**SMALL, "prompt": PLAIN_PROMPT})).image
+
+    def looked_inside(self) -> dict[str, Any]:
+        return {**self.server.state(), "live_models": None}
+
+    def seams(self) -> list[str]:
+        """Of one job, in the order in which they are first passed."""
+        self.server.probed(self.server.post("/seams/trace", {"on": True}))
+        self.kind.ask(self.server)
+        found = self.server.probed(self.server.get("/seams/found"))
+        self.server.probed(self.server.post("/seams/trace", {"on": False}))
+        return list(found)
+
+    @contextlib.contextmanager
+    def fault(self, seam: str, error: str) -> Iterator[None]:
+        self.server.probed(self.server.post("/seams/arm", {"seam": seam, "error": error}))
+        try:
+            yield
+        finally:
+            still_armed = self.server.probed(self.server.post("/seams/disarm"))
+        assert not still_armed, f"{seam} was not passed again"
+
+    def outcome(self, seam: str, error: str) -> Outcome:
+        with self.fault(seam, error):
+            answer = self.kind.ask(self.server)
+        went_on = answer.status == self.usual.status and self.same(answer)
+        told = MESSAGE in answer.error or went_on
+        return Outcome(self.name, seam, error, told, list(self.left_behind()))
+
+    def same(self, answer: Answer) -> bool:
+        return answer.error == self.usual.error and all(map(same_bytes, answer.images, self.usual.images))
+
+    def left_behind(self) -> Iterator[str]:
+        if not same_bytes(self.plain_picture(), self.plain):
+            yield "the next plain picture is another one"
+        state = self.looked_inside()
+        yield from (
+            f"{name}: {state[name]!r}, not {self.state[name]!r}" for name in state if state[name] != self.state[name]
+        )
+        again = self.kind.ask(self.server)
+        if again.status != self.usual.status or not self.same(again):
+            yield f"the next job is another one: {again.error}"
+
+
+def faults(seams: list[str]) -> list[tuple[str, str]]:
+    """Seams with errors: all, or some that are drawn by the time of the day, so that all are looked at in the end."""
+    everything = [(seam, error) for seam in seams for error in ERRORS]
+    if os.environ.get("SEAMS") == "all":
+        return everything
+    return random.Random(time.time_ns()).sample(everything, min(LOOKED_AT, len(everything)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_fault_at_a_seam_is_told_and_nothing_is_left_behind(webui, name):
+    watched = Watched(webui, name)
+    seams = watched.seams()
+    assert len(seams) > 3
+    outcomes = [watched.outcome(*fault) for fault in faults(seams)]
+    if table := os.environ.get("SEAMS_TABLE"):
+        with Path(table).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(outcome) | {"seams": len(seams)}) + "\n" for outcome in outcomes)
+    fallen = [outcome for outcome in outcomes if not outcome.survived]
+    assert not fallen, f"{len(fallen)} of {len(outcomes)} faults:\n" + "\n".join(map(str, fallen))
