@@ -10,7 +10,7 @@ from typing import Literal
 
 from .tensor_files import TensorInfo, read_tensor_infos
 
-CheckpointFamily = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "unknown"]
+CheckpointFamily = Literal["sd1", "sd2", "sd2-unclip", "sdxl", "sdxl-refiner", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ SDXL_REFINER_UNET = UnetLayout(channels=(384, 768, 1536, 1536), attention_levels
 
 UNET_PREFIX = "model.diffusion_model."
 FIRST_CONVOLUTION = f"{UNET_PREFIX}input_blocks.0.0.weight"
+PICTURE_EMBEDDING = f"{UNET_PREFIX}label_emb.0.0.weight"
+"""What only SD2.1-unCLIP has beside SD2's layers: it is told a picture by CLIP's embedding of it."""
 
 # two ResNet blocks and a downsampling each, after the first convolution
 INPUT_BLOCKS_PER_LEVEL = 3
@@ -66,6 +68,8 @@ def detect_checkpoint_family(path: str | os.PathLike[str]) -> CheckpointFamily:
         return "sdxl"
     if layout == SDXL_REFINER_UNET:
         return "sdxl-refiner"
+    if layout == SD_UNET and PICTURE_EMBEDDING in tensors:
+        return "sd2-unclip"
     if layout == SD_UNET:
         return family_of_projections(tensors, PROJECTION) or _family_of_text_encoder(tensors)
     return "unknown"

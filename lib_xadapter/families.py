@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-FAMILY_NAMES: Mapping[str, str] = {"sd1": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "sdxl-refiner": "SDXL refiner"}
+FAMILY_NAMES: Mapping[str, str] = {
+    "sd1": "SD1.5",
+    "sd2": "SD2",
+    "sd2-unclip": "SD2.1-unCLIP",
+    "sdxl": "SDXL",
+    "sdxl-refiner": "SDXL refiner",
+}
 
 BASE_FAMILIES = ("sd1", "sd2")
 """Those that can be the base."""

@@ -1,8 +1,15 @@
 """Where the WebUI finds X-Adapter."""
 
-from lib_xadapter.webui.plots.compare import XAdapterCompare
-from lib_xadapter.webui.script import XAdapter, register
+import logging
 
-__all__ = ["XAdapter", "XAdapterCompare"]
+from lib_xadapter.host_modules import missing, why_off
 
-register()
+if names := missing():
+    logging.getLogger("lib_xadapter").error(why_off(names))
+else:
+    from lib_xadapter.webui.plots.compare import XAdapterCompare
+    from lib_xadapter.webui.script import XAdapter, register
+
+    __all__ = ["XAdapter", "XAdapterCompare"]
+
+    register()

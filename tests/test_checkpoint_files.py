@@ -49,6 +49,11 @@ def test_a_tenth_of_the_width(saved, family):
     assert detect_checkpoint_family(saved(unet_shapes(NARROW_MODELS[family]))) == family
 
 
+def test_a_model_that_is_told_a_picture_is_no_plain_sd2(saved):
+    told = {"model.diffusion_model.label_emb.0.0.weight": (1280, 2048)}
+    assert detect_checkpoint_family(saved(unet_shapes(FAMILIES["sd2"]) | text_shapes("sd2") | told)) == "sd2-unclip"
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_the_unet_counts_and_not_the_text_encoder_beside_it(saved, family):
     other = {"sd1": "sd2", "sd2": "sd1"}[family]

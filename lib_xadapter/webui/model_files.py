@@ -10,7 +10,7 @@ from modules import cache, paths, sd_models, shared
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
-from ..families import BASE_FAMILIES
+from ..families import BASE_FAMILIES, FAMILY_NAMES
 from ..file_names import find_named
 from ..pairs import Pair
 from ..tensor_files import read_metadata
@@ -69,7 +69,10 @@ def check_base(name: str, path: str) -> None:
     """
     detected = detect_checkpoint_family(path)
     if detected not in BASE_FAMILIES:
-        raise WrongArgument(f"'base_checkpoint' is '{name}', a checkpoint of the family {detected}, expected SD1.5.")
+        what = (
+            f"a checkpoint of {FAMILY_NAMES[detected]}" if detected in FAMILY_NAMES else "no checkpoint that is known"
+        )
+        raise WrongArgument(f"'base_checkpoint' is '{name}', {what}, expected SD1.5 or SD2.")
     channels = input_channels(path)
     if channels not in BASE_CHANNELS:
         raise WrongArgument(

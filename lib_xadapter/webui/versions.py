@@ -1,4 +1,4 @@
-"""The versions of the WebUI and the ControlNet extension that run here, and those that X-Adapter was tried with."""
+"""What runs here beside X-Adapter: versions that it was not tried with, and extensions that are not there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ def running() -> Iterator[Version]:
         yield Version("sd-webui-controlnet", TRIED_CONTROLNET, controlnet.version_flag)
 
 
+def absent() -> Iterator[str]:
+    """What cannot be had, as an extension is switched off or not installed."""
+    if "networks" not in sys.modules:
+        yield "the Lora extension, which SD1.5 LoRAs need"
+    if "internal_controlnet.external_code" not in sys.modules:
+        yield "sd-webui-controlnet, which SD1.5 ControlNets need"
+
+
 def warn_of_others() -> None:
-    """One line in the log where another version runs than was tried; called when every extension is loaded."""
+    """A line in the log for each of both; called when every extension is loaded."""
+    if names := list(absent()):
+        logger.warning("X-Adapter runs without %s.", " and without ".join(names))
     if told := difference(running()):
         logger.warning("X-Adapter was not tried with %s; it uses names of theirs that may have changed.", told)

@@ -68,7 +68,7 @@ class TestBadRequests:
             ({"weight": [1, 2]}, "'weight' is [1, 2]"),
             ({"base_width": 100}, "'base_width' is 100, expected 0 or a multiple of 8"),
             ({"base_checkpoint": "nobody"}, "'base_checkpoint' is 'nobody', which is not among tiny15"),
-            ({"base_checkpoint": "tinyxl"}, "a checkpoint of the family sdxl, expected SD1.5"),
+            ({"base_checkpoint": "tinyxl"}, "a checkpoint of SDXL, expected SD1.5 or SD2"),
             ({"adapter": "nobody"}, "'adapter' is 'nobody', which is not among tiny.bin"),
             ({"guidance_start": 0.9, "guidance_end": 0.1}, "'guidance_start' is 0.9, after"),
             ({"base_prompt": "a cat <lora:stylexl:1>"}, "'stylexl' in the SD1.5 prompt was made for SDXL"),
