@@ -341,7 +341,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     name = os.path.basename(os.fspath(path))
     if not os.path.isfile(path):
-        raise WrongFile(f"There is no file {os.fspath(path)}.")
+        raise WrongFile(f"There is no file {name}.")
     if not name.lower().endswith(".safetensors"):
         weights = read_pickle(path)
     else:

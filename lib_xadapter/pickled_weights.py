@@ -27,9 +27,9 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         with path.open("rb") as file, opened(file, path.name) as pickled:
             return _Weights(pickled, path.stat().st_size, path.name).of(pickled.content)
     except FileNotFoundError as error:
-        raise WrongFile(f"There is no file {path}.") from error
+        raise WrongFile(f"There is no file {path.name}.") from error
     except OSError as error:
-        raise WrongFile(f"{path} cannot be read: {error.strerror}.") from error
+        raise WrongFile(f"{path.name} cannot be read: {error.strerror}.") from error
 
 
 class _Weights:

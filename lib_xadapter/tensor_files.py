@@ -57,9 +57,9 @@ def _read(path: Path, reader: Callable[[BinaryIO, str], Any]) -> Any:
         with path.open("rb") as file:
             return reader(file, path.name)
     except FileNotFoundError as error:
-        raise WrongFile(f"There is no file {path}.") from error
+        raise WrongFile(f"There is no file {path.name}.") from error
     except OSError as error:
-        raise WrongFile(f"{path} cannot be read: {error.strerror}.") from error
+        raise WrongFile(f"{path.name} cannot be read: {error.strerror}.") from error
 
 
 # --- safetensors: 8 bytes with the header's length, the header as JSON, the weights -----------------------------------

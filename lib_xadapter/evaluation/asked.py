@@ -116,6 +116,7 @@ class Evaluation:
         out: the folder of everything.
         batch: captions whose pictures are made at once.
         beside: rows from other evaluations.
+        single_stage: whether X-Adapter from noise is among the ways.
     """
 
     files: Files
@@ -130,6 +131,7 @@ class Evaluation:
     out: Path
     batch: int = 1
     beside: tuple[Beside, ...] = ()
+    single_stage: bool = False
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -250,6 +252,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         out=options.out,
         batch=options.batch,
         beside=tuple(Beside.read(given) for given in options.beside),
+        single_stage=options.single_stage,
     )
     with naming_options():
         # what is out of range in one is so in all

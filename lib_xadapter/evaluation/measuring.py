@@ -247,7 +247,7 @@ class Measuring:
         from .figures.clip import similarity
 
         (base,) = self._sample.of_kind(Kind.BASE)
-        others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.UPGRADED, Kind.OTHER)
+        others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.SINGLE, Kind.UPGRADED, Kind.OTHER)
         values = {way.name: similarity(self._embeddings(way), self._embeddings(base)) for way in others}
         return self._mean(
             "Style similarity", HIGHER, "cosine of CLIP's embeddings of the picture and of SD1.5's own", values

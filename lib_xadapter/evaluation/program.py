@@ -70,7 +70,7 @@ def _claim(evaluation: Evaluation) -> None:
 
 def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Processes) -> None:
     """The pictures that this process has to make."""
-    ways = ways_of(evaluation.job)
+    ways = ways_of(evaluation)
     ours = processes.share(evaluation.items)
     wanted = {item: len(folder_of(evaluation.out, item).missing(ways)) for item in ours}
     missing = [item for item, pictures in wanted.items() if pictures]

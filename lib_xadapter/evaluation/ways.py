@@ -46,6 +46,7 @@ class Kind(Enum):
     BASE = "SD1.5"
     SDEDIT = "SDEdit + SDXL"
     ADAPTER = "X-Adapter"
+    SINGLE = "X-Adapter, single stage"
     UPGRADED = "SDXL"
     OTHER = "another evaluation"
 
@@ -70,8 +71,10 @@ class Way:
     out: Path | None = None
 
 
-def ways_of(job: Job) -> tuple[Way, ...]:
-    """The base, SDEdit at each switch point, X-Adapter at each of them with each weight, and plain SDXL."""
+def ways_of(evaluation: Evaluation) -> tuple[Way, ...]:
+    """The base, SDEdit at each switch point, X-Adapter at each of them with each weight, and plain SDXL; where it is
+    asked for, X-Adapter from noise with each weight, too."""
+    job = evaluation.job
     several_points, several_weights = len(job.switch_points) > 1, len(job.weights) > 2
     joint = []
     for weight in job.weights:
@@ -82,7 +85,15 @@ def ways_of(job: Job) -> tuple[Way, ...]:
             )
             stem = "-".join([FILES[kind], f"{point:g}", *([weights.replace(", ", "_")] if weight else [])])
             joint.append(Way(kind, ", ".join([kind.value, *told]), f"{stem}.png", point, weight))
-    return (Way(Kind.BASE, Kind.BASE.value, "base.png"), *joint, Way(Kind.UPGRADED, Kind.UPGRADED.value, "sdxl.png"))
+    single = [_single_way(weight, several_weights) for weight in job.weights if weight and evaluation.single_stage]
+    base, upgraded = Way(Kind.BASE, Kind.BASE.value, "base.png"), Way(Kind.UPGRADED, Kind.UPGRADED.value, "sdxl.png")
+    return (base, *joint, *single, upgraded)
+
+
+def _single_way(weight: float | tuple[float, ...], several: bool) -> Way:
+    weights = _shown(weight)
+    name = f"{Kind.SINGLE.value}, weight {weights}" if several else Kind.SINGLE.value
+    return Way(Kind.SINGLE, name, f"single-{weights.replace(', ', '_')}.png", weight=weight)
 
 
 FILES = {Kind.SDEDIT: "sdedit", Kind.ADAPTER: "x-adapter"}
@@ -91,7 +102,7 @@ FILES = {Kind.SDEDIT: "sdedit", Kind.ADAPTER: "x-adapter"}
 def measured_ways(evaluation: Evaluation) -> tuple[Way, ...]:
     """Those of this evaluation, and what is put beside them."""
     others = (Way(Kind.OTHER, one.name, one.file, out=one.out) for one in evaluation.beside)
-    return (*ways_of(evaluation.job), *others)
+    return (*ways_of(evaluation), *others)
 
 
 def _shown(weight: float | tuple[float, ...]) -> str:
@@ -149,12 +160,10 @@ class Wanted:
 
     @property
     def wants_joint(self) -> bool:
-        return any(way.kind is not Kind.UPGRADED for way in self.missing)
+        return any(way.kind not in (Kind.UPGRADED, Kind.SINGLE) for way in self.missing)
 
-    @property
-    def plain(self) -> Way | None:
-        """The plain upgraded model, where its picture is missing."""
-        return next((way for way in self.missing if way.kind is Kind.UPGRADED), None)
+    def wants(self, kind: Kind) -> bool:
+        return any(way.kind is kind for way in self.missing)
 
 
 class Maker:
@@ -178,7 +187,7 @@ class Maker:
     ) -> None:
         self._evaluation, self._models, self._rules = evaluation, models, rules
         self._extractors, self._progress = extractors, progress
-        self._ways = ways_of(evaluation.job)
+        self._ways = ways_of(evaluation)
         self._base = next(way for way in self._ways if way.kind is Kind.BASE)
 
     def make(self, items: Sequence[Item]) -> None:
@@ -191,8 +200,9 @@ class Maker:
         fresh = [one for one in joint if one.side is None]
         for together in ([fresh] if fresh else []) + [[one] for one in joint if one.side is not None]:
             self._make_joint(together)
-        if plain := [one for one in wanted if one.plain]:
-            self._make_plain(plain)
+        for kind, change in ((Kind.SINGLE, _single), (Kind.UPGRADED, _plain)):
+            if missing := [one for one in wanted if one.wants(kind)]:
+                self._make_from_noise(kind, missing, [change(one.job) for one in missing])
         for one in wanted:
             one.folder.left_out.unlink(missing_ok=True)
 
@@ -212,10 +222,12 @@ class Maker:
             way = ways[settings.switch_point, settings.weight]
             save_picture(folder.of(way), picture.image, picture.text)
 
-    def _make_plain(self, wanted: Sequence[Wanted]) -> None:
-        for picture in self._pictures([_plain(one.job) for one in wanted]):
-            one = wanted[picture.job]
-            save_picture(one.folder.of(one.plain), picture.image, picture.text)
+    def _make_from_noise(self, kind: Kind, wanted: Sequence[Wanted], jobs: Sequence[Job]) -> None:
+        """Of a kind whose ways differ in their weights alone."""
+        ways = [way for way in self._ways if way.kind is kind]
+        for picture in self._pictures(jobs):
+            way = next(way for way in ways if way.weight in (None, picture.settings.weight))
+            save_picture(wanted[picture.job].folder.of(way), picture.image, picture.text)
 
     def _pictures(
         self, jobs: Sequence[Job], there: Collection[str] = (), side: BaseSide | None = None
@@ -254,18 +266,16 @@ def _given(path: Path) -> Image.Image:
         raise UnusablePicture(str(error)) from error
 
 
+def _single(job: Job) -> Job:
+    """Both models from noise."""
+    alone = dataclasses.replace(job.settings, single_stage=True, base_start=NOISE)
+    weights = tuple(weight for weight in job.weights if weight)
+    return dataclasses.replace(job, settings=alone, switch_points=job.switch_points[:1], weights=weights)
+
+
 def _plain(job: Job) -> Job:
     """SDXL alone, from noise."""
-    alone = dataclasses.replace(job.settings, single_stage=True, base_start=NOISE)
-    return dataclasses.replace(
-        job,
-        settings=alone,
-        switch_points=job.switch_points[:1],
-        weights=(0.0,),
-        control_images=(),
-        control_scales=(),
-        control_names=(),
-    )
+    return dataclasses.replace(_single(job), weights=(0.0,), control_images=(), control_scales=(), control_names=())
 
 
 def _keep_latents(folder: Folder, latents: Tensor) -> None:

@@ -306,6 +306,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="what SD1.5 is told, with {prompt} where the caption stands: trigger words belong here",
     )
     _add_joint_stage(parser, SETTINGS_OF_EVALUATE, "are compared")
+    parser.add_argument(
+        "--single-stage",
+        action="store_true",
+        help="one more row for each weight: X-Adapter from noise, without a picture of SD1.5 first",
+    )
 
     figures = parser.add_argument_group("figures: nothing is downloaded, what has no weights is named and left out")
     figures.add_argument("--metrics", **(SEVERAL | {"default": None}), choices=METRICS, help="default: all")

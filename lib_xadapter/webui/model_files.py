@@ -89,8 +89,11 @@ def find_adapter(name: str) -> Path:
     """
     files = adapters()
     if not files:
-        looked = ", ".join(map(str, adapter_folders()))
-        raise WrongArgument(f"There is no adapter file; put one into one of these folders: {looked}.")
+        # whoever asks over REST is not told where the machine keeps what
+        raise WrongArgument(
+            "There is no adapter file; put one into models/X-Adapter of the WebUI, or name a folder in Settings → "
+            "X-Adapter."
+        )
     if not name:
         return next(iter(files.values()))
     found = find_named(name, {path: [key] for key, path in files.items()})

@@ -171,6 +171,15 @@ class TestTogether:
         assert evaluate("--captions", str(captions), "--batch", "2", "--metrics", "fid") == 1
         assert len(evaluate.pictures()) == 2 * len(FILES)
 
+    def test_a_single_stage_is_one_more_row_for_each_weight(self, evaluate, captioned):
+        more = ("--single-stage", "--weight", "1", "0.5", "--batch", "2", "--metrics", "condition")
+        assert evaluate("--controlnet", "small-edges", "--control", "canny", *more) == 0
+        single = [f"X-Adapter, single stage, weight {weight}" for weight in ("1", "0.5")]
+        assert [way for way in evaluate.told()["ways"] if "single" in way] == single
+        for folder in (evaluate.out / "pictures").iterdir():
+            made = {name: (folder / name).read_bytes() for name in ("single-1.png", "single-0.5.png", "sdxl.png")}
+            assert len(set(made.values())) == 3
+
     def test_another_evaluations_pictures_are_a_row_of_the_table(self, evaluate, whole, clip_folder):
         more = ("--clip", str(clip_folder), "--metrics", "clip", "style", "--batch", "2")
         assert evaluate(*more, "--beside", f"with plugins={whole.out}/x-adapter-0.8-1.png") == 0
