@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lib_xadapter.miniature import making
-from lib_xadapter.miniature.learning import Course, Drawn, Loss
+from lib_xadapter.miniature.learning import Course, Drawn, Loss, optimizers
 from lib_xadapter.miniature.making import Work
 from lib_xadapter.miniature.stages import STAGES
 
@@ -35,13 +35,13 @@ def seconds_of(work: Work, name: str) -> float:
     found: list[float] = []
 
     def learn(module: nn.Module, loss: Loss, course: Course, folder: Path, name: str) -> int:
-        weights = [weight for weight in module.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, foreach=True)
+        chosen = optimizers(module, course)
         for step in range(1 + TIMED):
             begun = time.process_time()
-            optimizer.zero_grad()
+            module.zero_grad()
             loss(Drawn.of(0, step)).backward()
-            optimizer.step()
+            for optimizer in chosen:
+                optimizer.step()
             found.append(time.process_time() - begun)
         raise Timed
 

@@ -16,6 +16,10 @@ FOLDERS = {
 }
 
 
+SAY_WHAT_A_FOLDER_IS = ("model_index.json", "config.json")
+"""Of a pipeline of diffusers, and of one model."""
+
+
 def find_file(name: str, kind: str, models_folder: Path | None, option: str) -> Path:
     """The file or folder of a name: a path, or a name as the WebUI lists it, with or without extension and hash.
 
@@ -43,4 +47,9 @@ def find_file(name: str, kind: str, models_folder: Path | None, option: str) -> 
 
 
 def _model_files(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in MODEL_SUFFIXES)
+    """Single files and folders of diffusers, but for what those hold."""
+    found = sorted(folder.rglob("*"))
+    models = {path.parent for path in found if path.name in SAY_WHAT_A_FOLDER_IS}
+    whole = {path for path in models if models.isdisjoint(path.parents)}
+    files = [path for path in found if path.suffix.lower() in MODEL_SUFFIXES and whole.isdisjoint(path.parents)]
+    return sorted([*files, *whole])

@@ -130,7 +130,7 @@ class _State:
     def __init__(self, module: nn.Module, course: Course, path: Path) -> None:
         self._course, self._path = course, path
         self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-        self._optimizers = _optimizers(module, course)
+        self._optimizers = optimizers(module, course)
         self._average = [weight.detach().clone() for weight in self._weights.values()]
         self.step, self.steps = 0, course.steps
         if path.is_file():
@@ -198,7 +198,7 @@ class _State:
         self.step, self.steps = state["step"], state["steps"]
 
 
-def _optimizers(module: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
+def optimizers(module: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for tables of embeddings and all else; biases and norms do not decay."""
     tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
     weights = [weight for weight in module.parameters() if weight.requires_grad]

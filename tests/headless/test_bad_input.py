@@ -11,8 +11,10 @@ import safetensors.torch
 import torch
 
 from lib_xadapter import mapping_choice
+from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless import options
 from lib_xadapter.headless.cli import main
+from lib_xadapter.headless.named_files import find_file
 from tests.small_adapter import AdapterPlan, save
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,3 +221,15 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, capsys):
     safetensors.torch.save_file({"x": torch.zeros(1)}, source)
     assert main(["convert", str(source), str(out)]) == 2
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_folders_of_diffusers_are_found_by_name_and_what_they_hold_is_not(tmp_path):
+    """In a models folder, beside single files."""
+    for name in ("mine/model_index.json", "mine/unet/config.json", "mine/unet/weights.safetensors", "other.ckpt"):
+        path = tmp_path / "Stable-diffusion" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert find_file("mine", "checkpoint", tmp_path, "--base") == tmp_path / "Stable-diffusion" / "mine"
+    assert find_file("other", "checkpoint", tmp_path, "--base").name == "other.ckpt"
+    with pytest.raises(WrongFile, match=r"there is mine, other\.ckpt"):
+        find_file("weights", "checkpoint", tmp_path, "--base")

@@ -1,0 +1,259 @@
+"""The paper's tables and ablations in the miniature world, with all figures.
+
+    python -m benchmarks.miniature_tables [NAME …] [--out DIR] [--captions N] [--models DIR]
+
+Without names, everything that is not there yet. A name is one of an adapter, which is trained, or of a run, which is
+evaluated. What is there stays; a run of which captions are missing goes on. At last the tables are written to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib_xadapter.miniature.drawing import upgraded_picture
+from lib_xadapter.miniature.finished import MiniatureModels
+from lib_xadapter.miniature.making import write_pictures
+from lib_xadapter.miniature.worlds import HELD_OUT
+
+CAPTIONS = 512
+SHIPPED = "paper"
+"""The adapter that comes with the package: trained by the paper's recipe."""
+STEPS, CFG, BATCH = 20, 4, 8
+PICTURES_OF_ADAPTERS = 4_000_000
+"""Seed of the first scene that an adapter learns from."""
+ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH, ADAPTER_RATE = 6144, 1200, 16, 1e-3
+OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
+"""What runs with one base, its plugins and its switch points have in common."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Mapping layers that are trained in another way.
+
+    Attributes:
+        told: what is other in it.
+        options: of `train`.
+    """
+
+    told: str
+    options: tuple[str, ...]
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    SHIPPED: Adapter("decoder, addition, 100 % empty prompts", ()),
+    "encoder": Adapter("in the encoder", ("--positions", "encoder")),
+    "both": Adapter("in encoder and decoder", ("--positions", "both")),
+    "guidance": Adapter("fusion by guidance", ("--fusion", "guidance")),
+    "spade": Adapter("fusion by SPADE", ("--fusion", "spade")),
+    "prompts-50": Adapter("50 % empty prompts", ("--empty-prompts", "0.5")),
+    "prompts-0": Adapter("no empty prompts", ("--empty-prompts", "0")),
+    "timestep": Adapter("told the timestep", ("--timestep",)),
+    "norm": Adapter("with GroupNorm", ("--norm",)),
+    "shared-noise": Adapter("both models see one noise", ("--shared-noise",)),
+    "min-snr": Adapter("noise levels weighted by Min-SNR", ("--min-snr", "5")),
+}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A row from another run."""
+
+    name: str
+    run: str
+    file: str = "x-adapter-0.8-1.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An `evaluate` command.
+
+    Attributes:
+        told: its heading.
+        options: beside those that all have.
+        adapter: one of `ADAPTERS`; None for none.
+        beside: rows of other runs.
+        like: a run whose base pictures it shares.
+    """
+
+    told: str
+    options: tuple[str, ...] = ()
+    adapter: str | None = SHIPPED
+    beside: tuple[Beside, ...] = ()
+    like: str = ""
+
+
+EDGES = ("--controlnet", "miniature-edges", "--control", "canny")
+DEPTH = ("--controlnet", "miniature-depth", "--control", "depth")
+OWN_EDGES = ("--upgraded-controlnet", "miniature-upgraded-edges", "--upgraded-control", "canny")
+CHANGED = tuple(name for name in ADAPTERS if name != SHIPPED)
+
+RUNS: Mapping[str, Run] = {
+    "native-edges": Run("SDXL's own ControlNet", OWN_EDGES, adapter=None),
+    "native-palette": Run("SDXL's own LoRA", ("--lora", "miniature-upgraded-palette"), adapter=None),
+    "edges": Run(
+        "Table 1: edges", (*EDGES, "--single-stage"), beside=(Beside("own ControlNet", "native-edges", "sdxl.png"),)
+    ),
+    "depth": Run("Table 1: depth", DEPTH),
+    "palette": Run(
+        "Table 2: a palette",
+        ("--lora", "miniature-palette"),
+        beside=(Beside("SDXL's own LoRA", "native-palette", "sdxl.png"),),
+    ),
+    "lines": Run("Table 2: line drawings", ("--lora", "miniature-lines")),
+    "pattern": Run("Table 2: dots", ("--lora", "miniature-pattern")),
+    "sweep": Run(
+        "Switch point and weight, edges",
+        (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1", "--weight", "0.5", "1", "1.5", "2"),
+    ),
+    "two": Run(
+        "Edges and depth at once",
+        ("--controlnet", "miniature-edges", "miniature-depth", "--control", "canny", "depth"),
+    ),
+    "remix": Run("Edges of the base, palette of SDXL", (*EDGES, "--lora", "miniature-upgraded-palette")),
+    **{f"edges-{name}": Run(f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges") for name in CHANGED},
+    "ablations": Run(
+        "Ablations, edges",
+        EDGES,
+        beside=tuple(Beside(ADAPTERS[name].told, f"edges-{name}") for name in CHANGED),
+        like="edges",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where everything is.
+
+    Attributes:
+        out: adapters, runs and tables.
+        models: the miniature models.
+        captions: how many of them.
+    """
+
+    out: Path
+    models: MiniatureModels = field(default_factory=MiniatureModels)
+    captions: int = CAPTIONS
+
+    def adapter(self, name: str) -> Path:
+        return self.models.adapter if name == SHIPPED else self.out / "adapters" / name / "adapter.safetensors"
+
+    def run(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    @property
+    def held_out(self) -> Path:
+        return self.out / "captions"
+
+    def train(self, name: str) -> None:
+        """By `train`, all with the same budget."""
+        if self.adapter(name).is_file():
+            return
+        pictures = self.out / "pictures"
+        seeds = range(PICTURES_OF_ADAPTERS, PICTURES_OF_ADAPTERS + ADAPTER_PICTURES)
+        write_pictures(pictures, seeds, upgraded_picture)
+        _command(
+            "train",
+            *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
+            *("--data", pictures, "--cache", self.out / "cache", "--out", self.adapter(name).parent),
+            *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS, "--learning-rate", ADAPTER_RATE),
+            *("--schedule", "cosine", "--warmup", 100, "--ema", 0.995, "--precision", "float32", "--cpu", "--resume"),
+            *("--save-every", 200, "--validate-every", 10**6, "--tracker", "none"),
+            *ADAPTERS[name].options,
+        )
+
+    def evaluate(self, name: str) -> None:
+        """By `evaluate`, all on the same captions."""
+        run = RUNS[name]
+        if run.like:
+            self._share(self.run(run.like), self.run(name))
+        write_pictures(self.held_out, range(HELD_OUT, HELD_OUT + self.captions), upgraded_picture)
+        beside = [f"{one.name}={self.run(one.run) / one.file}" for one in run.beside]
+        _command(
+            "evaluate",
+            *("--captions", self.held_out, "--limit", self.captions, "--models-dir", self.models.folder),
+            *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
+            *("--adapter", "None" if run.adapter is None else self.adapter(run.adapter)),
+            *("--width", 128, "--height", 128, "--steps", STEPS, "--cfg", CFG, "--batch", BATCH, "--device", "cpu"),
+            *("--clip", self.models.clip, "--depth", self.models.depth_estimator),
+            *("--fid-features", "clip", "--fid-against", "captions", "--out", self.run(name)),
+            *run.options,
+            *(("--beside", *beside) if beside else ()),
+        )
+
+    def _share(self, there: Path, here: Path) -> None:
+        """Hard links to what the base has made, as long as the other run stands beside this one."""
+        for folder in (there / "pictures").glob("*"):
+            for file in (file for pattern in OF_THE_BASE for file in folder.glob(pattern)):
+                link = here / "pictures" / folder.name / file.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    os.link(file, link)
+
+    def figures(self, name: str) -> dict[str, Any]:
+        return json.loads((self.run(name) / "figures.json").read_text(encoding="utf-8"))
+
+
+def _command(name: str, *options: object) -> None:
+    """Raises: subprocess.CalledProcessError: it ended with an error."""
+    subprocess.run([sys.executable, "-m", "lib_xadapter", name, *map(str, options)], check=True)
+
+
+def table(figures: Mapping[str, Any]) -> list[str]:
+    """Markdown: a row for each way, a column for each figure, with 95 % intervals."""
+    arrows = {"higher": "↑", "lower": "↓"}
+    columns = figures["figures"]
+    lines = ["| | " + " | ".join(f"{one['name']} {arrows[one['better']]}" for one in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for way in figures["ways"]:
+        lines.append(f"| {way} | " + " | ".join(_cell(one["ways"].get(way)) for one in columns) + " |")
+    return lines
+
+
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return "–"
+    low, high = estimate["interval"]
+    return f"{estimate['value']:.3f} ({low:.3f}–{high:.3f})"
+
+
+def write(tables: Tables) -> Path:
+    """All tables of the runs that are there."""
+    lines = []
+    for name, run in RUNS.items():
+        if (tables.run(name) / "figures.json").is_file():
+            figures = tables.figures(name)
+            lines += [f"## {run.told}", "", f"{figures['sample']['captions']} captions.", "", *table(figures), ""]
+    path = tables.out / "tables.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*ADAPTERS, *RUNS])}")
+    parser.add_argument("--out", type=Path, default=Path("xadapter-tables"), help="default: %(default)s")
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="default: %(default)s")
+    parser.add_argument("--models", type=Path, help="a folder of `miniature` (default: the models that come with it)")
+    options = parser.parse_args(arguments)
+    models = MiniatureModels() if options.models is None else MiniatureModels(options.models)
+    tables = Tables(options.out, models, options.captions)
+    for name in options.names or [*ADAPTERS, *RUNS]:
+        if name in ADAPTERS:
+            tables.train(name)
+        elif name in RUNS:
+            tables.evaluate(name)
+        else:
+            parser.error(f"there is no '{name}'.")
+    print(write(tables))
+
+
+if __name__ == "__main__":
+    main()
