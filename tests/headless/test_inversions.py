@@ -89,7 +89,7 @@ def test_vectors_take_the_place_of_the_name(folder, base):
 
 def test_a_file_is_read_only_where_a_prompt_has_its_name(folder, base):
     encode_prompt(base, "a cat", embeddings=folder)
-    with pytest.raises(WrongFile, match=r"broken.pt is cut off, or holds more than a textual inversion"):
+    with pytest.raises(WrongFile, match=r"broken\.pt is cut off or is no PyTorch file of tensors"):
         encode_prompt(base, "a broken cat", embeddings=folder)
 
 
