@@ -299,7 +299,13 @@ class WebUIServer:
     def is_up(self) -> bool:
         # Not asked before it says so itself: a request between gradio's start and the API's ends the WebUI, with
         # "Cannot add middleware after an application has started".
-        return SAYS_IT_IS_UP in self.log and self.state()["checkpoint"] is not None
+        if SAYS_IT_IS_UP not in self.log:
+            return False
+        try:
+            return self.state()["checkpoint"] is not None
+        except urllib.error.URLError:
+            # with --nowebui it says so before it listens
+            return False
 
     def reload_ui(self, timeout: float = 300) -> None:
         """As the button does: extensions are loaded anew, the process and its models stay."""

@@ -21,20 +21,21 @@ PLAN = {"args": [True], "prompt": "a cat", "negative_prompt": "", "units": []}
 
 @dataclass(frozen=True)
 class Lock:
-    """Flags of the WebUI, and whether our routes are open to everybody then."""
+    """Flags of the WebUI, and which of our routes answer everybody then."""
 
-    flags: tuple[str, ...]
-    api_password: bool
-    is_open: bool
+    flags: tuple[str, ...] = ()
+    api_password: bool = False
+    open_routes: tuple[str, ...] = ROUTES
 
 
 LOCKS = {
-    "none": Lock((), api_password=False, is_open=True),
-    "--api-auth": Lock((), api_password=True, is_open=False),
-    "--gradio-auth": Lock(("--gradio-auth", "me:mine"), api_password=False, is_open=True),
-    "both": Lock(("--gradio-auth", "me:mine"), api_password=True, is_open=False),
-    "--nowebui": Lock(("--nowebui",), api_password=False, is_open=True),
-    "--nowebui and --api-auth": Lock(("--nowebui",), api_password=True, is_open=False),
+    "none": Lock(),
+    # whoever may see the page may ask what the page asks
+    "--api-auth": Lock(api_password=True, open_routes=("plan",)),
+    "--gradio-auth": Lock(("--gradio-auth", "me:mine")),
+    "both": Lock(("--gradio-auth", "me:mine"), api_password=True, open_routes=()),
+    "--nowebui": Lock(("--nowebui",)),
+    "--nowebui and --api-auth": Lock(("--nowebui",), api_password=True, open_routes=()),
 }
 """As of the WebUI's own routes: its login guards the page alone, --api-auth guards the API."""
 
@@ -78,7 +79,8 @@ def test_who_knows_the_password_is_answered(locked, route):
 )
 def test_who_does_not_is_answered_where_there_is_none(locked, route, headers):
     lock, server = locked
-    assert ask(server, route, headers, known=False).status == (OK if lock.is_open else UNAUTHORIZED)
+    expected = OK if route in lock.open_routes else UNAUTHORIZED
+    assert ask(server, route, headers, known=False).status == expected
 
 
 def test_there_are_no_other_routes(locked):
