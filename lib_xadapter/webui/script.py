@@ -10,6 +10,7 @@ import gradio as gr
 from modules import script_callbacks, scripts
 from modules.processing import Processed, StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
+from .ending import end_at_once
 from .finished_picture import told_by_finished_picture
 from .options import add_options
 from .page import panel
@@ -52,8 +53,17 @@ class XAdapter(scripts.Script):
         return built.controls
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
+        try:
+            self._begin_job(p, *values)
+        except Exception as error:
+            # the WebUI would swallow it and make a picture without X-Adapter
+            if values and values[0]:
+                end_at_once(p, error)
+            raise
+
+    def _begin_job(self, p: StableDiffusionProcessing, *values: Any) -> None:
         values = with_cell(p, values)
-        # exceptions are swallowed here, so that arguments are read in the job itself
+        # arguments are read in the job itself, where what is wrong with them ends it
         first, told = values[0] if values else None, told_by_finished_picture(p)
         enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
         if enabled is None or enabled is False:

@@ -78,12 +78,16 @@ class Job:
         self._wrap_sampler: Callable[[Sampler], None] = _leave
         self._is_open = True
         self._caches: dict[Sampling, PromptCaches] = {}
-        self._scope.enter_context(self._units.taken_out())
-        # other extensions make pictures of their own with a copy, in the middle of the job
-        self._scope.enter_context(copied_as_it_was(p))
-        self._wrap(p, "init", partial(self._begin, arguments))
-        # the WebUI closes its processing object whatever happens
-        self._wrap(p, "close", self._close)
+        with ExitStack() as begun:
+            begun.callback(self._scope.close)
+            self._scope.enter_context(self._units.taken_out())
+            # other extensions make pictures of their own with a copy, in the middle of the job
+            self._scope.enter_context(copied_as_it_was(p))
+            self._wrap(p, "init", partial(self._begin, arguments))
+            # the WebUI closes its processing object whatever happens
+            self._wrap(p, "close", self._close)
+            # what went wrong before here has put everything back
+            begun.pop_all()
 
     @property
     def p(self) -> StableDiffusionProcessing:
