@@ -1,4 +1,4 @@
-"""How a job that could not begin ends: with its message, when the WebUI first asks its processing object for a thing."""
+"""How a job that could not begin ends: with its message, when the WebUI first asks for anything of it."""
 
 from __future__ import annotations
 
