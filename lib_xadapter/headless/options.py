@@ -39,8 +39,8 @@ SETTINGS_OF_EVALUATE = (
 )
 CONTROLS = ("canny", "depth")
 FID_AGAINST = ("sdxl", "captions")
-FID_FEATURES = ("inception", "clip")
 """Whose pictures: plain SDXL's, or those that the captions came with."""
+FID_FEATURES = ("inception", "clip")
 METRICS = ("fid", "clip", "condition", "style")
 
 

@@ -115,7 +115,8 @@ def options_of_job(path: Path) -> dict[str, Any]:
         elif name == "override_settings" and isinstance(value, dict) and value.keys() <= OVERRIDES.keys():
             found |= {OVERRIDES[setting]: _checked(setting, given, path) for setting, given in value.items()}
         elif name in REST_FIELDS:
-            found[REST_FIELDS[name]] = [_checked(name, value, path)] if name == "seed" else _checked(name, value, path)
+            given = _checked(name, value, path)
+            found[REST_FIELDS[name]] = [given] if name == "seed" else given
         else:
             raise WrongArgument(f"--job: {path.name} has the field {shown(name)}, expected {', '.join(REST_FIELDS)}.")
     return found

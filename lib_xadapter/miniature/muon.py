@@ -1,6 +1,6 @@
 """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are made orthogonal.
 
-In these models it learns as much in a third of AdamW's steps. torch.optim.Muon takes no convolutions and one matrix at
+A VAE of these learned as much in a third of AdamW's steps. torch.optim.Muon takes no convolutions and one matrix at
 a time, which costs more than the step itself where all layers are small: here all of one shape go together.
 """
 

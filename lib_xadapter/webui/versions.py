@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from modules import launch_utils
 
 from ..tried_versions import Version, difference
+from .base.controlnet_units import extension
+from .base.host_state import lora_extension
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,9 @@ def running() -> Iterator[Version]:
 
 def absent() -> Iterator[str]:
     """What cannot be had, as an extension is switched off or not installed."""
-    if "networks" not in sys.modules:
+    if lora_extension() is None:
         yield "the Lora extension, which SD1.5 LoRAs need"
-    if "internal_controlnet.external_code" not in sys.modules:
+    if extension() is None:
         yield "sd-webui-controlnet, which SD1.5 ControlNets need"
 
 
