@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib_xadapter.miniature.drawing import upgraded_picture
+from lib_xadapter.miniature.drawing import UPGRADED_SIZE, base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
 from lib_xadapter.miniature.making import write_pictures
 from lib_xadapter.miniature.worlds import HELD_OUT
@@ -149,8 +149,14 @@ class Tables:
         return self.out / "runs" / name
 
     @property
-    def held_out(self) -> Path:
+    def flat(self) -> Path:
+        """Captions that no model has seen, with pictures of the base world: what control maps are made of."""
         return self.out / "captions"
+
+    @property
+    def shaded(self) -> Path:
+        """The same in the upgraded world: what Fréchet distances are from."""
+        return self.out / "shaded"
 
     def train(self, name: str) -> None:
         """By `train`, all with the same budget."""
@@ -174,16 +180,18 @@ class Tables:
         run = RUNS[name]
         if run.like:
             self._share(self.run(run.like), self.run(name))
-        write_pictures(self.held_out, range(HELD_OUT, HELD_OUT + self.captions), upgraded_picture)
+        seeds = range(HELD_OUT, HELD_OUT + self.captions)
+        write_pictures(self.flat, seeds, lambda scene: base_picture(scene, UPGRADED_SIZE))
+        write_pictures(self.shaded, seeds, upgraded_picture)
         beside = [f"{one.name}={self.run(one.run) / one.file}" for one in run.beside]
         _command(
             "evaluate",
-            *("--captions", self.held_out, "--limit", self.captions, "--models-dir", self.models.folder),
+            *("--captions", self.flat, "--limit", self.captions, "--models-dir", self.models.folder),
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
             *("--adapter", "None" if run.adapter is None else self.adapter(run.adapter)),
             *("--width", 128, "--height", 128, "--steps", STEPS, "--cfg", CFG, "--batch", BATCH, "--device", "cpu"),
             *("--clip", self.models.clip, "--depth", self.models.depth_estimator),
-            *("--fid-features", "clip", "--fid-against", "captions", "--out", self.run(name)),
+            *("--fid-features", "clip", "--fid-against", self.shaded, "--out", self.run(name)),
             *run.options,
             *(("--beside", *beside) if beside else ()),
         )

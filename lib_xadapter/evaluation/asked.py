@@ -21,7 +21,7 @@ from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
 from ..inversion_names import files_below, mentions
 from ..settings import read_settings
-from .captions import Caption, Captions, literal, read_captions
+from .captions import Caption, Captions, literal, picture_named, read_captions
 
 CANNY, DEPTH = CONTROLS
 FID, CLIP, CONDITION, STYLE = METRICS
@@ -53,6 +53,19 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Pictures that were there before, one of each caption.
+
+    Attributes:
+        told: which they are.
+        pictures: of the captions.
+    """
+
+    told: str
+    pictures: Mapping[Caption, Path]
+
+
+@dataclass(frozen=True)
 class Measures:
     """What is measured, and where the weights for it lie.
 
@@ -60,7 +73,7 @@ class Measures:
         wanted: names of figures.
         inception, clip, depth: weights; None where there are none.
         resamples: of the bootstrap.
-        fid_against: whose pictures FID is a distance from.
+        fid_against: the pictures that FID is a distance from; None for plain SDXL's.
         fid_features: what it is a distance between.
     """
 
@@ -69,7 +82,7 @@ class Measures:
     clip: Path | None
     depth: Path | None
     resamples: int
-    fid_against: str = AGAINST_SDXL
+    fid_against: Reference | None = None
     fid_features: str = OF_INCEPTION
 
 
@@ -245,7 +258,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
             options.clip,
             options.depth,
             options.resamples,
-            options.fid_against,
+            _fid_against(options.fid_against, captions),
             options.fid_features,
         ),
         reference=options.reference,
@@ -259,6 +272,20 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         for seed in seeds:
             evaluation.job_of(Item(captions.usable[0], seed), (Image.new("RGB", (8, 8)),) * len(controls))
     return evaluation
+
+
+def _fid_against(given: str, captions: Captions) -> Reference | None:
+    """The captions' own pictures, or those of their names in a folder; None for plain SDXL's."""
+    if given == AGAINST_SDXL:
+        return None
+    if given == AGAINST_CAPTIONS:
+        own = {caption: caption.picture for caption in captions.usable if caption.picture is not None}
+        return Reference("that the captions came with", own)
+    folder = Path(given)
+    if not folder.is_dir():
+        raise WrongArgument(f"--fid-against is '{given}', expected {AGAINST_SDXL}, {AGAINST_CAPTIONS} or a folder.")
+    found = {caption: picture_named(folder, caption.name, "--fid-against") for caption in captions.usable}
+    return Reference(f"of the captions in the folder {folder.name}", found)
 
 
 def _controls(whose: str, options: argparse.Namespace, nets: int) -> tuple[Control, ...]:

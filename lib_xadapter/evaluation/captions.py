@@ -121,6 +121,18 @@ def _name_in(folder: Path, path: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
+def picture_named(folder: Path, name: str, option: str) -> Path:
+    """The picture of a caption's name in another folder.
+
+    Raises:
+        WrongFile: naming the option: there is none.
+    """
+    paths = (folder / f"{name}{suffix}" for suffix in PICTURE_SUFFIXES)
+    if (found := next(filter(Path.is_file, paths), None)) is None:
+        raise WrongFile(f"{option}: {folder} has no picture '{name}'.")
+    return found
+
+
 def _of_coco(path: Path, pictures: Path | None) -> Iterator[Caption]:
     try:
         told = json.loads(_text_of(path))

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import WrongArgument, XAdapterError, first_line
-from .asked import AGAINST_CAPTIONS, CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures
+from .asked import CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures, Reference
 from .intervals import Compared, MeanOverCaptions, Statistic, compare
 from .maps import Extractor, extractor, fitted
 from .ways import Folder, Kind, Way, folder_of, measured_ways
@@ -217,18 +217,17 @@ class Measuring:
         found = {
             way.name: self._sample.per_caption(self._sample.through(measure, way, name)) for way in self._sample.ways
         }
-        if self._measures.fid_against == AGAINST_CAPTIONS:
-            whose, reference = "that the captions came with", self._of_given_pictures(measure)
+        if (given := self._measures.fid_against) is not None:
+            whose, reference = given.told, self._of_given_pictures(given, measure)
         else:
             (plain,) = self._sample.of_kind(Kind.UPGRADED)
             whose, reference = "of plain SDXL", found.pop(plain.name)
         statistics = {way: FrechetDistance(ours, reference, self._device) for way, ours in found.items()}
         return self._figure(name, LOWER, f"{told} from the pictures {whose}", statistics)
 
-    def _of_given_pictures(self, measure: Callable[[Sequence[Image.Image]], NDArray]) -> NDArray:
-        """What is measured of the picture that each caption came with, at SDXL's size, (captions, …)."""
-        captions = dict.fromkeys(item.caption for item in self._sample.items)
-        paths = [caption.picture for caption in captions if caption.picture is not None]
+    def _of_given_pictures(self, reference: Reference, measure: Callable[[Sequence[Image.Image]], NDArray]) -> NDArray:
+        """What is measured of each caption's picture, at SDXL's size, (captions, …)."""
+        paths = [reference.pictures[caption] for caption in dict.fromkeys(item.caption for item in self._sample.items)]
         batches = [paths[start : start + AT_ONCE] for start in range(0, len(paths), AT_ONCE)]
         size = self._evaluation.job.size
         return numpy.concatenate([measure([fitted(opened(path), size) for path in batch]) for batch in batches])

@@ -39,7 +39,7 @@ SETTINGS_OF_EVALUATE = (
 )
 CONTROLS = ("canny", "depth")
 FID_AGAINST = ("sdxl", "captions")
-"""Whose pictures: plain SDXL's, or those that the captions came with."""
+"""Whose pictures: plain SDXL's, or those that the captions came with; anything else is a folder."""
 FID_FEATURES = ("inception", "clip")
 METRICS = ("fid", "clip", "condition", "style")
 
@@ -319,9 +319,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     figures.add_argument(
         "--fid-against",
-        choices=FID_AGAINST,
         default=FID_AGAINST[0],
-        help="the pictures of plain SDXL, or those that the captions came with; default: %(default)s",
+        metavar="{sdxl,captions,DIR}",
+        help="the pictures of plain SDXL, those that the captions came with, or those of a folder, in which they have "
+        "the captions' names; default: %(default)s",
     )
     figures.add_argument(
         "--fid-features",

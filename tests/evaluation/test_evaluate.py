@@ -428,6 +428,23 @@ class TestReport:
         distance = FrechetDistance(inception.features(made), inception.features(own))(numpy.ones((1, 2), int))
         assert figure["ways"]["SDXL"]["value"] == pytest.approx(float(distance[0]), rel=1e-4)
 
+    def test_fid_can_be_measured_against_pictures_of_the_captions_names(self, whole, tmp_path, inception_file, capsys):
+        again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
+        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
+        others = Path(shutil.copytree(whole.captions, tmp_path / "others"))
+        assert again(*given, "--fid-against", str(others)) == 0
+        (figure,) = again.told()["figures"]
+        assert figure["told"].endswith("from the pictures of the captions in the folder others")
+        assert again(*given, "--fid-against", "captions") == 0
+        (own,) = again.told()["figures"]
+        assert figure["ways"] == own["ways"]
+        (others / "moon.png").unlink()
+        capsys.readouterr()
+        assert again(*given, "--fid-against", str(others)) == 2
+        assert f"--fid-against: {others} has no picture 'moon'." in capsys.readouterr().err
+        assert again(*given, "--fid-against", "nowhere") == 2
+        assert "--fid-against is 'nowhere', expected sdxl, captions or a folder." in capsys.readouterr().err
+
     def test_metrics_takes_some(self, evaluate, clip_folder):
         assert evaluate("--metrics", "clip", "style", "--clip", str(clip_folder), "--limit", "1") == 0
         told = evaluate.told()
