@@ -58,6 +58,9 @@ ADAPTERS: Mapping[str, Adapter] = {
     "timestep": Adapter("told the timestep", ("--timestep",)),
     "norm": Adapter("with GroupNorm", ("--norm",)),
     "shared-noise": Adapter("both models see one noise", ("--shared-noise",)),
+    "controlled": Adapter(
+        "has seen a ControlNet", ("--controlnet", "miniature-edges", "--controlled", "0.5", "--control", "canny")
+    ),
     "min-snr": Adapter("noise levels weighted by Min-SNR", ("--min-snr", "5")),
 }
 
@@ -168,7 +171,16 @@ class Tables:
         _command(
             "train",
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
-            *("--data", pictures, "--cache", self.out / "cache", "--out", self.adapter(name).parent),
+            *(
+                "--models-dir",
+                self.models.folder,
+                "--data",
+                pictures,
+                "--cache",
+                self.out / "cache",
+                "--out",
+                self.adapter(name).parent,
+            ),
             *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS, "--learning-rate", ADAPTER_RATE),
             *("--schedule", "cosine", "--warmup", 100, "--ema", 0.995, "--precision", "float32", "--cpu", "--resume"),
             *("--save-every", 200, "--validate-every", 10**6, "--tracker", "none"),

@@ -12,11 +12,12 @@ from typing import Any
 from PIL import Image
 
 from ..errors import WrongArgument, WrongFile
+from ..headless.annotator_names import CONTROLS
 from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_folder, find_files, naming_options
 from ..headless.job import LARGEST_BATCH, Job
 from ..headless.lora_names import LoraTags, take_tags
 from ..headless.named_files import find_file
-from ..headless.options import CONTROLS, FID_AGAINST, FID_FEATURES, METRICS, SETTINGS_OF_EVALUATE
+from ..headless.options import FID_AGAINST, FID_FEATURES, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.sampler_table import sampler_named
 from ..headless.words import with_style
 from ..inversion_names import files_below, mentions

@@ -15,7 +15,7 @@ from .asked import DEPTH
 try:
     import cv2
 except ImportError as error:
-    raise XAdapterError('evaluate needs the package opencv-python-headless (pip install ".[evaluate]").') from error
+    raise XAdapterError('Control maps need the package opencv-python-headless (pip install ".[evaluate]").') from error
 
 LOW, HIGH = 100, 200
 """Thresholds of the edges that the canny ControlNet is used with (its authors' demo)."""

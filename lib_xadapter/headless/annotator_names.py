@@ -39,6 +39,8 @@ ANNOTATORS = {
     "zoe": Detector("ZoeDetector", "depth_zoe", ("ZoeD_M12_N.pt",)),
 }
 NO_ANNOTATOR = "none"
+CONTROLS = ("canny", "depth")
+"""Maps that evaluation and training make themselves."""
 
 
 @dataclass(frozen=True)

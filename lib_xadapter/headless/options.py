@@ -13,7 +13,7 @@ from ..errors import WrongArgument
 from ..miniature.command_line import add_miniature
 from ..settings import RECORDED, Settings, arguments, checked, defaults, expectation
 from ..training.command_line import add_train
-from .annotator_names import ANNOTATORS
+from .annotator_names import ANNOTATORS, CONTROLS
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
 
 EXIT_WRONG = 2
@@ -37,7 +37,6 @@ SETTINGS_OF_EVALUATE = (
     "refresh_every",
     "cond_only",
 )
-CONTROLS = ("canny", "depth")
 FID_AGAINST = ("sdxl", "captions")
 """Whose pictures: plain SDXL's, or those that the captions came with; anything else is a folder."""
 FID_FEATURES = ("inception", "clip")

@@ -26,6 +26,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--out", type=Path, default=Path(OUT), metavar="DIR", help="default: %(default)s")
     source.add_argument("--init", metavar="FILE", help="mapping layers to go on from, instead of ones that add nothing")
+    source.add_argument("--controlnet", metavar="FILE", help="of SD1.5, which --controlled pictures are seen with")
+    source.add_argument("--depth", type=Path, metavar="DIR", help="an estimator of depth of transformers, for its maps")
     source.add_argument("--models-dir", type=Path, metavar="DIR", help="a WebUI's models/ folder, to name files from")
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
     source.add_argument("--cache", type=Path, metavar="DIR", help="keep latents and text embeddings here")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class EncodedRows:
         empty_text, empty_pooled: the empty prompt through them.
         sizes: SDXL's size conditioning, (rows, 6): height and width of the picture as it was, top and left of the
             crop in the resized picture, height and width of the crop.
+        control: map of the base's ControlNet, (rows, 1, height, width), 0 to 1; None where it has none.
     """
 
     upgraded_mean: Tensor
@@ -56,6 +58,20 @@ class EncodedRows:
     empty_text: Tensor
     empty_pooled: Tensor
     sizes: Tensor
+    control: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """What makes control maps.
+
+    Attributes:
+        kind: of the maps.
+        extract: picture → map of its size.
+    """
+
+    kind: str
+    extract: Callable[[Image.Image], Image.Image]
 
 
 class Encoder:
@@ -67,10 +83,19 @@ class Encoder:
         cache: a folder that keeps what was encoded; several processes may share it.
         upgraded_captions: whether the captions go through the encoders of SDXL; where its prompt is always empty they
             need not, and `upgraded_text`, `upgraded_pooled` are those of the empty one.
+        control: what makes maps for the base's ControlNet; None for none.
     """
 
-    def __init__(self, base: Any, upgraded: Any, *, cache: Path | None = None, upgraded_captions: bool = True) -> None:
-        self._base = base
+    def __init__(
+        self,
+        base: Any,
+        upgraded: Any,
+        *,
+        cache: Path | None = None,
+        upgraded_captions: bool = True,
+        control: Control | None = None,
+    ) -> None:
+        self._base, self._control = base, control
         self._upgraded = upgraded
         self._upgraded_captions = upgraded_captions
         for pipeline in (base, upgraded):
@@ -106,6 +131,7 @@ class Encoder:
             empty_text=self._stacked(empty, "text"),
             empty_pooled=self._stacked(empty, "pooled"),
             sizes=torch.stack([_size_conditioning(pictures, crop) for crop in crops]).to(self._device),
+            control=None if self._control is None else self._stacked(self._maps(pictures, crops), "map") / 255,
         )
 
     def flush(self) -> None:
@@ -129,8 +155,17 @@ class Encoder:
             ]
 
     def _latent_key(self, pictures: Pictures, crop: Crop) -> str:
-        area = (crop.resized, crop.top, crop.left, crop.height, crop.width)
-        return _key("latents", self._vaes, pictures.noted(crop.example).digest, area)
+        return _key("latents", self._vaes, *_seen(pictures, crop))
+
+    def _maps(self, pictures: Pictures, crops: Sequence[Crop]) -> Iterator[Entry]:
+        """Of the crops at the base's size."""
+        for crop in crops:
+            key = _key("map", self._control.kind, *_seen(pictures, crop))
+            yield self._found(key) or self._kept(key, self._map(pictures, crop))
+
+    def _map(self, pictures: Pictures, crop: Crop) -> Entry:
+        _, base = _cropped(pictures[crop.example].picture, crop)
+        return {"map": torch.from_numpy(numpy.array(self._control.extract(base).convert("L")))[None]}
 
     @torch.no_grad()
     def _encode_picture(self, upgraded: Image.Image, base: Image.Image) -> Entry:
@@ -190,6 +225,11 @@ def posterior(vae: nn.Module, picture: Image.Image) -> tuple[Tensor, Tensor]:
         )
         mean, std = (mean - center) / spread, std / spread
     return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+def _seen(pictures: Pictures, crop: Crop) -> tuple[Any, ...]:
+    """What tells a crop from every other."""
+    return pictures.noted(crop.example).digest, (crop.resized, crop.top, crop.left, crop.height, crop.width)
 
 
 def _cropped(picture: Image.Image, crop: Crop) -> tuple[Image.Image, Image.Image]:

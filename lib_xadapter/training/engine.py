@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import XAdapterError, first_line
@@ -144,6 +144,7 @@ class Training:
         checkpoints: where they are kept.
         facts: what a checkpoint must tell to be gone on from: of models and pictures.
         validation: None for none.
+        controlnet: of the base, frozen, on the device; None for none.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Training:
         checkpoints: Checkpoints,
         facts: Mapping[str, Any] | None = None,
         validation: Validation | None = None,
+        controlnet: nn.Module | None = None,
     ) -> None:
         self._accelerator, self._recipe, self._course = accelerator, recipe, course
         self._pictures, self._encoder = pictures, encoder
@@ -166,7 +168,7 @@ class Training:
         self._batches = Batches(pictures.sizes, recipe.batch, recipe.seed, recipe.size, recipe.buckets)
         self.steps = recipe.steps or recipe.epochs * self._batches.per_epoch
         self.state = TrainedState(layers, recipe, self.steps)
-        self._computed = TrainingStep(base, upgraded, layers, recipe, self._autocast, course.checkpointing)
+        self._computed = TrainingStep(base, upgraded, layers, recipe, self._autocast, course.checkpointing, controlnet)
         self._done = 0
         if course.compile:
             for unet in (base.unet, upgraded.unet):

@@ -8,22 +8,24 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, WrongFile, XAdapterError
 from ..families import FAMILY_OF_CONTEXT_WIDTH
+from ..headless.annotator_names import CONTROLS
 from ..headless.asked import check_folder
 from ..headless.generate import naming
 from ..headless.lora_names import Lora, read_lora
 from ..headless.loras import merge_lora
-from ..headless.model_files import load_base, load_upgraded
+from ..headless.model_files import load_base, load_controlnet, load_upgraded
 from ..headless.models import Models, Placement
 from ..headless.named_files import find_file
 from ..headless.noise_schedule import trained_alphas
@@ -33,7 +35,7 @@ from ..mapping import METADATA, MappingLayers, layout_for, load_adapter
 from ..pairs import Pair
 from ..taps import check_fit
 from .checkpoints import Checkpoint, Checkpoints, read_checkpoint, write_tensors
-from .encoding import Encoder
+from .encoding import Control, Encoder
 from .engine import Outcome, Training
 from .pictures import PictureOptions, Pictures, open_pictures
 from .recipe import AUTOMATIC, NO_TRACKER, Course, Recipe, check_same, read, written
@@ -42,6 +44,7 @@ from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_, DEPTH = CONTROLS
 EXIT_INTERRUPTED = 130
 ADAPTER, HALF_ADAPTER = "adapter.safetensors", "adapter-fp16.safetensors"
 CHECKPOINTS, GRIDS = "checkpoints", "validation"
@@ -110,6 +113,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
     if recipe.batch < accelerator.num_processes:
         raise WrongArgument(f"--batch is {recipe.batch}, fewer pictures than {accelerator.num_processes} processes.")
     base, upgraded = _models(options, recipe, accelerator)
+    controlnet = _controlnet(options, recipe, base)
     filters = PictureOptions(
         options.minimum_size, options.minimum_aesthetics, options.maximum_watermark, options.caption_column
     )
@@ -120,6 +124,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
         "models": {"base": fingerprint_of(base), "upgraded": fingerprint_of(upgraded)},
         "pictures": pictures.fingerprint,
     }
+    if controlnet is not None:
+        facts["models"]["controlnet"] = _digest([controlnet])
     if earlier is not None:
         _check_same_sources(earlier, facts)
     training = Training(
@@ -130,10 +136,17 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
         upgraded,
         layers.to(accelerator.device, torch.float32),
         pictures,
-        Encoder(base, upgraded, cache=options.cache, upgraded_captions=recipe.empty_prompts < 1),
+        Encoder(
+            base,
+            upgraded,
+            cache=options.cache,
+            upgraded_captions=recipe.empty_prompts < 1,
+            control=None if controlnet is None else _control(options, recipe, accelerator),
+        ),
         checkpoints,
         facts,
         _validation(options, recipe, course, base, upgraded, accelerator),
+        controlnet,
     )
     if earlier is not None:
         training.go_on_from(earlier)
@@ -160,6 +173,7 @@ def _check_same_sources(earlier: Checkpoint, facts: Mapping[str, Any]) -> None:
         ("--base", earlier.facts["models"]["base"], facts["models"]["base"]),
         ("--upgraded", earlier.facts["models"]["upgraded"], facts["models"]["upgraded"]),
         ("--data", earlier.facts["pictures"], facts["pictures"]),
+        ("--controlnet", earlier.facts["models"].get("controlnet"), facts["models"].get("controlnet")),
     ):
         if one != other:
             raise WrongArgument(f"{option} is another than that which the checkpoint was trained with.")
@@ -189,6 +203,29 @@ def _models(options: argparse.Namespace, recipe: Recipe, accelerator: Accelerato
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(accelerator.device)
     return base, upgraded
+
+
+def _controlnet(options: argparse.Namespace, recipe: Recipe, base: Any) -> nn.Module | None:
+    """Of the base, frozen, on its device."""
+    if options.controlnet is None and not recipe.controlled:
+        return None
+    if options.controlnet is None:
+        raise WrongArgument(f"--controlled is {recipe.controlled:g}, but there is no --controlnet.")
+    if not recipe.controlled:
+        raise WrongArgument("--controlnet is given, but --controlled is 0: say how many pictures are seen with it.")
+    with naming("--controlnet"):
+        path = find_file(options.controlnet, "controlnet", options.models_dir, "--controlnet")
+        net = load_controlnet(path, base.unet, base.unet.dtype)
+    return net.to(base.unet.device).eval().requires_grad_(False)
+
+
+def _control(options: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> Control:
+    """What makes the ControlNet's maps."""
+    from ..evaluation.maps import extractor
+
+    if recipe.control == DEPTH and options.depth is None:
+        raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
+    return Control(recipe.control, extractor(recipe.control, options.depth, accelerator.device))
 
 
 def _layers(
@@ -249,6 +286,8 @@ def _metadata(options: argparse.Namespace, recipe: Recipe, base: Any, pictures: 
         "recipe": written(recipe),
         "version": __version__,
     }
+    if options.controlnet is not None:
+        told["controlnet"] = Path(options.controlnet).name
     if options.init is not None:
         told["init"] = Path(options.init).name
     return {**Pair(family, "sdxl").metadata(), **{METADATA + name: value for name, value in told.items()}}
@@ -259,8 +298,15 @@ def fingerprint_of(pipeline: Any) -> str:
     digest = hashlib.sha256(
         f"{Diffusion.of(pipeline).predicts} {trained_alphas(pipeline.scheduler.config).tolist()}".encode()
     )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
-        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    return _digest([part for part in parts if part is not None], digest)
+
+
+def _digest(parts: Sequence[nn.Module], begun: Any = None) -> str:
+    """Of tensors' names, shapes and first numbers."""
+    digest = begun or hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.state_dict().items()):
             first = tensor.flatten()[:SAMPLED].float().cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + first)
     return digest.hexdigest()

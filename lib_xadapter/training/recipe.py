@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import WrongArgument
+from ..headless.annotator_names import CONTROLS
 from ..settings import Argument, expectation
 
 DECODER, ENCODER, BOTH = "decoder", "encoder", "both"
@@ -64,6 +65,10 @@ class Recipe:
     empty_prompts: float = option(1.0, "Share of pictures whose prompt is empty for the upgraded model.", **FRACTION)
     shared_noise: bool = option(False, "The base's noise is the upgraded model's, made smaller, instead of its own.")
     min_snr: float = option(0.0, "Gamma of Min-SNR weighting, usually 5; 0: every timestep counts alike.", **POSITIVE)
+    controlled: float = option(
+        0.0, "Share of pictures at which the base runs with --controlnet and the picture's own map.", **FRACTION
+    )
+    control: str = option("canny", "The map that --controlnet takes.", choices=CONTROLS)
     ema: float = option(0.0, "Decay of the moving average of the weights, usually 0.9999; 0: none.", **FRACTION)
     precision: str = option(
         BFLOAT16, "Type that is computed in; the trained weights stay float32.", choices=(FLOAT32, BFLOAT16, FLOAT16)
@@ -147,9 +152,11 @@ def check_same(earlier: Mapping[str, Any], recipe: Recipe, checkpoint: str) -> N
     Raises:
         WrongArgument: naming the first option that is another.
     """
+    # what an older version had no option for was as it is by default
+    before = defaults(Recipe) | dict(earlier)
     for name, value in dataclasses.asdict(recipe).items():
-        if earlier.get(name) != value:
+        if before[name] != value:
             raise WrongArgument(
-                f"{flag(name)} is {value!r}, but {checkpoint} was trained with {earlier.get(name)!r}: --resume goes on "
-                "by the same recipe."
+                f"{flag(name)} is {value!r}, but {checkpoint} was trained with {before[name]!r}: --resume goes on by "
+                "the same recipe."
             )

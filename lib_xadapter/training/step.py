@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -88,6 +88,7 @@ class Draws:
         empty: (rows,), whether the upgraded prompt is empty.
         upgraded_noise, base_noise: (rows, 4, h, w) and (rows, 4, h/2, w/2).
         upgraded_latent, base_latent: of the same sizes, by which latents are drawn from the VAEs' posteriors.
+        controlled: (rows,), whether the base runs with its ControlNet.
     """
 
     timesteps: Tensor
@@ -96,6 +97,7 @@ class Draws:
     base_noise: Tensor
     upgraded_latent: Tensor
     base_latent: Tensor
+    controlled: Tensor
 
     @classmethod
     def of(cls, recipe: Recipe, step: int, rows: Sequence[int], size: tuple[int, int], timesteps: int) -> Draws:
@@ -127,7 +129,8 @@ def _row(recipe: Recipe, seed: tuple[int, ...], size: tuple[int, int], timesteps
     if recipe.shared_noise:
         # the mean of four pixels has half the deviation of one
         base_noise = 2 * functional.avg_pool2d(upgraded_noise, 2)
-    return timestep, empty, upgraded_noise, base_noise, upgraded_latent, base_latent
+    controlled = torch.rand((), generator=generator) < recipe.controlled
+    return timestep, empty, upgraded_noise, base_noise, upgraded_latent, base_latent, controlled
 
 
 class TrainingStep:
@@ -139,6 +142,7 @@ class TrainingStep:
         recipe: what is asked for.
         autocast: makes the context that the mapping layers run in.
         checkpointing: what the mapping layers make in passing is made again for the gradients.
+        controlnet: of the base, frozen, on the device; None for none.
 
     Raises:
         DoesNotFit: the models were trained for other things than noise or velocity, or for unlike timesteps.
@@ -152,7 +156,9 @@ class TrainingStep:
         recipe: Recipe,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         checkpointing: bool = False,
+        controlnet: nn.Module | None = None,
     ) -> None:
+        self._controlnet = controlnet
         self._base, self._upgraded, self._layers, self._recipe = base.unet, upgraded.unet, layers, recipe
         self._autocast, self._checkpointing = autocast, checkpointing
         self.base_diffusion, self.diffusion = Diffusion.of(base), Diffusion.of(upgraded)
@@ -187,13 +193,29 @@ class TrainingStep:
         """What the mapping layers make of the base's features."""
         weight = next(self._base.parameters())
         latent = rows.base_mean + rows.base_std * draws.base_latent
-        noised = self.base_diffusion.noised(latent, draws.base_noise, draws.timesteps)
+        noised = self.base_diffusion.noised(latent, draws.base_noise, draws.timesteps).to(weight)
+        text = rows.base_text.to(weight)
         with torch.no_grad(), read_features(self._base, self._layers.taps) as reader:
-            self._base(noised.to(weight), draws.timesteps, encoder_hidden_states=rows.base_text.to(weight))
+            plugin = self._control(noised, text, rows, draws)
+            self._base(noised, draws.timesteps, encoder_hidden_states=text, **plugin)
             features = reader.take()
         with self._autocast():
             levels = enumerate(features.levels)
             return tuple(self._mapped(level, feature, features.time_embedding) for level, feature in levels)
+
+    def _control(self, noised: Tensor, text: Tensor, rows: EncodedRows, draws: Draws) -> dict[str, Any]:
+        """What the ControlNet adds to the base, in the rows where it acts."""
+        if self._controlnet is None or rows.control is None or not draws.controlled.any():
+            return {}
+        maps = rows.control.to(noised).expand(-1, 3, -1, -1)
+        down, middle = self._controlnet(
+            noised, draws.timesteps, encoder_hidden_states=text, controlnet_cond=maps, return_dict=False
+        )
+        acts = draws.controlled[:, None, None, None].to(noised)
+        return {
+            "down_block_additional_residuals": [acts * residual for residual in down],
+            "mid_block_additional_residual": acts * middle,
+        }
 
     def _mapped(self, level: int, feature: Tensor, time_embedding: Tensor) -> Tensor:
         if self._checkpointing:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,6 +185,23 @@ def test_shared_noise_is_the_upgraded_models_made_smaller():
     quarters = draws.upgraded_noise.unfold(2, 2, 2).unfold(3, 2, 2)
     torch.testing.assert_close(draws.base_noise, quarters.sum((-1, -2)) / 2)
     assert float(draws.base_noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_the_base_runs_with_its_controlnet_in_the_rows_that_are_drawn_for_it(base, upgraded):
+    net = fill(ControlNetModel.from_unet(base), "controlnet.")
+    rows = dataclasses.replace(rows_of(), control=seeded("map", (ROWS, 1, 64, 64)).sigmoid())
+    layers = layers_of(base, upgraded)
+
+    def losses(controlnet: nn.Module | None, draws: Draws) -> Tensor:
+        step = TrainingStep(pipeline_of(base), pipeline_of(upgraded), layers, Recipe(), controlnet=controlnet)
+        with torch.no_grad(), step.losses(rows, draws) as found:
+            return found
+
+    draws = dataclasses.replace(draws_of(Recipe()), controlled=torch.tensor([True, False]))
+    without, with_it = losses(None, draws), losses(net, draws)
+    assert not torch.isclose(with_it[0], without[0])
+    assert torch.isclose(with_it[1], without[1])
+    assert draws_of(Recipe(controlled=1.0)).controlled.all() and not draws_of(Recipe()).controlled.any()
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])

@@ -14,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from lib_xadapter.training.checkpoints import Checkpoint, Checkpoints, read_chec
 from lib_xadapter.training.engine import Training
 from lib_xadapter.training.recipe import Recipe
 from lib_xadapter.training.state import TrainedState
+from tests.seeded import fill
 from tests.training.tiny_models import save_pictures
 
 
@@ -217,6 +219,34 @@ def test_a_plugin_in_validation_grids_leaves_the_training_alone(train, tmp_path)
         grids.append((tmp_path / name / "validation/step-00000002.png").read_bytes())
     assert grids[0] != grids[1]
     assert same(weights_of(tmp_path / "with"), weights_of(tmp_path / "without"))
+
+
+def test_mapping_layers_learn_with_a_controlnet_of_the_base(train, tiny, tmp_path, monkeypatch):
+    base = UNet2DConditionModel.from_pretrained(tiny / "base/unet")
+    fill(ControlNetModel.from_unet(base), "controlnet.").save_pretrained(tmp_path / "net")
+    told = {"controlnet": tmp_path / "net", "controlled": 0.5, "size": 128}
+    assert train(**told) == 0
+    whole = tmp_path / "whole"
+    shutil.move(train.out, whole)
+    assert train(size=128, out=tmp_path / "without") == 0
+    assert not same(weights_of(tmp_path / "without"), weights_of(whole))
+    with ended_by(monkeypatch, signal.SIGTERM, at=2):
+        assert train(**told, cache=tmp_path / "cache") == 130
+    assert train("--resume", **told, cache=tmp_path / "cache") == 0
+    assert same(weights_of(train.out), weights_of(whole))
+    assert "  controlnet: net" in describe(train.out / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"controlled": 0.5}, "--controlled is 0.5, but there is no --controlnet."),
+        ({"controlnet": "net"}, "--controlnet is given, but --controlled is 0"),
+    ],
+)
+def test_a_controlnet_and_its_share_go_together(train, told, message, capsys):
+    assert train(**told) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_is_trained_makes_pictures(train, tiny, tmp_path):
