@@ -26,10 +26,14 @@ from lib_xadapter.miniature.worlds import HELD_OUT
 CAPTIONS = 512
 SHIPPED = "paper"
 """The adapter that comes with the package: trained by the paper's recipe."""
+FIRST = "edges"
+"""A run whose pictures of plain SDXL others take."""
 STEPS, CFG, BATCH = 20, 4, 8
 PICTURES_OF_ADAPTERS = 4_000_000
 """Seed of the first scene that an adapter learns from."""
 ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH, ADAPTER_RATE = 6144, 1200, 16, 1e-3
+OF_THE_UPGRADED = ("sdxl.png",)
+"""What runs without plugins of SDXL have in common."""
 OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
 """What runs with one base, its plugins and its switch points have in common."""
 
@@ -91,6 +95,11 @@ class Run:
     adapter: str | None = SHIPPED
     beside: tuple[Beside, ...] = ()
     like: str = ""
+
+    @property
+    def of_upgraded(self) -> bool:
+        """Whether SDXL has plugins of its own in it."""
+        return any("upgraded" in option for option in self.options)
 
 
 EDGES = ("--controlnet", "miniature-edges", "--control", "canny")
@@ -191,7 +200,9 @@ class Tables:
         """By `evaluate`, all on the same captions."""
         run = RUNS[name]
         if run.like:
-            self._share(self.run(run.like), self.run(name))
+            self._share(self.run(run.like), self.run(name), OF_THE_BASE)
+        if name != FIRST and run.adapter is not None and not run.of_upgraded:
+            self._share(self.run(FIRST), self.run(name), OF_THE_UPGRADED)
         seeds = range(HELD_OUT, HELD_OUT + self.captions)
         write_pictures(self.flat, seeds, lambda scene: base_picture(scene, UPGRADED_SIZE))
         write_pictures(self.shaded, seeds, upgraded_picture)
@@ -208,10 +219,10 @@ class Tables:
             *(("--beside", *beside) if beside else ()),
         )
 
-    def _share(self, there: Path, here: Path) -> None:
-        """Hard links to what the base has made, as long as the other run stands beside this one."""
+    def _share(self, there: Path, here: Path, patterns: Sequence[str]) -> None:
+        """Hard links to what another run has made."""
         for folder in (there / "pictures").glob("*"):
-            for file in (file for pattern in OF_THE_BASE for file in folder.glob(pattern)):
+            for file in (file for pattern in patterns for file in folder.glob(pattern)):
                 link = here / "pictures" / folder.name / file.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
