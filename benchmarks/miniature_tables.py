@@ -23,6 +23,7 @@ from lib_xadapter.miniature.finished import MiniatureModels
 from lib_xadapter.miniature.making import write_pictures
 from lib_xadapter.miniature.worlds import HELD_OUT
 
+PROGRAM = ("-m", "lib_xadapter")
 CAPTIONS = 512
 SHIPPED = "paper"
 """The adapter that comes with the package: trained by the paper's recipe."""
@@ -88,6 +89,7 @@ class Run:
         adapter: one of `ADAPTERS`; None for none.
         beside: rows of other runs.
         like: a run whose base pictures it shares.
+        idea: of `miniature_ideas`; "" for none.
     """
 
     told: str
@@ -95,6 +97,7 @@ class Run:
     adapter: str | None = SHIPPED
     beside: tuple[Beside, ...] = ()
     like: str = ""
+    idea: str = ""
 
     @property
     def of_upgraded(self) -> bool:
@@ -108,8 +111,10 @@ OWN_EDGES = ("--upgraded-controlnet", "miniature-upgraded-edges", "--upgraded-co
 CHANGED = tuple(name for name in ADAPTERS if name != SHIPPED)
 
 RUNS: Mapping[str, Run] = {
-    "native-edges": Run("SDXL's own ControlNet", OWN_EDGES, adapter=None),
-    "native-palette": Run("SDXL's own LoRA", ("--lora", "miniature-upgraded-palette"), adapter=None),
+    "native-edges": Run("SDXL's own ControlNet", (*OWN_EDGES, "--upgraded-alone"), adapter=None),
+    "native-palette": Run(
+        "SDXL's own LoRA", ("--lora", "miniature-upgraded-palette", "--upgraded-alone"), adapter=None
+    ),
     "edges": Run(
         "Table 1: edges", (*EDGES, "--single-stage"), beside=(Beside("own ControlNet", "native-edges", "sdxl.png"),)
     ),
@@ -130,6 +135,15 @@ RUNS: Mapping[str, Run] = {
         ("--controlnet", "miniature-edges", "miniature-depth", "--control", "canny", "depth"),
     ),
     "remix": Run("Edges of the base, palette of SDXL", (*EDGES, "--lora", "miniature-upgraded-palette")),
+    "edges-prompt-half": Run(
+        "Edges, the prompt's features for both halves of CFG", (*EDGES, "--cond-only"), like="edges"
+    ),
+    "edges-control-1.5": Run("Edges, the ControlNet at 1.5", (*EDGES, "--control-scale", "1.5")),
+    "edges-base-cfg-1": Run("Edges, the base without CFG", (*EDGES, "--base-cfg-scale", "1")),
+    "edges-end-0.6": Run("Edges, X-Adapter in the first 60 %", (*EDGES, "--guidance-end", "0.6"), like="edges"),
+    "edges-coarse-2": Run("Edges, the coarse level twice", (*EDGES, "--weight", "2,1,1"), like="edges"),
+    "edges-fine-2": Run("Edges, the fine level twice", (*EDGES, "--weight", "1,1,2"), like="edges"),
+    "edges-amplified": Run("Edges, the ControlNet's difference amplified", EDGES, like="edges", idea="amplified:1"),
     **{f"edges-{name}": Run(f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges") for name in CHANGED},
     "ablations": Run(
         "Ablations, edges",
@@ -178,6 +192,7 @@ class Tables:
         seeds = range(PICTURES_OF_ADAPTERS, PICTURES_OF_ADAPTERS + ADAPTER_PICTURES)
         write_pictures(pictures, seeds, upgraded_picture)
         _command(
+            *PROGRAM,
             "train",
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
             *(
@@ -208,6 +223,7 @@ class Tables:
         write_pictures(self.shaded, seeds, upgraded_picture)
         beside = [f"{one.name}={self.run(one.run) / one.file}" for one in run.beside]
         _command(
+            *(("-m", "benchmarks.miniature_ideas", run.idea) if run.idea else PROGRAM),
             "evaluate",
             *("--captions", self.flat, "--limit", self.captions, "--models-dir", self.models.folder),
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
@@ -232,9 +248,9 @@ class Tables:
         return json.loads((self.run(name) / "figures.json").read_text(encoding="utf-8"))
 
 
-def _command(name: str, *options: object) -> None:
+def _command(*options: object) -> None:
     """Raises: subprocess.CalledProcessError: it ended with an error."""
-    subprocess.run([sys.executable, "-m", "lib_xadapter", name, *map(str, options)], check=True)
+    subprocess.run([sys.executable, *map(str, options)], check=True)
 
 
 def table(figures: Mapping[str, Any]) -> list[str]:

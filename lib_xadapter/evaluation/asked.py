@@ -131,6 +131,7 @@ class Evaluation:
         batch: captions whose pictures are made at once.
         beside: rows from other evaluations.
         single_stage: whether X-Adapter from noise is among the ways.
+        upgraded_alone: whether plain SDXL is the only way.
     """
 
     files: Files
@@ -146,6 +147,7 @@ class Evaluation:
     batch: int = 1
     beside: tuple[Beside, ...] = ()
     single_stage: bool = False
+    upgraded_alone: bool = False
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -267,6 +269,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         batch=options.batch,
         beside=tuple(Beside.read(given) for given in options.beside),
         single_stage=options.single_stage,
+        upgraded_alone=options.upgraded_alone,
     )
     with naming_options():
         # what is out of range in one is so in all

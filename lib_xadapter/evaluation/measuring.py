@@ -245,6 +245,8 @@ class Measuring:
     def _style(self) -> Figure:
         from .figures.clip import similarity
 
+        if not self._sample.of_kind(Kind.BASE):
+            raise WrongArgument("there is no picture of SD1.5 to be like.")
         (base,) = self._sample.of_kind(Kind.BASE)
         others = self._sample.of_kind(Kind.SDEDIT, Kind.ADAPTER, Kind.SINGLE, Kind.UPGRADED, Kind.OTHER)
         values = {way.name: similarity(self._embeddings(way), self._embeddings(base)) for way in others}

@@ -74,6 +74,8 @@ class Way:
 def ways_of(evaluation: Evaluation) -> tuple[Way, ...]:
     """The base, SDEdit at each switch point, X-Adapter at each of them with each weight, and plain SDXL; where it is
     asked for, X-Adapter from noise with each weight, too."""
+    if evaluation.upgraded_alone:
+        return (UPGRADED_ALONE,)
     job = evaluation.job
     several_points, several_weights = len(job.switch_points) > 1, len(job.weights) > 2
     joint = []
@@ -86,8 +88,7 @@ def ways_of(evaluation: Evaluation) -> tuple[Way, ...]:
             stem = "-".join([FILES[kind], f"{point:g}", *([weights.replace(", ", "_")] if weight else [])])
             joint.append(Way(kind, ", ".join([kind.value, *told]), f"{stem}.png", point, weight))
     single = [_single_way(weight, several_weights) for weight in job.weights if weight and evaluation.single_stage]
-    base, upgraded = Way(Kind.BASE, Kind.BASE.value, "base.png"), Way(Kind.UPGRADED, Kind.UPGRADED.value, "sdxl.png")
-    return (base, *joint, *single, upgraded)
+    return (BASE_ALONE, *joint, *single, UPGRADED_ALONE)
 
 
 def _single_way(weight: float | tuple[float, ...], several: bool) -> Way:
@@ -96,6 +97,8 @@ def _single_way(weight: float | tuple[float, ...], several: bool) -> Way:
     return Way(Kind.SINGLE, name, f"single-{weights.replace(', ', '_')}.png", weight=weight)
 
 
+BASE_ALONE = Way(Kind.BASE, Kind.BASE.value, "base.png")
+UPGRADED_ALONE = Way(Kind.UPGRADED, Kind.UPGRADED.value, "sdxl.png")
 FILES = {Kind.SDEDIT: "sdedit", Kind.ADAPTER: "x-adapter"}
 
 
@@ -188,7 +191,6 @@ class Maker:
         self._evaluation, self._models, self._rules = evaluation, models, rules
         self._extractors, self._progress = extractors, progress
         self._ways = ways_of(evaluation)
-        self._base = next(way for way in self._ways if way.kind is Kind.BASE)
 
     def make(self, items: Sequence[Item]) -> None:
         """All pictures of some items that are not there yet, each written as soon as it is finished.
@@ -209,16 +211,16 @@ class Maker:
     def _wanted(self, item: Item) -> Wanted:
         folder = folder_of(self._evaluation.out, item)
         job = self._evaluation.job_of(item, *self._maps(item, folder))
-        return Wanted(folder, folder.missing(self._ways), job, _kept_side(folder, self._base))
+        return Wanted(folder, folder.missing(self._ways), job, _kept_side(folder))
 
     def _make_joint(self, together: Sequence[Wanted]) -> None:
         ways = {(way.switch_point, way.weight): way for way in self._ways}
         there = {text for one in together for text in texts_in(one.folder.path)}
         for picture in self._pictures([one.job for one in together], there, together[0].side):
             folder, settings = together[picture.job].folder, picture.settings
-            if picture.base_image is not None and not folder.of(self._base).is_file():
+            if picture.base_image is not None and not folder.of(BASE_ALONE).is_file():
                 _keep_latents(folder, picture.base_latents)
-                save_picture(folder.of(self._base), picture.base_image)
+                save_picture(folder.of(BASE_ALONE), picture.base_image)
             way = ways[settings.switch_point, settings.weight]
             save_picture(folder.of(way), picture.image, picture.text)
 
@@ -283,11 +285,11 @@ def _keep_latents(folder: Folder, latents: Tensor) -> None:
     write_whole(folder.path / BASE_LATENTS, lambda to: to.write_bytes(safetensors.torch.save(tensors)))
 
 
-def _kept_side(folder: Folder, base: Way) -> BaseSide | None:
+def _kept_side(folder: Folder) -> BaseSide | None:
     """What the base finished for this item; None where it has not."""
     path = folder.path / BASE_LATENTS
     # the latents are written before the picture
-    if not (path.is_file() and folder.of(base).is_file()):
+    if not (path.is_file() and folder.of(BASE_ALONE).is_file()):
         return None
     try:
         return BaseSide(safetensors.torch.load_file(path)["latents"])

@@ -229,7 +229,7 @@ def _add_picture(parser: argparse.ArgumentParser) -> Any:
     return picture
 
 
-def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], several: str) -> None:
+def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], several: str) -> Any:
     group = parser.add_argument_group("X-Adapter")
     group.add_argument(
         "--switch-point",
@@ -252,6 +252,7 @@ def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], seve
     group.add_argument(
         "--reference", action="store_true", help="the released pipeline's rules for the switch and the steps"
     )
+    return group
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> Any:
@@ -304,11 +305,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what SD1.5 is told, with {prompt} where the caption stands: trigger words belong here",
     )
-    _add_joint_stage(parser, SETTINGS_OF_EVALUATE, "are compared")
-    parser.add_argument(
+    joint = _add_joint_stage(parser, SETTINGS_OF_EVALUATE, "are compared")
+    joint.add_argument(
         "--single-stage",
         action="store_true",
         help="one more row for each weight: X-Adapter from noise, without a picture of SD1.5 first",
+    )
+    joint.add_argument(
+        "--upgraded-alone",
+        action="store_true",
+        help="plain SDXL's row and no other, to be put beside those of another evaluation",
     )
 
     figures = parser.add_argument_group("figures: nothing is downloaded, what has no weights is named and left out")

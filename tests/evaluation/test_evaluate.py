@@ -180,6 +180,14 @@ class TestTogether:
             made = {name: (folder / name).read_bytes() for name in ("single-1.png", "single-0.5.png", "sdxl.png")}
             assert len(set(made.values())) == 3
 
+    def test_plain_sdxl_can_be_the_only_row(self, evaluate, clip_folder):
+        more = ("--upgraded-alone", "--batch", "2", "--clip", str(clip_folder), "--metrics", "clip", "style")
+        assert evaluate(*more) == 0
+        assert {path.name for path in evaluate.pictures()} == {"sdxl.png"}
+        told = evaluate.told()
+        assert told["ways"] == ["SDXL"]
+        assert told["not_computed"] == {"Style similarity": "there is no picture of SD1.5 to be like."}
+
     def test_another_evaluations_pictures_are_a_row_of_the_table(self, evaluate, whole, clip_folder):
         more = ("--clip", str(clip_folder), "--metrics", "clip", "style", "--batch", "2")
         assert evaluate(*more, "--beside", f"with plugins={whole.out}/x-adapter-0.8-1.png") == 0
