@@ -17,6 +17,10 @@ class DoesNotFit(XAdapterError):
     """Models that do not belong together: mapping layers made for other channel counts, an SDXL base, …"""
 
 
+class UnplannedLevel(XAdapterError):
+    """A sampler asked for another noise level than was planned: somebody else has changed it."""
+
+
 def first_line(error: Exception) -> str:
     """Of an exception's message; its type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

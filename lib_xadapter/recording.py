@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import XAdapterError
+from .errors import UnplannedLevel
 from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
 from .memory import free_ram
@@ -171,16 +171,16 @@ class Playback:
         """The features recorded at this noise level.
 
         Raises:
-            XAdapterError: another level comes next, or none.
+            UnplannedLevel: another level comes next, or none.
         """
         sigma = evaluation.sigma
         if self._latest is not None and same_level(self._latest[0], sigma):
             return self._latest[1]
         step = next(self._steps, None)
         if step is None or not same_level(step.sigma, sigma):
-            raise XAdapterError(
-                f"The sampler asks for the noise level {sigma:g}, where "
-                f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded: set 'memory' to 'lockstep'."
+            raise UnplannedLevel(
+                f"the sampler asks for the noise level {sigma:g}, where "
+                f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded"
             )
         with self._passage.step():
             features = _moved(step.found.features, self._passage.to_device)

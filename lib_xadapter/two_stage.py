@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import XAdapterError
+from .errors import UnplannedLevel, XAdapterError
 from .evaluations import Evaluation, GuidanceWindow
 from .feature_sources import BaseDenoiser, FeatureSource, Lockstep
 from .joint_stage import JointStage
@@ -195,8 +195,19 @@ class Host(Protocol[Samples]):
     def base_denoiser(self, stage_one: StageOne, taps: Taps) -> AbstractContextManager[BaseDenoiser]:
         """While open, the base can be evaluated, and its features are read at these taps."""
 
-    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Samples:
-        """The switch and the upgraded model's sampling, each of its evaluations one of the joint stage."""
+    def sample_upgraded(
+        self, stage_one: StageOne, joint: JointStage | None, planned: Sequence[Evaluation] | None
+    ) -> Samples:
+        """The switch and the upgraded model's sampling, each of its evaluations one of the joint stage.
+
+        Args:
+            stage_one: what it goes on from.
+            joint: None where nothing is added.
+            planned: its evaluations, where they are known.
+
+        Raises:
+            UnplannedLevel: its sampler made others.
+        """
 
     def samples_of_base(self, stage_one: StageOne) -> Samples:
         """Stage 1's pictures at the upgraded size, for who wants no more."""
@@ -234,6 +245,16 @@ def run(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     Returns:
         What the host's sampler gives.
     """
+    try:
+        return _as_planned(host, plan, cache)
+    except UnplannedLevel as error:
+        told = str(error)
+        traceback.clear_frames(error.__traceback__)
+    host.notify(f"{told}, so memory is 'lockstep' for this picture")
+    return _in_lockstep(host, replace(plan, recorded=False, evaluations=None, keep=False), cache)
+
+
+def _as_planned(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     if plan.recorded:
         return _one_after_the_other(host, plan, cache)
     try:
@@ -264,12 +285,12 @@ def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
 def _beside(host: Host[Samples], plan: Pass, stage_one: StageOne, cache: BaseCache) -> tuple[Samples, Recording | None]:
     """The upgraded model with the base beside it, and a recording of the base where one is kept."""
     if plan.coupling is None:
-        return host.sample_upgraded(stage_one, None), None
+        return host.sample_upgraded(stage_one, None, plan.evaluations), None
     with _base_beside(host, plan, stage_one) as source:
         if not plan.keep or plan.key is None or plan.evaluations is None:
-            return _joint_stage(host, plan.coupling, stage_one, source, host.overlap), None
+            return _joint_stage(host, plan, stage_one, source, host.overlap), None
         recorder = Recorder(source, plan.base_evaluations, cache.has_room, plan.uses_time)
-        samples = _joint_stage(host, plan.coupling, stage_one, recorder, host.overlap)
+        samples = _joint_stage(host, plan, stage_one, recorder, host.overlap)
         return samples, recorder.recording()
 
 
@@ -307,8 +328,8 @@ def _from_base(host: Host[Samples], plan: Pass, stage_one: StageOne, recording: 
     if host.interrupted and stage_one.pictures:
         return host.samples_of_base(stage_one)
     if plan.coupling is None or recording is None or host.interrupted:
-        return host.sample_upgraded(stage_one, None)
-    return _joint_stage(host, plan.coupling, stage_one, Playback(recording, host.device), None)
+        return host.sample_upgraded(stage_one, None, plan.evaluations)
+    return _joint_stage(host, plan, stage_one, Playback(recording, host.device), None)
 
 
 def _stage_one(host: Host[Any], found: Found) -> StageOne:
@@ -329,11 +350,12 @@ def _keep(host: Host[Any], plan: Pass, cache: BaseCache, stage_one: StageOne, re
 
 
 def _joint_stage(
-    host: Host[Samples], coupling: Coupling, stage_one: StageOne, source: FeatureSource, overlap: Overlap | None
+    host: Host[Samples], plan: Pass, stage_one: StageOne, source: FeatureSource, overlap: Overlap | None
 ) -> Samples:
+    coupling = plan.coupling
     joint = JointStage(source, coupling.mapping, coupling.weights, coupling.window, coupling.cond_only, overlap)
     try:
-        return host.sample_upgraded(stage_one, joint)
+        return host.sample_upgraded(stage_one, joint, plan.evaluations)
     finally:
         if overlap is not None:
             overlap.end()
@@ -384,11 +406,11 @@ def check_plan(planned: Sequence[Evaluation], asked: Sequence[float]) -> None:
     """Whether a sampler asked for the noise levels that were planned, as far as it came.
 
     Raises:
-        XAdapterError: for the first that differs.
+        UnplannedLevel: for the first that differs.
     """
     for place, (expected, sigma) in enumerate(zip(planned, asked, strict=False)):
         if not same_level(expected.sigma, sigma):
-            raise XAdapterError(
-                f"Another extension has changed the sampler's noise levels: evaluation {place} was to be at "
-                f"{expected.sigma:g} and was at {sigma:g}."
+            raise UnplannedLevel(
+                f"another extension has changed the sampler's noise levels: evaluation {place} was to be at "
+                f"{expected.sigma:g} and was at {sigma:g}"
             )

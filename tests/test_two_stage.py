@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib_xadapter.errors import XAdapterError
+from lib_xadapter.errors import UnplannedLevel
 from lib_xadapter.evaluations import Evaluation, GuidanceWindow
 from lib_xadapter.feature_sources import BaseDenoiser, BaseStep
 from lib_xadapter.joint_stage import JointStage
@@ -92,7 +92,9 @@ class SmallHost:
 
         yield denoise
 
-    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
+    def sample_upgraded(
+        self, stage_one: StageOne, joint: JointStage | None, planned: Sequence[Evaluation] | None
+    ) -> Tensor:
         x = torch.zeros(2, 4, 2, 2)
         for evaluation in self.evaluations:
             at_this_level = joint.evaluate(evaluation, ROWS) if joint is not None else None
@@ -297,10 +299,21 @@ def test_interrupted_while_recording_nothing_is_kept(recordings, coupling):
     assert recordings.find("a") is None
 
 
+@pytest.mark.parametrize("key", ["a", None])
+def test_recorded_at_other_noise_levels_than_planned_the_picture_is_made_in_lockstep(recordings, coupling, key):
+    changed = tuple(replace(one, sigma=0.9 * one.sigma) for one in EVALUATIONS)
+    expected = run(SmallHost(evaluations=changed), Pass(coupling, None), recordings)
+    host = SmallHost(evaluations=changed)
+    assert torch.equal(run(host, Pass(coupling, EVALUATIONS, recorded=True, key=key), recordings), expected)
+    assert host.told == [
+        "the sampler asks for the noise level 7.2, where 8 was recorded, so memory is 'lockstep' for this picture"
+    ]
+
+
 def test_a_sampler_that_keeps_to_the_plan_passes():
     check_plan(EVALUATIONS, [8.0, 4.0, 2.0])
 
 
 def test_the_first_noise_level_that_was_not_planned_is_told():
-    with pytest.raises(XAdapterError, match="evaluation 1 was to be at 4 and was at 5"):
+    with pytest.raises(UnplannedLevel, match="evaluation 1 was to be at 4 and was at 5"):
         check_plan(EVALUATIONS, [8.0, 5.0, 2.0])

@@ -706,7 +706,9 @@ class DiffusersHost:
             with turns(call) as taken:
                 yield lambda latent, evaluation: taken.ask((latent, evaluation))
 
-    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Any:
+    def sample_upgraded(
+        self, stage_one: StageOne, joint: JointStage | None, planned: Sequence[Evaluation] | None
+    ) -> Any:
         stages, request, upgraded = self._stages, self._request, self._stages.models.upgraded
         with ExitStack() as scope:
             if joint is not None:

@@ -70,6 +70,17 @@ class TestPromptsFromFile:
         assert count["LatentDiffusion"] == PLAIN["steps"] + count["DiffusionEngine"] // 2
 
 
+def test_where_another_extension_changes_the_noise_levels_the_base_is_asked_at_those(webui):
+    usual, said = with_xadapter(webui, LOCKSTEP).image, webui.log.count("has changed the sampler's noise levels")
+    recorded, beside = (
+        with_xadapter(webui, memory, script_name="Other levels", script_args=[]) for memory in (RECORDED, LOCKSTEP)
+    )
+    assert same_bytes(recorded.image, beside.image)
+    assert grey_levels_apart(recorded.image, usual) > 1
+    assert webui.log.count("has changed the sampler's noise levels") == said + 2
+    assert webui.state()["hooks"] == []
+
+
 SCRIPTS_OF_IMG2IMG = {
     "loopback": [2, 0.5, "Linear", "None"],
     "sd upscale": ["", 64, "lanczos", 1.5],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from modules.sd_samplers_common import Sampler
 from PIL import Image
 from torch import Tensor
 
+from ...evaluations import Evaluation
 from ...feature_sources import BaseDenoiser
 from ...joint_stage import JointStage
 from ...overlap import Overlap
@@ -188,11 +189,13 @@ class WebUIHost:
 
     # ---- SDXL
 
-    def sample_upgraded(self, stage_one: StageOne, joint: JointStage | None) -> Tensor:
+    def sample_upgraded(
+        self, stage_one: StageOne, joint: JointStage | None, planned: Sequence[Evaluation] | None
+    ) -> Tensor:
         if joint is None:
             return self._sample(stage_one)
         fits = partial(takes_residuals, self._p, self._request)
-        with coupled(joint, self._call.sampler, self._planned.evaluations, fits):
+        with coupled(joint, self._call.sampler, planned, fits):
             return self._sample(stage_one)
 
     def _sample(self, stage_one: StageOne) -> Tensor:

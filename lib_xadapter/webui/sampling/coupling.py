@@ -15,7 +15,7 @@ from modules import shared
 from modules.sd_samplers_common import Sampler, apply_refiner
 from torch import Tensor, nn
 
-from ...errors import XAdapterError
+from ...errors import UnplannedLevel, XAdapterError
 from ...evaluations import Evaluation
 from ...joint_stage import JointStage
 from ...rows import batch_rows
@@ -40,7 +40,8 @@ def coupled(
         takes_residuals: whether the mapping layers fit the UNet of a refiner that takes over.
 
     Raises:
-        XAdapterError: at the end, where the sampler took other noise levels than planned.
+        UnplannedLevel: the sampler takes other noise levels than planned; looked at in the first evaluation, and of
+            the others at the end.
     """
     upgraded, denoiser = shared.sd_model, sampler.model_wrap_cfg
     goes_on = functools.cache(takes_residuals)
@@ -50,7 +51,9 @@ def coupled(
         if planned is None:
             return evaluation_at(denoiser, noise_levels(denoiser, [level[:1]])[0])
         if denoiser.step >= len(planned):
-            raise XAdapterError(f"The sampler makes more than the {len(planned)} model evaluations that were planned.")
+            raise UnplannedLevel(f"the sampler makes more than the {len(planned)} model evaluations that were planned")
+        if not asked:
+            check_plan(planned[denoiser.step :], noise_levels(denoiser, [level[:1]]))
         asked.append(level[:1])
         return planned[denoiser.step]
 
