@@ -1,7 +1,7 @@
 """Wherever a call into the WebUI, an extension or torch fails: the message comes, and nothing is left behind.
 
-All seams with all faults take hours. A part of them that is drawn by SEAMS_SEED is looked at by default; SEAMS=all looks
-at all of them, and SEAMS_TABLE names a file for the table.
+All seams with all faults take hours. A part of them that is drawn by SEAMS_SEED is looked at by default; SEAMS=all
+looks at all of them, and SEAMS_TABLE names a file for the table.
 """
 
 from __future__ import annotations
