@@ -286,14 +286,17 @@ def _depth_estimator(work: Work, stage: Stage) -> int:
 def _adapter(work: Work, stage: Stage) -> int:
     """By `train`, as a user would: from files and a folder of pictures with captions."""
     _write_models(work)
-    pictures = work.folder(stage.name) / "pictures"
-    write_pictures(pictures, range(4_000_000, 4_000_000 + work.number(ADAPTER_PICTURES)), upgraded_picture)
+    pictures, base_pictures = (work.folder(stage.name) / name for name in ("pictures", "base-pictures"))
+    seeds = range(4_000_000, 4_000_000 + work.number(ADAPTER_PICTURES))
+    write_pictures(pictures, seeds, upgraded_picture)
+    write_pictures(base_pictures, seeds, base_picture)
     course = work.course(stage)
     told = {
         "--base": work.models / "Stable-diffusion" / model_files.BASE,
         "--upgraded": work.models / "Stable-diffusion" / model_files.UPGRADED,
         "--tokenizer": work.models / "tokenizer",
         "--data": pictures,
+        "--base-data": base_pictures,
         "--cache": work.folder(stage.name) / "cache",
         "--out": work.folder(stage.name) / "training",
         "--size": SIZE["upgraded"],

@@ -24,6 +24,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="a folder of pictures with .txt captions or metadata.jsonl, WebDataset shards (a path or a pattern in "
         "quotes), or parquet files",
     )
+    source.add_argument(
+        "--base-data",
+        metavar="SOURCE",
+        help="pictures of the same names that SD1.5 sees in their place, where it paints another world than SDXL",
+    )
     source.add_argument("--out", type=Path, default=Path(OUT), metavar="DIR", help="default: %(default)s")
     source.add_argument("--init", metavar="FILE", help="mapping layers to go on from, instead of ones that add nothing")
     source.add_argument("--controlnet", metavar="FILE", help="of SD1.5, which --controlled pictures are seen with")

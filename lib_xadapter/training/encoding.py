@@ -24,7 +24,7 @@ from ..headless.models import device_of
 from ..headless.pictures import to_tensor
 from .batches import Crop
 from .latent_cache import Entry, LatentCache
-from .pictures import Pictures
+from .pictures import BasePictures, Pictures
 
 CACHE_VERSION = 1
 """Goes up whenever the same picture would be encoded otherwise."""
@@ -84,6 +84,7 @@ class Encoder:
         upgraded_captions: whether the captions go through the encoders of SDXL; where its prompt is always empty they
             need not, and `upgraded_text`, `upgraded_pooled` are those of the empty one.
         control: what makes maps for the base's ControlNet; None for none.
+        base_pictures: what the base sees in the pictures' place; None for the same.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Encoder:
         cache: Path | None = None,
         upgraded_captions: bool = True,
         control: Control | None = None,
+        base_pictures: BasePictures | None = None,
     ) -> None:
-        self._base, self._control = base, control
+        self._base, self._control, self._base_pictures = base, control, base_pictures
         self._upgraded = upgraded
         self._upgraded_captions = upgraded_captions
         for pipeline in (base, upgraded):
@@ -148,24 +150,35 @@ class Encoder:
         missing = [crop for crop, entry in zip(crops, found, strict=True) if entry is None]
         with ThreadPoolExecutor(READERS) as pool:
             # read ahead of the encoders
-            read = pool.map(lambda crop: _cropped(pictures[crop.example].picture, crop), missing)
+            read = pool.map(lambda crop: self._read(pictures, crop), missing)
             return [
                 self._kept(key, self._encode_picture(*next(read))) if entry is None else entry
                 for key, entry in zip(keys, found, strict=True)
             ]
 
     def _latent_key(self, pictures: Pictures, crop: Crop) -> str:
-        return _key("latents", self._vaes, *_seen(pictures, crop))
+        others = [] if self._base_pictures is None else [self._base_pictures.noted(crop.example).digest]
+        return _key("latents", self._vaes, *_seen(pictures, crop), *others)
+
+    def _read(self, pictures: Pictures, crop: Crop) -> tuple[Image.Image, Image.Image]:
+        """The crop as each model sees it."""
+        return _cropped(pictures[crop.example].picture, crop), self._read_for_base(pictures, crop)
+
+    def _read_for_base(self, pictures: Pictures, crop: Crop) -> Image.Image:
+        return _cropped(self._seen_by_base(pictures)[crop.example].picture, crop, 2)
+
+    def _seen_by_base(self, pictures: Pictures) -> Pictures | BasePictures:
+        return pictures if self._base_pictures is None else self._base_pictures
 
     def _maps(self, pictures: Pictures, crops: Sequence[Crop]) -> Iterator[Entry]:
         """Of the crops at the base's size."""
         for crop in crops:
-            key = _key("map", self._control.kind, *_seen(pictures, crop))
+            key = _key("map", self._control.kind, *_seen(self._seen_by_base(pictures), crop))
             yield self._found(key) or self._kept(key, self._map(pictures, crop))
 
     def _map(self, pictures: Pictures, crop: Crop) -> Entry:
-        _, base = _cropped(pictures[crop.example].picture, crop)
-        return {"map": torch.from_numpy(numpy.array(self._control.extract(base).convert("L")))[None]}
+        found = self._control.extract(self._read_for_base(pictures, crop))
+        return {"map": torch.from_numpy(numpy.array(found.convert("L")))[None]}
 
     @torch.no_grad()
     def _encode_picture(self, upgraded: Image.Image, base: Image.Image) -> Entry:
@@ -227,13 +240,13 @@ def posterior(vae: nn.Module, picture: Image.Image) -> tuple[Tensor, Tensor]:
     return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
-def _seen(pictures: Pictures, crop: Crop) -> tuple[Any, ...]:
+def _seen(pictures: Pictures | BasePictures, crop: Crop) -> tuple[Any, ...]:
     """What tells a crop from every other."""
     return pictures.noted(crop.example).digest, (crop.resized, crop.top, crop.left, crop.height, crop.width)
 
 
-def _cropped(picture: Image.Image, crop: Crop) -> tuple[Image.Image, Image.Image]:
-    """The crop at the upgraded size and at the base's, each resized once."""
+def _cropped(picture: Image.Image, crop: Crop, smaller: int = 1) -> Image.Image:
+    """The crop at the upgraded size, or so many times smaller, resized once."""
     width, height = (part / whole for part, whole in zip(picture.size, crop.resized, strict=True))
     box = (
         crop.left * width,
@@ -241,9 +254,8 @@ def _cropped(picture: Image.Image, crop: Crop) -> tuple[Image.Image, Image.Image
         min((crop.left + crop.width) * width, picture.width),
         min((crop.top + crop.height) * height, picture.height),
     )
-    sizes = (crop.width, crop.height), (crop.width // 2, crop.height // 2)
-    upgraded, base = (picture.resize(size, Image.Resampling.LANCZOS, box) for size in sizes)
-    return upgraded, base
+    size = crop.width // smaller, crop.height // smaller
+    return picture.resize(size, Image.Resampling.LANCZOS, box)
 
 
 def _size_conditioning(pictures: Pictures, crop: Crop) -> Tensor:

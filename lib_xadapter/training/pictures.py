@@ -76,12 +76,14 @@ class PictureOptions:
         minimum_aesthetics: of LAION's column, where it is there.
         maximum_watermark: of LAION's probability, where it is there.
         caption_column: of JSON, metadata.jsonl or parquet; None takes a `.txt`, text, caption or prompt.
+        needs_caption: whether those without a caption are left out.
     """
 
     minimum_size: int = 0
     minimum_aesthetics: float | None = None
     maximum_watermark: float | None = None
     caption_column: str | None = None
+    needs_caption: bool = True
 
     def __post_init__(self) -> None:
         if self.minimum_size < 0:
@@ -155,6 +157,39 @@ class Pictures(Sequence[Example]):
         row = self._rows[int(number)]
         place = Place(row["file"], row["start"], row["length"], row["column"])
         return Noted(row["name"], row["caption"], row["digest"], place)
+
+
+@dataclass(frozen=True)
+class BasePictures:
+    """What the base sees in the place of each picture: another of the same name.
+
+    Attributes:
+        pictures: those.
+        numbers: of each picture's other one.
+    """
+
+    pictures: Pictures
+    numbers: Sequence[int]
+
+    @classmethod
+    def beside(cls, pictures: Pictures, others: Pictures) -> BasePictures:
+        """Raises: WrongFile: a picture has none of its name."""
+        by_name = {_stem(others.noted(number).name): number for number in range(len(others))}
+        names = [pictures.noted(number).name for number in range(len(pictures))]
+        if missing := [name for name in names if _stem(name) not in by_name]:
+            raise WrongFile(f"there is no picture for the base in the place of {_named(missing)}.")
+        return cls(others, [by_name[_stem(name)] for name in names])
+
+    def __getitem__(self, number: int) -> Example:
+        return self.pictures[self.numbers[number]]
+
+    def noted(self, number: int) -> Noted:
+        """As `Pictures.noted`."""
+        return self.pictures.noted(self.numbers[number])
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def open_pictures(source: str, options: PictureOptions | None = None, cache: Path | None = None) -> Pictures:
@@ -273,7 +308,7 @@ def _judge(sample: Sample, options: PictureOptions) -> _Judged:
     except Exception as error:  # a broken picture can raise anything
         logger.debug("%s is broken: %s", sample.name, error)
         return _Judged(sample, BROKEN)
-    if not caption:
+    if not caption and options.needs_caption:
         return _Judged(sample, NO_CAPTION)
     if min(size) < options.minimum_size:
         return _Judged(sample, f"smaller than {options.minimum_size} pixels")

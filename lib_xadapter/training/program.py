@@ -37,7 +37,7 @@ from ..taps import check_fit
 from .checkpoints import Checkpoint, Checkpoints, read_checkpoint, write_tensors
 from .encoding import Control, Encoder
 from .engine import Outcome, Training
-from .pictures import PictureOptions, Pictures, open_pictures
+from .pictures import BasePictures, PictureOptions, Pictures, open_pictures
 from .recipe import AUTOMATIC, NO_TRACKER, Course, Recipe, check_same, read, written
 from .step import Diffusion
 from .validation import Validation
@@ -119,6 +119,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
     )
     with naming("--data"):
         pictures = open_pictures(options.data, filters, options.cache)
+    base_pictures = _base_pictures(options, pictures)
     layers = _layers(options, recipe, base.unet, upgraded.unet)
     facts = {
         "models": {"base": fingerprint_of(base), "upgraded": fingerprint_of(upgraded)},
@@ -126,6 +127,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
     }
     if controlnet is not None:
         facts["models"]["controlnet"] = _digest([controlnet])
+    if base_pictures is not None:
+        facts["base pictures"] = base_pictures.pictures.fingerprint
     if earlier is not None:
         _check_same_sources(earlier, facts)
     training = Training(
@@ -142,6 +145,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
             cache=options.cache,
             upgraded_captions=recipe.empty_prompts < 1,
             control=None if controlnet is None else _control(options, recipe, accelerator),
+            base_pictures=base_pictures,
         ),
         checkpoints,
         facts,
@@ -173,6 +177,7 @@ def _check_same_sources(earlier: Checkpoint, facts: Mapping[str, Any]) -> None:
         ("--base", earlier.facts["models"]["base"], facts["models"]["base"]),
         ("--upgraded", earlier.facts["models"]["upgraded"], facts["models"]["upgraded"]),
         ("--data", earlier.facts["pictures"], facts["pictures"]),
+        ("--base-data", earlier.facts.get("base pictures"), facts.get("base pictures")),
         ("--controlnet", earlier.facts["models"].get("controlnet"), facts["models"].get("controlnet")),
     ):
         if one != other:
@@ -203,6 +208,14 @@ def _models(options: argparse.Namespace, recipe: Recipe, accelerator: Accelerato
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(accelerator.device)
     return base, upgraded
+
+
+def _base_pictures(options: argparse.Namespace, pictures: Pictures) -> BasePictures | None:
+    if options.base_data is None:
+        return None
+    with naming("--base-data"):
+        others = open_pictures(options.base_data, PictureOptions(needs_caption=False), options.cache)
+        return BasePictures.beside(pictures, others)
 
 
 def _controlnet(options: argparse.Namespace, recipe: Recipe, base: Any) -> nn.Module | None:
@@ -286,6 +299,8 @@ def _metadata(options: argparse.Namespace, recipe: Recipe, base: Any, pictures: 
         "recipe": written(recipe),
         "version": __version__,
     }
+    if options.base_data is not None:
+        told["base data"] = Path(options.base_data).name
     if options.controlnet is not None:
         told["controlnet"] = Path(options.controlnet).name
     if options.init is not None:

@@ -21,9 +21,9 @@ from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.small_models import make_small_models, seeded, small_vae, text_config
 from lib_xadapter.training.batches import Batches, Crop
-from lib_xadapter.training.encoding import Encoder
+from lib_xadapter.training.encoding import Control, Encoder
 from lib_xadapter.training.latent_cache import LatentCache
-from lib_xadapter.training.pictures import open_pictures
+from lib_xadapter.training.pictures import BasePictures, PictureOptions, open_pictures
 
 SIZE = 64
 CAPTIONS = ("a cat (grey:1.5)", "x" * 200, "a house by the sea", "a [red] tree")
@@ -83,7 +83,8 @@ def raising(pair):
 
 
 def equal(first, second):
-    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+    names = [name for name, value in vars(first).items() if value is not None]
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------
@@ -91,7 +92,9 @@ def equal(first, second):
 
 def test_rows_have_the_shapes_that_a_step_wants(pair, pictures, crops):
     rows = Encoder(*pair).rows(pictures, crops)
-    assert {name: tuple(value.shape) for name, value in vars(rows).items()} == {
+    assert rows.control is None
+    tensors = {name: value for name, value in vars(rows).items() if value is not None}
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {
         "upgraded_mean": (4, 4, 8, 8),
         "upgraded_std": (4, 4, 8, 8),
         "base_mean": (4, 4, 4, 4),
@@ -103,7 +106,7 @@ def test_rows_have_the_shapes_that_a_step_wants(pair, pictures, crops):
         "empty_pooled": (4, 64),
         "sizes": (4, 6),
     }
-    assert all(value.dtype == torch.float32 and not value.requires_grad for value in vars(rows).values())
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in tensors.values())
 
 
 @pytest.mark.parametrize(("side", "size"), [("upgraded", SIZE), ("base", SIZE // 2)])
@@ -156,6 +159,30 @@ def test_sizes_are_those_that_sdxl_was_trained_with(pair, pictures):
     sizes = Encoder(*pair).rows(pictures, [crop]).sizes
     # original height and width, top, left, target height and width
     assert sizes.tolist() == [[80, 160, 0, 24, 64, 64]]
+
+
+def test_the_base_can_see_another_picture_of_the_same_name(pair, pictures, crops, tmp_path):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for number in range(len(CAPTIONS)):
+        small = pictures[number].picture.resize((24, 24) if number == 0 else pictures[number].picture.size)
+        small.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(folder / f"{number}.webp", lossless=True)
+    others = open_pictures(str(folder), PictureOptions(needs_caption=False))
+    usual = Encoder(*pair, control=Control("canny", lambda picture: picture)).rows(pictures, crops)
+    encoder = Encoder(
+        *pair,
+        control=Control("canny", lambda picture: picture),
+        cache=tmp_path / "cache",
+        base_pictures=BasePictures.beside(pictures, others),
+    )
+    rows = encoder.rows(pictures, crops)
+    assert torch.equal(rows.upgraded_mean, usual.upgraded_mean)
+    assert not torch.equal(rows.base_mean, usual.base_mean)
+    torch.testing.assert_close(rows.control[1], usual.control[1].flip(-2), atol=0.05, rtol=0)
+    assert equal(encoder.rows(pictures, crops), rows)
+    (folder / "2.webp").unlink()
+    with pytest.raises(WrongFile, match="no picture for the base in the place of 2.png"):
+        BasePictures.beside(pictures, open_pictures(str(folder), PictureOptions(needs_caption=False)))
 
 
 def test_both_models_see_the_same_part_of_the_picture(pair, tmp_path):

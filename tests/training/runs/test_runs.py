@@ -237,6 +237,18 @@ def test_mapping_layers_learn_with_a_controlnet_of_the_base(train, tiny, tmp_pat
     assert "  controlnet: net" in describe(train.out / "adapter.safetensors")
 
 
+def test_the_base_sees_the_pictures_of_its_own_world(train, pictures, tmp_path, capsys):
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in pictures.glob("*.png"):
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(others / path.name)
+    assert train(steps=2, out=tmp_path / "usual") == 0
+    assert train(steps=2, base_data=others) == 0
+    assert not same(weights_of(train.out), weights_of(tmp_path / "usual"))
+    assert train("--resume", steps=2) == 2
+    assert "--base-data is another than that" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
