@@ -46,14 +46,18 @@ class Adapter:
     Attributes:
         told: what is other in it.
         options: of `train`.
+        paired: whether the base sees each scene as its own world shows it, or the upgraded world's picture made smaller.
     """
 
     told: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    paired: bool = True
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    SHIPPED: Adapter("decoder, addition, 100 % empty prompts", ()),
+    SHIPPED: Adapter("decoder, addition, 100 % empty prompts"),
+    "recipe": Adapter("the same in fewer steps"),
+    "same-pictures": Adapter("the base sees the upgraded world's pictures", paired=False),
     "encoder": Adapter("in the encoder", ("--positions", "encoder")),
     "both": Adapter("in encoder and decoder", ("--positions", "both")),
     "guidance": Adapter("fusion by guidance", ("--fusion", "guidance")),
@@ -188,9 +192,10 @@ class Tables:
         """By `train`, all with the same budget."""
         if self.adapter(name).is_file():
             return
-        pictures = self.out / "pictures"
+        pictures, base_pictures = self.out / "pictures", self.out / "base-pictures"
         seeds = range(PICTURES_OF_ADAPTERS, PICTURES_OF_ADAPTERS + ADAPTER_PICTURES)
         write_pictures(pictures, seeds, upgraded_picture)
+        write_pictures(base_pictures, seeds, base_picture)
         _command(
             *PROGRAM,
             "train",
@@ -200,6 +205,7 @@ class Tables:
                 self.models.folder,
                 "--data",
                 pictures,
+                *(("--base-data", base_pictures) if ADAPTERS[name].paired else ()),
                 "--cache",
                 self.out / "cache",
                 "--out",
