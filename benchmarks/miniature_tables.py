@@ -46,7 +46,7 @@ class Adapter:
     Attributes:
         told: what is other in it.
         options: of `train`.
-        paired: whether the base sees each scene as its own world shows it, or the upgraded world's picture made smaller.
+        paired: whether the base sees each scene as its own world shows it, or as the upgraded one does.
     """
 
     told: str
@@ -200,17 +200,9 @@ class Tables:
             *PROGRAM,
             "train",
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
-            *(
-                "--models-dir",
-                self.models.folder,
-                "--data",
-                pictures,
-                *(("--base-data", base_pictures) if ADAPTERS[name].paired else ()),
-                "--cache",
-                self.out / "cache",
-                "--out",
-                self.adapter(name).parent,
-            ),
+            *("--models-dir", self.models.folder, "--data", pictures, "--cache", self.out / "cache"),
+            *(("--base-data", base_pictures) if ADAPTERS[name].paired else ()),
+            *("--out", self.adapter(name).parent),
             *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS, "--learning-rate", ADAPTER_RATE),
             *("--schedule", "cosine", "--warmup", 100, "--ema", 0.995, "--precision", "float32", "--cpu", "--resume"),
             *("--save-every", 200, "--validate-every", 10**6, "--tracker", "none"),
