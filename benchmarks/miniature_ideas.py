@@ -2,6 +2,7 @@
 
 amplified:K   what the ControlNet changes in the base's features counts 1 + K times: features with it, and K times their
               difference to features without it at the same latent. No training; the base runs twice.
+shared        the base's noise in the joint stage is SDXL's, made smaller, as in `train --shared-noise`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lib_xadapter.headless import pipeline
 from lib_xadapter.headless.cli import main
@@ -70,7 +72,17 @@ def amplified(factor: float) -> AbstractContextManager[None]:
     return patch.object(pipeline, "read_features", read_amplified)
 
 
-IDEAS: dict[str, Callable[[float], AbstractContextManager[None]]] = {"amplified": amplified}
+def shared(_: float) -> AbstractContextManager[None]:
+    seeded = pipeline.Noise.seeded
+
+    def one_noise(*given: Any) -> pipeline.Noise:
+        noise = seeded(*given)
+        return replace(noise, base_again=2 * functional.avg_pool2d(noise.upgraded[None], 2)[0])
+
+    return patch.object(pipeline.Noise, "seeded", one_noise)
+
+
+IDEAS: dict[str, Callable[[float], AbstractContextManager[None]]] = {"amplified": amplified, "shared": shared}
 
 
 if __name__ == "__main__":

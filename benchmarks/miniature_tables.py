@@ -148,7 +148,12 @@ RUNS: Mapping[str, Run] = {
     "edges-coarse-2": Run("Edges, the coarse level twice", (*EDGES, "--weight", "2,1,1"), like="edges"),
     "edges-fine-2": Run("Edges, the fine level twice", (*EDGES, "--weight", "1,1,2"), like="edges"),
     "edges-amplified": Run("Edges, the ControlNet's difference amplified", EDGES, like="edges", idea="amplified:1"),
-    **{f"edges-{name}": Run(f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges") for name in CHANGED},
+    **{
+        f"edges-{name}": Run(
+            f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges", idea="shared" if name == "shared-noise" else ""
+        )
+        for name in CHANGED
+    },
     "ablations": Run(
         "Ablations, edges",
         EDGES,
