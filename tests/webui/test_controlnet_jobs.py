@@ -45,7 +45,7 @@ class TestXYZPlot:
     def plot(self, server: WebUIServer, axis: str, values: str, units: list[dict]):
         axes = [axis.lower() for axis in self.axes(server)]
         nothing = axes.index("nothing")
-        arguments = [axes.index(axis.lower()), values, [], nothing, "", [], nothing, "", []]
+        arguments = [axes.index(axis.lower()), values, values.split(", "), nothing, "", [], nothing, "", []]
         arguments += [False, True, False, False, False, False, False, 0, False]
         answer = ask(server, units, SMALL, **STEPS, script_name="X/Y/Z plot", script_args=arguments)
         return of_sdxl(made(answer))[-2:]
@@ -65,6 +65,14 @@ class TestXYZPlot:
         webui.post("/sdapi/v1/options", {"control_net_allow_script_control": False})
         for picture, weight in zip(cells, (0.5, 2), strict=True):
             assert grey_levels_apart(picture, final(webui, [{**LINES, "weight": weight}], SMALL, **STEPS)) <= 1
+
+    @pytest.mark.parametrize("units", [[LINES], [LINES, LINES_XL]], ids=["the base's", "both"])
+    def test_the_axis_that_switches_units_switches_the_bases(self, webui, units):
+        """It is about the first unit, which SDXL never gets."""
+        on, off = self.plot(webui, "[ControlNet] Enabled", "True, False", units)
+        webui.post("/sdapi/v1/options", {"control_net_allow_script_control": False})
+        assert grey_levels_apart(on, final(webui, units, SMALL, **STEPS)) <= 1
+        assert grey_levels_apart(off, final(webui, units[1:], SMALL, **STEPS)) <= 1
 
 
 def test_little_video_memory_changes_nothing(webui, models, start_webui, tmp_path_factory):

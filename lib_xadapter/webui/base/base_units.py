@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,9 @@ from ...families import FAMILY_NAMES
 from .base_model import BaseModel
 from .controlnet_units import Unit, extension, one_line, read_unit
 from .hooked_units import HookedUnits, hooked
+
+ENABLED = "control_net_enabled"
+"""Of a processing object: what that axis sets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,8 @@ class BaseUnits:
         without = {place: extension().ControlNetUnit(enabled=False) for place in given}
         _replace_arguments(self.p, without)
         try:
-            yield
+            with _not_switched_on(self.p, [unit.number for unit in self.of_base]):
+                yield
         finally:
             # another script may have put in something else
             untouched = [place for place in without if self.p.script_args[place] is without[place]]
@@ -147,6 +151,25 @@ def _enabled(p: StableDiffusionProcessing, script: Any) -> Iterator[Unit]:
             # what its file says is asked here, where a problem is kept
             _ = unit.family
             yield unit
+
+
+@contextmanager
+def _not_switched_on(p: StableDiffusionProcessing, numbers: Sequence[int]) -> Iterator[None]:
+    """While open, the X/Y/Z plot's axis "[ControlNet] Enabled" leaves these units off; it goes by number, of one value
+    for the first unit alone."""
+    given = getattr(p, ENABLED, None)
+    if given is None:
+        yield
+        return
+    values = list(given) if isinstance(given, list) else [given]
+    values += [None] * (max(numbers, default=-1) + 1 - len(values))
+    ours = [False if number in numbers else value for number, value in enumerate(values)]
+    setattr(p, ENABLED, ours)
+    try:
+        yield
+    finally:
+        if getattr(p, ENABLED, None) is ours:
+            setattr(p, ENABLED, given)
 
 
 def _replace_arguments(p: StableDiffusionProcessing, arguments: Mapping[int, Any]) -> None:
