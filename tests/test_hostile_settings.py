@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from lib_xadapter.errors import WrongArgument
 from lib_xadapter.infotext import VERSION_KEY, key_of, read_infotext, write_infotext, written_names
-from lib_xadapter.settings import Settings, arguments, defaults, json_schema, read_settings
+from lib_xadapter.settings import Settings, arguments, json_schema, read_settings
+from tests.drawn_settings import SENT
 from tests.pasted_infotext import pasted
 
 LONGEST_SENTENCE = 1000
@@ -27,34 +28,6 @@ VALUES = strategies.recursive(
 )
 
 
-def of_schema(schema: dict) -> strategies.SearchStrategy:
-    """Everything that a schema of the kinds that `json_schema` is made of allows."""
-    if "const" in schema:
-        return strategies.just(schema["const"])
-    if "enum" in schema:
-        return strategies.sampled_from(schema["enum"])
-    if "anyOf" in schema:
-        rest = {key: value for key, value in schema.items() if key != "anyOf"}
-        return strategies.one_of([of_schema({**rest, **one}) for one in schema["anyOf"]])
-    least, most, step = schema.get("minimum"), schema.get("maximum"), schema.get("multipleOf")
-    return {
-        "object": lambda: strategies.fixed_dictionaries(
-            {}, optional={name: of_schema(one) for name, one in schema["properties"].items()}
-        ),
-        "array": lambda: strategies.lists(
-            of_schema(schema["items"]), min_size=schema["minItems"], max_size=schema["maxItems"]
-        ),
-        "boolean": strategies.booleans,
-        "string": lambda: strategies.text(strategies.characters(exclude_categories=["Cs"], exclude_characters="\0")),
-        "number": lambda: strategies.floats(least, most, allow_nan=False, allow_infinity=False),
-        "integer": lambda: (
-            strategies.integers(least, most)
-            if step is None
-            else strategies.integers(least // step, most // step).map(lambda number: number * step)
-        ),
-    }[schema["type"]]()
-
-
 def deep(levels: int) -> list:
     value: list = []
     for _ in range(levels):
@@ -62,16 +35,8 @@ def deep(levels: int) -> list:
     return value
 
 
-def agrees(given: dict) -> bool:
-    """Arguments that no schema can compare with each other."""
-    whole = {**defaults(), **given}
-    return whole["guidance_start"] <= whole["guidance_end"] and not (
-        whole["single_stage"] and whole["base_start"] != "noise"
-    )
-
-
 @MANY
-@given(of_schema(json_schema()).filter(agrees))
+@given(SENT)
 def test_what_the_schema_allows_is_taken_and_written_and_read_as_it_is(sent):
     asked = read_settings(sent)
     jsonschema.validate(sent, json_schema())

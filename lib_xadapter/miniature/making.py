@@ -176,7 +176,8 @@ def _bank(work: Work, world: str) -> Bank:
 
 def _model(work: Work, stage: Stage) -> int:
     unet = architectures.upgraded_unet() if stage.name == "upgraded" else architectures.base_unet()
-    text = work.load(f"{stage.name}-text", _text_of(stage.name)).requires_grad_(True)
+    # learned along with its UNet, the base's text encoder forgot places before the UNet had any use for them
+    text = work.load(f"{stage.name}-text", _text_of(stage.name)).requires_grad_(stage.name == "upgraded")
     denoiser, bank = Denoiser(unet, text), _bank(work, stage.name)
     steps = work.learn(stage, denoiser.parts(), lambda batch: denoising_loss(denoiser, bank, batch))
     work.keep(stage.name, denoiser.parts().state_dict())

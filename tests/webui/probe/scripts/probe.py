@@ -14,6 +14,7 @@ An extension for tests only. While it neither records nor holds an armed fault, 
     POST /probe/disarm  take an armed fault back; tells whether one was still armed
     POST /probe/pretend {"what": one of `pretences`, null for nothing any more}
     GET  /probe/axes    of the X/Y/Z plot, in its order
+    POST /probe/parsed  what the WebUI reads from the infotext of {"written": parameters, "prompt": text}
     GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
@@ -38,6 +39,7 @@ import torch
 from modules import (
     devices,
     extensions,
+    infotext_utils,
     script_callbacks,
     scripts,
     sd_models,
@@ -367,6 +369,23 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
     app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
     app.get("/probe/imported")(imported)
+    app.post("/probe/parsed")(parsed)
+
+
+@dataclass
+class Infotext:
+    """A prompt and the parameters under it."""
+
+    written: dict[str, str]
+    prompt: str = ""
+
+
+def parsed(given: Infotext) -> dict[str, Any]:
+    """What the WebUI reads from the infotext that it writes for these parameters, as `processing.create_infotext`."""
+    lines = [
+        f"{name}: {infotext_utils.quote(value)}" for name, value in {"Steps": 20, "Seed": 7, **given.written}.items()
+    ]
+    return infotext_utils.parse_generation_parameters(f"{given.prompt}\n{', '.join(lines)}")
 
 
 def imported() -> list[str]:
