@@ -1,4 +1,4 @@
-"""A small classifier that finds a caption's facts in pictures of either world; its features make Fréchet distances.
+"""A small classifier that finds a caption's facts in pictures of either world.
 
 It answers for each cell of the 3 x 3 grid what stands there, and for the background. The same questions are put to the
 text encoders before their UNet comes, so that a caption's words are bound to each other from its first step on.
@@ -6,7 +6,6 @@ text encoders before their UNet comes, so that a caption's words are bound to ea
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .architectures import TEXT_WIDTH, BaseText, Prompt, UpgradedText
-from .captions import Facts, ObjectFacts, caption_of, facts_of
+from .captions import Facts, caption_of, facts_of
 from .drawing import base_picture, upgraded_picture
 from .learning import Drawn, Loss
 from .scenes import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, scene_of
@@ -28,9 +27,16 @@ UNASKED = -100
 RANKS = 3
 SEEN = 64
 """Pixels that the classifier sees pictures at."""
-WIDTH, HIDDEN = 24, 48
+WIDTH, HIDDEN = 32, 64
+WINDOW = 8
+"""Side of what is looked at around a cell, of 16 in all: the cells lie 4 apart."""
+GROUND_LOOKS = 4
 
 CELL_QUESTIONS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), "rank": RANKS}
+SEEN_QUESTIONS = {name: size for name, size in CELL_QUESTIONS.items() if name != "rank"}
+"""What a picture tells; which object is in front it does not, unless they overlap."""
+UNORDERED = ("stripes", "checks")
+"""Patterns whose two colours a picture does not tell apart: the first is that of the lower number."""
 GROUND_QUESTIONS = {"pattern": len(PATTERNS), "first": len(GROUNDS), "second": len(GROUNDS)}
 Answers = dict[str, Tensor]
 """Question → (rows, 9) of cells or (rows,) of the background; as logits with one more axis, the second."""
@@ -47,12 +53,17 @@ def answers_of(facts: list[Facts]) -> Answers:
             cells["colour"][row, cell] = COLOURS.index(one.colour)
             cells["size"][row, cell] = SIZES.index(one.size)
             cells["rank"][row, cell] = rank
-    grounds = [[*(GROUNDS.index(one) for one in told.grounds), UNASKED][:2] for told in facts]
+    grounds = [[*_colours_of_ground(told), UNASKED][:2] for told in facts]
     return cells | {
         "pattern": torch.tensor([PATTERNS.index(told.pattern) for told in facts]),
         "first": torch.tensor([first for first, _ in grounds]),
         "second": torch.tensor([second for _, second in grounds]),
     }
+
+
+def _colours_of_ground(told: Facts) -> list[int]:
+    numbers = [GROUNDS.index(one) for one in told.grounds]
+    return sorted(numbers) if told.pattern in UNORDERED else numbers
 
 
 def answer_loss(said: Answers, true: Answers) -> Tensor:
@@ -62,39 +73,31 @@ def answer_loss(said: Answers, true: Answers) -> Tensor:
 
 
 class Judge(nn.Module):
-    """Pictures (rows, 3, h, w), -1 to 1, of any size → answers as logits."""
+    """Pictures (rows, 3, h, w), -1 to 1, of any size → answers as logits; which object is in front is not asked.
+
+    One look at each cell: a window of half the picture's side around it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, WIDTH // 2, WIDTH, WIDTH, 2 * WIDTH)
         self.body = nn.Sequential(
-            *(_halving(inner, outer) for inner, outer in itertools.pairwise(widths)),
-            nn.Conv2d(2 * WIDTH, 2 * WIDTH, 3, padding=1),
-            nn.SiLU(),
+            _layer(3, WIDTH // 2, 1), _layer(WIDTH // 2, WIDTH, 2), _layer(WIDTH, WIDTH, 2), _layer(WIDTH, WIDTH, 1)
         )
-        inner = 2 * WIDTH * 16
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(inner, HIDDEN), nn.SiLU())
-        cells = {name: nn.Linear(HIDDEN, len(PLACES) * size) for name, size in CELL_QUESTIONS.items()}
-        grounds = {name: nn.Linear(HIDDEN, size) for name, size in GROUND_QUESTIONS.items()}
-        self.heads = nn.ModuleDict(cells | grounds)
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """(rows, 48), for Fréchet distances."""
-        seen = functional.interpolate(pictures, (SEEN, SEEN), mode="area")
-        return self.hidden(self.body(seen))
+        self.looks = nn.Sequential(nn.Conv2d(WIDTH, HIDDEN, WINDOW, stride=WINDOW // 2), nn.SiLU())
+        self.cells = nn.ModuleDict({name: nn.Conv2d(HIDDEN, size, 1) for name, size in SEEN_QUESTIONS.items()})
+        self.ground = nn.Sequential(nn.Linear(GROUND_LOOKS**2 * WIDTH, HIDDEN), nn.SiLU())
+        self.grounds = nn.ModuleDict({name: nn.Linear(HIDDEN, size) for name, size in GROUND_QUESTIONS.items()})
 
     def forward(self, pictures: Tensor) -> Answers:
-        features = self.features(pictures)
-        return {
-            name: head(features).unflatten(1, (-1, len(PLACES))) if name in CELL_QUESTIONS else head(features)
-            for name, head in self.heads.items()
-        }
+        body = self.body(functional.interpolate(pictures, (SEEN, SEEN), mode="area"))
+        looks = self.looks(body)
+        ground = self.ground(functional.adaptive_max_pool2d(body, GROUND_LOOKS).flatten(1))
+        said = {name: head(looks).flatten(2) for name, head in self.cells.items()}
+        return said | {name: head(ground) for name, head in self.grounds.items()}
 
 
-def _halving(inner: int, outer: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inner, outer, 3, padding=1), nn.GroupNorm(4, outer), nn.SiLU(), nn.Conv2d(outer, outer, 4, 2, 1)
-    )
+def _layer(inner: int, outer: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inner, outer, 3, stride, 1), nn.GroupNorm(4, outer), nn.SiLU())
 
 
 def judge_loss(judge: Judge, batch: int) -> Loss:
@@ -131,39 +134,14 @@ class Found:
 
 @torch.no_grad()
 def find_facts(judge: Judge, pictures: Tensor, facts: list[Facts]) -> list[Found]:
-    """What of each caption its picture shows: objects at their places, their colours, sizes, order, background."""
+    """What of each caption its picture shows: objects at their places, their colours, sizes, the background."""
     said, true = judge(pictures), answers_of(facts)
     right = {name: said[name].argmax(1) == true[name] for name in said}
     # an empty cell is no fact of the caption
     asked = {name: (true[name] != UNASKED) & ((name != "shape") | (true[name] != NOTHING)) for name in said}
-    # with one object there is no order
-    asked["rank"] &= torch.tensor([len(told.objects) > 1 for told in facts])[:, None]
     shown = sum((right[name] & asked[name]).reshape(len(facts), -1).sum(1) for name in said)
     of = sum(asked[name].reshape(len(facts), -1).sum(1) for name in said)
     return [Found(int(one), int(all_)) for one, all_ in zip(shown, of, strict=True)]
-
-
-@torch.no_grad()
-def seen_facts(judge: Judge, pictures: Tensor) -> list[str]:
-    """A caption of what the classifier sees in each picture."""
-    best = {name: logits.argmax(1) for name, logits in judge(pictures).items()}
-    captions = []
-    for row in range(len(pictures)):
-        cells = [cell for cell in range(len(PLACES)) if best["shape"][row, cell] != NOTHING]
-        cells.sort(key=lambda cell: int(best["rank"][row, cell]))
-        objects = tuple(
-            ObjectFacts(
-                SIZES[best["size"][row, cell]],
-                COLOURS[best["colour"][row, cell]],
-                SHAPES[best["shape"][row, cell]],
-                PLACES[cell],
-            )
-            for cell in cells
-        )
-        pattern = PATTERNS[best["pattern"][row]]
-        grounds = tuple(GROUNDS[best[name][row]] for name in ("first", "second"))
-        captions.append(caption_of(Facts(objects, pattern, grounds[: 1 if pattern == "plain" else 2])))
-    return captions
 
 
 class Reader(nn.Module):

@@ -47,7 +47,7 @@ STAGES: Mapping[str, Stage] = {
         Stage("adapter", "mapping layers, by train", 40, ("base", "upgraded"), 1800, 16, 1e-3),
         Stage("edges", "ControlNet of the base for edges", 40, ("base",), 3000, 16, 2e-3),
         Stage("depth", "ControlNet of the base for depth", 22, ("base",), 1500, 16, 2e-3),
-        Stage("judge", "classifier of a caption's facts", 16, steps=1500),
+        Stage("judge", "classifier of a caption's facts", 16, steps=2500),
         Stage("clip", "CLIP, to measure by", 20, steps=1000, batch=64),
         Stage("depth-estimator", "depth estimator, to measure by", 12, steps=700),
         Stage("sketch", "T2I-Adapter of the base for edges", 10, ("base",), 1000, 16, 2e-3),
