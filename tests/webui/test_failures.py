@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tests.pictures import grey_levels_apart
 
-from .asking import TITLE, arguments, plain, with_xadapter
+from .asking import BASE, TITLE, UPGRADED, arguments, plain, with_xadapter
 from .conftest import PLAIN, same_bytes
 from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
 
@@ -209,6 +209,27 @@ class TestStopping:
         with webui.fault(where, after, how):
             answer = with_xadapter(webui)
         assert answer.image.size == (PLAIN["width"], PLAIN["height"])
+
+    @pytest.mark.parametrize("memory", ["lockstep", "recorded"])
+    @pytest.mark.parametrize("how", ["interrupt", "skip", "stop"])
+    def test_at_every_step_of_every_stage(self, webui, how, memory):
+        """To stop is what the button does where the user's settings let the picture at work be finished."""
+        small = {"width": 128, "height": 128, "steps": 3}
+        given = {"memory": memory}
+        usual = with_xadapter(webui, given, **small, seed=41).image
+        with webui.recorded() as calls:
+            with_xadapter(webui, given, **small, seed=42)
+        models = [call["model"] for call in calls]
+        for place, (where, model) in enumerate((("base_unet", BASE), ("upgraded_unet", UPGRADED))):
+            for after in range(models.count(model)):
+                with webui.fault(where, after, how):
+                    # seeds of its own, so that nothing is found that an earlier job recorded
+                    answer = with_xadapter(
+                        webui, given, **small, seed=100 * place + after, n_iter=2, do_not_save_grid=True
+                    )
+                assert [image.size for image in answer.images] == [(128, 128)] * (2 if how == "skip" else 1)
+                assert webui.state()["hooks"] == []
+                assert same_bytes(with_xadapter(webui, given, **small, seed=41).image, usual)
 
     def test_a_skipped_picture_is_followed_by_the_next_one(self, webui):
         alone = with_xadapter(webui, seed=PLAIN["seed"] + 1).image

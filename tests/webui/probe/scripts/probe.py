@@ -100,6 +100,7 @@ ERRORS = {
     "OutOfMemoryError": raise_out_of_memory,
     "interrupt": shared.state.interrupt,
     "skip": shared.state.skip,
+    "stop": shared.state.stop_generating,
 }
 
 
