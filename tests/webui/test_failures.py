@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
+import socket
 import struct
 
 import numpy
@@ -14,7 +18,7 @@ from tests.pictures import grey_levels_apart
 
 from .asking import BASE, TITLE, UPGRADED, arguments, plain, with_xadapter
 from .conftest import PLAIN, same_bytes
-from .server import BASE_CHECKPOINT, UPGRADED_CHECKPOINT, WebUIServer
+from .server import BASE_CHECKPOINT, EXTENSION_NAME, UPGRADED_CHECKPOINT, WebUIServer
 
 BAD_REQUEST, SERVER_ERROR = 422, 500
 
@@ -240,3 +244,46 @@ class TestStopping:
     def test_an_interrupted_job_makes_no_further_pictures(self, webui):
         with webui.fault("upgraded_unet", 1, "interrupt"):
             assert len(with_xadapter(webui, n_iter=3).images) == 1
+
+
+class TestConnection:
+    """The client or the server is gone in the middle of a job."""
+
+    def begun(self, server: WebUIServer) -> socket.socket:
+        """The connection of a request whose job is under way."""
+        body = json.dumps({**PLAIN, "steps": 40, **arguments()}).encode()
+        connection = socket.create_connection(("127.0.0.1", server.port))
+        head = ["POST /sdapi/v1/txt2img HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        server.wait_until(lambda: self.step(server) > 2, timeout=120)
+        return connection
+
+    def step(self, server: WebUIServer) -> int:
+        return server.get("/sdapi/v1/progress?skip_current_image=true").content["state"]["sampling_step"]
+
+    def test_a_client_that_hangs_up_leaves_nothing_behind(self, webui):
+        self.begun(webui).close()
+        assert self.step(webui) > 0
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_a_server_that_is_ended_leaves_every_file_whole(self, start_webui, number):
+        with start_webui("ended") as server:
+            with_xadapter(server, steps=2)
+            before = files_of(server)
+            with self.begun(server):
+                os.killpg(server.process.pid, number)
+                server.process.wait()
+            assert files_of(server) == before
+            json.loads((server.data / "config.json").read_text())
+
+
+def files_of(server: WebUIServer) -> dict[str, bytes]:
+    """What each file is, of the settings, the models and the extension."""
+    folders = [server.data / "models", server.data / "embeddings", server.data / "extensions" / EXTENSION_NAME]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    settings = [server.data / "config.json", server.data / "styles.csv"]
+    return {
+        str(path.relative_to(server.data)): hashlib.sha256(path.read_bytes()).digest()
+        for path in [*files, *settings]
+        if "__pycache__" not in path.parts
+    }
