@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -95,6 +96,22 @@ class TestBadRequests:
         assert "select an SDXL checkpoint; tiny15 is none" in message
 
 
+@pytest.fixture
+def file(webui):
+    """Gives a path below the WebUI's models and takes the file away afterwards."""
+    made = []
+
+    def name(*parts: str):
+        made.append(webui.data.joinpath("models", *parts))
+        made[-1].parent.mkdir(parents=True, exist_ok=True)
+        return made[-1]
+
+    yield name
+    for path in made:
+        path.unlink(missing_ok=True)
+    webui.post("/sdapi/v1/refresh-checkpoints")
+
+
 class TestWrongFiles:
     """Status 422, and the file and key that are wrong."""
 
@@ -103,21 +120,6 @@ class TestWrongFiles:
         from safetensors.numpy import load_file
 
         return load_file(models / "models/X-Adapter/tiny.safetensors")
-
-    @pytest.fixture
-    def file(self, webui):
-        """Gives a path below the WebUI's models and takes the file away afterwards."""
-        made = []
-
-        def name(*parts: str):
-            made.append(webui.data.joinpath("models", *parts))
-            made[-1].parent.mkdir(parents=True, exist_ok=True)
-            return made[-1]
-
-        yield name
-        for path in made:
-            path.unlink(missing_ok=True)
-        webui.post("/sdapi/v1/refresh-checkpoints")
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
@@ -165,6 +167,55 @@ class TestWrongFiles:
         header = json.dumps({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
         file("Lora", "rotten.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
         assert "rotten.safetensors" in refused_everywhere(webui, BAD_REQUEST, {}, prompt="a cat <lora:rotten:1>")
+
+
+VANISHING = {
+    "checkpoint": ("Stable-diffusion/tiny15.safetensors", {"base_checkpoint": "vanishing"}, {}),
+    "adapter": ("X-Adapter/tiny.safetensors", {"adapter": "vanishing"}, {}),
+    "LoRA": ("Lora/style15.safetensors", {}, {"prompt": "a cat <lora:vanishing:1>"}),
+}
+"""Kind of file → a file of it, and what a request says that uses its copy."""
+
+
+class TestVanishedFiles:
+    """Files that were there when they were listed."""
+
+    @pytest.fixture(params=VANISHING)
+    def kind(self, request):
+        return VANISHING[request.param]
+
+    @pytest.fixture
+    def listed(self, webui, models, file, kind):
+        """A copy under another name that the WebUI knows."""
+        source = models / "models" / kind[0]
+        path = file(source.parent.name, f"vanishing{source.suffix}")
+        shutil.copy(source, path)
+        if (settings := source.with_suffix(".yaml")).is_file():
+            shutil.copy(settings, file(source.parent.name, "vanishing.yaml"))
+        for route in ("refresh-checkpoints", "refresh-loras"):
+            webui.post(f"/sdapi/v1/{route}")
+        return path
+
+    def told(self, server, kind) -> str:
+        _, given, request = kind
+        answer = server.txt2img(**{**PLAIN, **request}, **arguments(**given))
+        assert answer.status in (BAD_REQUEST, SERVER_ERROR), answer.status
+        return answer.error
+
+    def test_one_that_is_gone_is_named(self, webui, listed, kind):
+        listed.unlink()
+        assert "vanishing" in self.told(webui, kind)
+
+    def test_one_that_is_another_after_it_was_used_is_read_again(self, webui, listed, kind):
+        _, given, request = kind
+        usual = with_xadapter(webui, given, **request, steps=2).image
+        whole = listed.read_bytes()
+        listed.write_bytes(whole[: len(whole) // 2])
+        assert "vanishing" in self.told(webui, kind)
+        listed.write_bytes(whole + b"\0" * 4096)
+        assert "vanishing" in self.told(webui, kind)
+        listed.write_bytes(whole)
+        assert same_bytes(with_xadapter(webui, given, **request, steps=2).image, usual)
 
 
 class TestFaults:
