@@ -50,13 +50,13 @@ STAGES: Mapping[str, Stage] = {
         Stage("judge", "classifier of a caption's facts", 16, steps=2500),
         Stage("clip", "CLIP, to measure by", 20, steps=1000, batch=64),
         Stage("depth-estimator", "depth estimator, to measure by", 12, steps=700),
-        Stage("sketch", "T2I-Adapter of the base for edges", 10, ("base",), 1000, 16, 2e-3),
+        Stage("sketch", "T2I-Adapter of the base for edges", 10, ("base",), 800, 16, 2e-3),
         Stage("palette", "LoRA of the base: a palette", 7, ("base",), 600, 16, 2e-3),
         Stage("lines", "LoCon of the base: line drawings", 7, ("base",), 600, 16, 2e-3),
         Stage("pattern", "LoHa of the base: dotted objects", 7, ("base",), 600, 16, 2e-3),
         Stage("word", "textual inversion of the base: a flower", 5, ("base",), 600, 16, 5e-3),
         Stage(
-            "upgraded-edges", "ControlNet of the upgraded model for edges", 36, ("upgraded", "edges"), 2000, 16, 2e-3
+            "upgraded-edges", "ControlNet of the upgraded model for edges", 36, ("upgraded", "edges"), 1600, 16, 2e-3
         ),
         Stage("upgraded-palette", "LoRA of the upgraded model: the palette", 10, ("upgraded",), 600, 16, 2e-3),
         Stage(
