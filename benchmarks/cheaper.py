@@ -27,8 +27,8 @@ from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import Request, TwoStages
-from lib_xadapter.headless.small_models import make_small_models
 from lib_xadapter.settings import Settings
+from tests.small_models import make_small_models
 
 from .random_adapter import picture_size, type_name, type_named, written_size
 from .random_models import random_models, random_request

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib_xadapter.miniature.drawing import UPGRADED_SIZE, base_picture, upgraded_picture
+from lib_xadapter.miniature.drawing import base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
-from lib_xadapter.miniature.making import write_pictures
-from lib_xadapter.miniature.worlds import HELD_OUT
+from lib_xadapter.miniature.making import write_held_out, write_pictures
 
 PROGRAM = ("-m", "lib_xadapter")
 CAPTIONS = 512
@@ -183,16 +182,6 @@ class Tables:
     def run(self, name: str) -> Path:
         return self.out / "runs" / name
 
-    @property
-    def flat(self) -> Path:
-        """Captions that no model has seen, with pictures of the base world: what control maps are made of."""
-        return self.out / "captions"
-
-    @property
-    def shaded(self) -> Path:
-        """The same in the upgraded world: what Fréchet distances are from."""
-        return self.out / "shaded"
-
     def train(self, name: str) -> None:
         """By `train`, all with the same budget."""
         if self.adapter(name).is_file():
@@ -221,19 +210,17 @@ class Tables:
             self._share(self.run(run.like), self.run(name), OF_THE_BASE)
         if name != FIRST and run.adapter is not None and not run.of_upgraded:
             self._share(self.run(FIRST), self.run(name), OF_THE_UPGRADED)
-        seeds = range(HELD_OUT, HELD_OUT + self.captions)
-        write_pictures(self.flat, seeds, lambda scene: base_picture(scene, UPGRADED_SIZE))
-        write_pictures(self.shaded, seeds, upgraded_picture)
+        flat, shaded = write_held_out(self.out / "captions", self.captions)
         beside = [f"{one.name}={self.run(one.run) / one.file}" for one in run.beside]
         _command(
             *(("-m", "benchmarks.miniature_ideas", run.idea) if run.idea else PROGRAM),
             "evaluate",
-            *("--captions", self.flat, "--limit", self.captions, "--models-dir", self.models.folder),
+            *("--captions", flat, "--limit", self.captions, "--models-dir", self.models.folder),
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
             *("--adapter", "None" if run.adapter is None else self.adapter(run.adapter)),
             *("--width", 128, "--height", 128, "--steps", STEPS, "--cfg", CFG, "--batch", BATCH, "--device", "cpu"),
             *("--clip", self.models.clip, "--depth", self.models.depth_estimator),
-            *("--fid-features", "clip", "--fid-against", self.shaded, "--out", self.run(name)),
+            *("--fid-features", "clip", "--fid-against", shaded, "--out", self.run(name)),
             *run.options,
             *(("--beside", *beside) if beside else ()),
         )

@@ -35,3 +35,11 @@ def adapter_file(tmp_path):
 @pytest.fixture
 def adapter(adapter_file):
     return load_adapter(adapter_file)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Small models with random weights, as files."""
+    from tests.small_models import make_small_models
+
+    return make_small_models(tmp_path_factory.mktemp("small"))

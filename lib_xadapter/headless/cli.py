@@ -86,9 +86,9 @@ def _run(options: argparse.Namespace) -> int:
 
         return miniature(options)
     if options.ui:
-        from .page import open_page
+        from ..demo.page import open_page
 
         return open_page(options)
-    from .demo import run_demo
+    from ..demo.program import run_demo
 
     return run_demo(options)

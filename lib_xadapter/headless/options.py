@@ -122,7 +122,7 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
     parser = Parser("xadapter", description="X-Adapter: SD1.5 plugins on SDXL, without a WebUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="see it work on small models with random weights; fetches nothing"))
+    _add_demo(commands.add_parser("demo", help="see it work on miniature models that come with it"))
     generate = commands.add_parser("generate", help="make pictures with your own models")
     _add_generate(generate)
     generate.set_defaults(**(taken_over or {}))
@@ -141,7 +141,6 @@ def make_parser(taken_over: Mapping[str, Any] | None = None) -> Parser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("xadapter-demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the small models are kept")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--ui", action="store_true", help="a page in the browser instead")
     parser.add_argument("--port", type=int, help="of the page (default: the first free one)")

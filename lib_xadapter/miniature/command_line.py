@@ -25,13 +25,16 @@ def add_miniature(parser: argparse.ArgumentParser) -> None:
         "--share", type=float, default=1.0, help="of all steps and pictures, to try it out; default: %(default)g"
     )
     parser.add_argument(
-        "--webui", type=Path, metavar="DIR", help="lay finished models out for the WebUI whose folder this is"
+        "--webui",
+        type=Path,
+        metavar="DIR",
+        help="lay the models of --out, or those that come with the package, out for the WebUI whose folder this is",
     )
     parser.add_argument(
         "--held-out",
         type=Path,
         metavar="DIR",
-        help="write pictures of the upgraded world that no model has seen, with captions, for evaluate --captions",
+        help="write captions that no model has seen, with pictures of both worlds, for evaluate --captions",
     )
     parser.add_argument("--pictures", type=int, default=512, metavar="N", help="how many of them; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

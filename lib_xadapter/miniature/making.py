@@ -27,7 +27,7 @@ from .scenes import SECRET_SHAPE, Scene, scene_of
 from .stages import HOURS, STAGES, Stage
 from .styles import styled_picture
 from .vocabulary import numbers, write_tokenizer
-from .worlds import Picture, caption
+from .worlds import HELD_OUT, Picture, caption
 
 WEIGHTS = "weights.safetensors"
 STYLED_PICTURES = 2048
@@ -330,6 +330,20 @@ def write_pictures(folder: Path, seeds: range, draw: Callable[[Scene], Picture])
         if not path.is_file():
             (folder / f"{seed}.txt").write_text(caption(seed), encoding="utf-8")
             write_whole(path, lambda to, seed=seed: Image.fromarray(draw(scene_of(seed))).save(to))
+
+
+def write_held_out(folder: Path, count: int) -> tuple[Path, Path]:
+    """Captions that no model has seen, with pictures of both worlds at the upgraded size.
+
+    Control maps are made of the base world's, whose edges are those of the scene alone.
+
+    Returns:
+        The folder of the base world, and that of the upgraded one.
+    """
+    base, upgraded, seeds = folder / "base", folder / "upgraded", range(HELD_OUT, HELD_OUT + count)
+    write_pictures(base, seeds, lambda scene: base_picture(scene, SIZE["upgraded"]))
+    write_pictures(upgraded, seeds, upgraded_picture)
+    return base, upgraded
 
 
 def _write_models(work: Work) -> None:

@@ -20,10 +20,9 @@ from ..errors import WrongArgument
 from ..headless.asked import check_folder
 from ..headless.options import say
 from ..headless.saving import write_whole
-from .drawing import upgraded_picture
-from .making import StageFailed, Work, make, write_pictures
+from .finished import FOLDER
+from .making import StageFailed, Work, make, write_held_out
 from .stages import HOURS, STAGES, Stage
-from .worlds import HELD_OUT
 
 DONE = "done.json"
 MADE = "made.json"
@@ -42,12 +41,12 @@ def miniature(options: argparse.Namespace) -> int:
         # what comes before needs none of it
         from .webui_files import write_for_webui
 
-        write_for_webui(work.models, options.webui)
+        write_for_webui(work.models if work.models.is_dir() else FOLDER, options.webui)
         say(f"The miniature models are below {options.webui}.")
         return 0
     if options.held_out is not None:
-        write_pictures(options.held_out, range(HELD_OUT, HELD_OUT + options.pictures), upgraded_picture)
-        say(f"{options.pictures} pictures with captions are in {options.held_out}.")
+        base, upgraded = write_held_out(options.held_out, options.pictures)
+        say(f"{options.pictures} captions with pictures of both worlds are in {base} and {upgraded}.")
         return 0
     if options.list:
         for stage in STAGES.values():

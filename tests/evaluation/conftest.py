@@ -15,21 +15,13 @@ for package in ("diffusers", "torch_fidelity", "skimage", "cv2"):
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """The demo's small models, as files."""
-    from lib_xadapter.headless.small_models import make_small_models
-
-    return make_small_models(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="session")
 def own_controlnet(small, tmp_path_factory) -> Path:
     """A ControlNet of SDXL itself."""
     import safetensors.torch
     import torch
     from diffusers import ControlNetModel
 
-    from lib_xadapter.headless.small_models import seeded, upgraded_unet
+    from tests.small_models import seeded, upgraded_unet
 
     net = seeded(ControlNetModel.from_unet(upgraded_unet()), "upgraded.controlnet", gain=1.2)
     path = tmp_path_factory.mktemp("own") / "own-edges.safetensors"
@@ -41,8 +33,8 @@ def own_controlnet(small, tmp_path_factory) -> Path:
 def clip_folder(small, tmp_path_factory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from lib_xadapter.headless.small_models import seeded, text_config
     from lib_xadapter.headless.tokenizers import load_tokenizer
+    from tests.small_models import seeded, text_config
 
     folder = tmp_path_factory.mktemp("clip")
     narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -61,7 +53,7 @@ def clip_folder(small, tmp_path_factory) -> Path:
 def depth_folder(tmp_path_factory) -> Path:
     from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
-    from lib_xadapter.headless.small_models import seeded
+    from tests.small_models import seeded
 
     folder = tmp_path_factory.mktemp("depth")
     told = DPTConfig(

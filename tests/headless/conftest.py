@@ -11,14 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """The demo's small models, as files."""
-    from lib_xadapter.headless.small_models import make_small_models
-
-    return make_small_models(tmp_path_factory.mktemp("small"))
-
-
 @pytest.fixture(scope="module")
 def one_thread():
     """Two ways to the same sums come to the same bytes: several threads share them out as they find time."""
@@ -45,7 +37,7 @@ def pipe(small):
 @pytest.fixture(scope="module")
 def picture():
     """Something to paint over."""
-    from lib_xadapter.headless.demo import control_map
+    from tests.pictures import control_map
 
     return control_map(128)
 
@@ -69,7 +61,7 @@ def generate(small, tmp_path):
 @pytest.fixture
 def control_image(tmp_path):
     """A map for the ControlNet, of another size than the base's picture."""
-    from lib_xadapter.headless.demo import control_map
+    from tests.pictures import control_map
 
     path = tmp_path / "edge.png"
     control_map(96).save(path)

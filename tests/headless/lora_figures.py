@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lib_xadapter.headless.lora_names import Lora
-from lib_xadapter.headless.small_models import SmallModels, make_small_models
 from tests import lora_formats
 from tests.headless.small_sd2 import saved, sd2_weights
 from tests.lora_formats import Format, Layer, Model, Shapes, file_of, kohya, kohya_text
+from tests.small_models import SmallModels, make_small_models
 from tests.webui.server import Installation
 from tests.webui.small_loras import filled
 

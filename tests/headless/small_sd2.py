@@ -1,4 +1,4 @@
-"""A small SD2 checkpoint with seeded random weights, beside those of `lib_xadapter.headless.small_models`."""
+"""A small SD2 checkpoint with seeded random weights, beside those of `tests.small_models`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
-from lib_xadapter.headless import small_models
 from lib_xadapter.headless.compvis_layout import SD2_TEXT_PREFIX, VAE_PREFIX, open_clip_origin, write_compvis
+from tests import small_models
 
 
 def sd2_unet() -> UNet2DConditionModel:

@@ -13,8 +13,7 @@ from PIL import Image
 
 from lib_xadapter import load_adapter
 from lib_xadapter.errors import DoesNotFit, WrongFile
-from lib_xadapter.headless import load_lora, small_models
-from lib_xadapter.headless.demo import control_map
+from lib_xadapter.headless import load_lora
 from lib_xadapter.headless.inpainting import inpainting_channels
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
@@ -23,7 +22,9 @@ from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pictures import Painted, to_tensor
 from lib_xadapter.headless.pipeline import DIFFUSERS_RULES, TwoStages
 from lib_xadapter.settings import Settings
+from tests import small_models
 from tests.headless.small_sd2 import saved, sd2_text_encoder, sd2_unet, sd2_weights
+from tests.pictures import control_map
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 LAST_BIAS = "model.diffusion_model.out.2.bias"

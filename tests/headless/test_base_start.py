@@ -10,7 +10,6 @@ import torch
 from diffusers import StableDiffusionControlNetImg2ImgPipeline
 from PIL import Image
 
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
@@ -18,6 +17,7 @@ from lib_xadapter.headless.models import Models, with_controlnets
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
 from lib_xadapter.headless.sampler_table import RELEASED_SPACING, sampler_named
 from lib_xadapter.settings import CONTROL_IMAGE, Settings
+from tests.pictures import control_map
 
 SEED = 5
 MAP = control_map(96)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lib_xadapter.headless import XAdapterPipeline
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.model_files import load_controlnet
-from lib_xadapter.headless.small_models import BASE_CHANNELS, TEXT_WIDTH
-from lib_xadapter.headless.small_models import seeded as with_seeded_weights
 from tests.headless.test_composed import Hooks, differs, latents, seeded
+from tests.pictures import control_map
+from tests.small_models import BASE_CHANNELS, TEXT_WIDTH
+from tests.small_models import seeded as with_seeded_weights
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 IMAGE_WIDTH = 16

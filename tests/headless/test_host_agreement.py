@@ -7,13 +7,13 @@ import safetensors.torch
 import torch
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless import small_models
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
 from lib_xadapter.headless.pipeline import RELEASED_RULES, TwoStages
 from lib_xadapter.settings import Settings
+from tests import small_models
 
 pytest.importorskip("ldm", reason="needs the ldm classes (stable-diffusion-sdkit, einops, omegaconf)")
 

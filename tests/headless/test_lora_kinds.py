@@ -19,9 +19,9 @@ from lib_xadapter.headless.compvis_layout import (
 )
 from lib_xadapter.headless.loras import merge_lora
 from lib_xadapter.headless.model_files import load_base, load_upgraded
-from lib_xadapter.headless.small_models import unet_tensors
 from tests.headless.lora_figures import GOLDEN, Case, cases, of_the_webui, sampled
 from tests.headless.small_sd2 import saved, sd2_weights
+from tests.small_models import unet_tensors
 from tests.webui.server import Installation
 
 CASES = cases()

@@ -10,10 +10,10 @@ import torch
 from diffusers import ControlNetModel
 
 from lib_xadapter.errors import DoesNotFit, WrongFile
-from lib_xadapter.headless import small_models
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.named_files import find_file
 from lib_xadapter.headless.tokenizers import SHIPPED_TABLES, load_tokenizer
+from tests import small_models
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from PIL import Image
 from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
 from lib_xadapter.headless.models import noise_schedule_of
-from lib_xadapter.headless.small_models import seeded as with_seeded_weights
 from tests.headless.test_composed import SIZE, differs, latents, seeded
+from tests.small_models import seeded as with_seeded_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

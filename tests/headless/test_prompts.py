@@ -10,7 +10,6 @@ import torch
 
 from lib_xadapter import load_adapter
 from lib_xadapter.errors import WrongArgument
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
@@ -28,6 +27,7 @@ from lib_xadapter.headless.prompts import (
     told_to_upgraded,
 )
 from lib_xadapter.settings import Settings
+from tests.pictures import control_map
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless.model_files import load_base, load_upgraded
-from lib_xadapter.headless.small_models import make_small_models, seeded, small_vae, text_config
 from lib_xadapter.training.batches import Batches, Crop
 from lib_xadapter.training.encoding import Control, Encoder
 from lib_xadapter.training.latent_cache import LatentCache
 from lib_xadapter.training.pictures import BasePictures, PictureOptions, open_pictures
+from tests.small_models import make_small_models, seeded, small_vae, text_config
 
 SIZE = 64
 CAPTIONS = ("a cat (grey:1.5)", "x" * 200, "a house by the sea", "a [red] tree")

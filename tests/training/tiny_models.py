@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib_xadapter.headless.model_configs import NOISE
-from lib_xadapter.headless.small_models import LETTERS
 from tests.seeded import fill
+from tests.small_models import LETTERS
 
 from .tiny_pair import BASE_WIDTH, POOLED, tiny_base, tiny_upgraded
 

@@ -28,7 +28,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.grid import save_picture
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import make_pictures, request_of
@@ -40,6 +39,7 @@ from lib_xadapter.headless.pictures import Painted
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.sampler_table import sampler_named
 from lib_xadapter.settings import Settings
+from tests.pictures import control_map
 
 TOLERANCE = 1e-3
 JOB = Job(

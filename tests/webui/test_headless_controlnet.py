@@ -17,9 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
-from lib_xadapter.headless.demo import control_map
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
 from lib_xadapter.headless.models import Models, with_controlnets
+from tests.pictures import control_map
 
 from .test_headless_agreement import JOB, TOLERANCE, check, headless, in_the_webui, relative_error
 

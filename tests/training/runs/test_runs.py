@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lib_xadapter.headless.cli import main
 from lib_xadapter.headless.inspection import describe
-from lib_xadapter.headless.small_models import make_small_models
 from lib_xadapter.mapping import BlockLayout, MappingLayers, load_adapter, save_adapter
 from lib_xadapter.training import engine
 from lib_xadapter.training.checkpoints import Checkpoint, Checkpoints, read_checkpoint
@@ -28,6 +27,7 @@ from lib_xadapter.training.engine import Training
 from lib_xadapter.training.recipe import Recipe
 from lib_xadapter.training.state import TrainedState
 from tests.seeded import fill
+from tests.small_models import make_small_models
 from tests.training.tiny_models import save_pictures
 
 

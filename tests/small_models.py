@@ -1,4 +1,4 @@
-"""Small models with seeded random weights, written as the files a user has: to see the pipeline work without any.
+"""Small models with seeded random weights, written as the files a user has.
 
 SDXL and SD1.5 at a tenth of their width, an SD1.5 LoRA, an SD1.5 ControlNet and an adapter, in the layouts that the
 WebUI reads, and a vocabulary of single letters.
@@ -19,8 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..mapping import MappingLayers, layout_for
-from .compvis_layout import (
+from lib_xadapter.headless.compvis_layout import (
     BASE_TEXT_PREFIX,
     CONTROLNET_PREFIX,
     FIRST_TEXT_PREFIX,
@@ -33,13 +32,11 @@ from .compvis_layout import (
     weights_of,
     write_compvis,
 )
-from .model_configs import SIZE_EMBEDDING
-from .model_files import unet_table_of
-from .saving import write_whole
-from .tokenizers import vocabulary_of
-
-VERSION = 1
-"""Goes up whenever other files are made, so that a cache of older ones is not taken for these."""
+from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
+from lib_xadapter.headless.model_files import unet_table_of
+from lib_xadapter.headless.saving import write_whole
+from lib_xadapter.headless.tokenizers import vocabulary_of
+from lib_xadapter.mapping import MappingLayers, layout_for
 
 TEXT_WIDTH = 64
 BASE_CHANNELS = (32, 64, 128, 128)
@@ -75,7 +72,7 @@ class SmallModels:
 
 def make_small_models(folder: Path) -> SmallModels:
     """The models in a folder, made where they are not there yet."""
-    models = SmallModels.below(folder / f"v{VERSION}")
+    models = SmallModels.below(folder)
     makers: Mapping[Path, Callable[[], dict[str, Tensor]]] = {
         models.upgraded: _upgraded_checkpoint,
         models.base: _base_checkpoint,

@@ -1,4 +1,4 @@
-"""`demo --ui`: the demo on a page in the browser, on this machine alone, with the small models or one's own."""
+"""`demo --ui`: the demo on a page in the browser, on this machine alone, with the miniature models or one's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ from PIL import Image
 
 from ..errors import WrongArgument, XAdapterError
 from ..file_names import MODEL_SUFFIXES
+from ..headless.asked import MOST_CONTROL, Files, check_folder
+from ..headless.generate import choose_placement
+from ..headless.grid import save_picture
+from ..headless.job import LARGEST_CFG, LARGEST_SEED
+from ..headless.lora_names import Lora
+from ..headless.named_files import FOLDERS, find_file
+from ..headless.options import say
+from ..miniature.finished import MiniatureModels
 from ..settings import Settings, arguments
-from .asked import MOST_CONTROL, Files, check_folder
-from .demo import (
+from .cells import (
+    CFG_SCALE,
     NOTICE,
-    PROMPT,
     ROWS,
     SIZE,
     STEPS,
@@ -26,17 +34,8 @@ from .demo import (
     DemoModels,
     DemoRequest,
     cells_grid,
-    control_map,
-    default_cache,
     make_cells,
 )
-from .generate import choose_placement
-from .grid import save_picture
-from .job import LARGEST_SEED
-from .lora_names import Lora
-from .named_files import FOLDERS, find_file
-from .options import say
-from .small_models import SmallModels, make_small_models
 
 try:
     import gradio
@@ -62,8 +61,7 @@ def open_page(options: argparse.Namespace) -> int:
     if options.models_dir is not None and not options.models_dir.is_dir():
         raise WrongArgument(f"--models-dir: there is no folder {options.models_dir}.")
     check_folder(options.out)
-    small = make_small_models(options.cache or default_cache())
-    page = make_page(small, options)
+    page = make_page(DemoModels.of_miniature(MiniatureModels()), options)
     try:
         _, address, _ = page.launch(
             server_name="127.0.0.1", server_port=options.port, prevent_thread_lock=True, quiet=True, share=False
@@ -98,14 +96,14 @@ class Stops:
         del self._wanted[request.session_hash]
 
 
-def make_page(small: SmallModels, options: argparse.Namespace) -> gradio.Blocks:
+def make_page(own: DemoModels, options: argparse.Namespace) -> gradio.Blocks:
     """The controls on the left, the grid on the right."""
     stops = Stops()
     with gradio.Blocks(title="X-Adapter demo") as page:
-        gradio.Markdown(f"# X-Adapter: SD1.5 plugins on SDXL\nThe page starts with small models. {NOTICE}")
+        gradio.Markdown(f"# X-Adapter: SD1.5 plugins on SDXL\n{NOTICE}")
         with gradio.Row():
             with gradio.Column(scale=1):
-                controls = _controls(small, options)
+                controls = _controls(own, options)
                 with gradio.Row():
                     generate_button = gradio.Button("Generate", variant="primary", elem_id="generate")
                     stop_button = gradio.Button("Stop", variant="stop", elem_id="stop")
@@ -119,7 +117,7 @@ def make_page(small: SmallModels, options: argparse.Namespace) -> gradio.Blocks:
             stop.clear()
             chosen = dict(zip(names, values, strict=True))
             with _errors_on_the_page():
-                models = read_models(chosen, small, options)
+                models = read_models(chosen, own, options)
                 yield from _pictures(models, read_request(chosen), stop, options.out / "grid.png")
 
         def stop(request: gradio.Request) -> None:
@@ -131,13 +129,13 @@ def make_page(small: SmallModels, options: argparse.Namespace) -> gradio.Blocks:
     return page
 
 
-def _controls(small: SmallModels, options: argparse.Namespace) -> dict[str, Any]:
+def _controls(own: DemoModels, options: argparse.Namespace) -> dict[str, Any]:
     """By name, in their order on the page."""
     table = arguments()
     switch_point, weight, base_prompt = (table[name] for name in ("switch_point", "weight", "base_prompt"))
-    names = [row.name for row in ROWS]
+    names, files = [row.name for row in ROWS], own.files
     controls: dict[str, Any] = {
-        "prompt": gradio.Textbox(PROMPT, label="Prompt", elem_id="prompt"),
+        "prompt": gradio.Textbox(DemoRequest().prompt, label="Prompt", elem_id="prompt"),
         "base_prompt": gradio.Textbox("", label=base_prompt.label, info=base_prompt.tooltip),
         "switch_point": gradio.Slider(
             switch_point.minimum,
@@ -157,14 +155,14 @@ def _controls(small: SmallModels, options: argparse.Namespace) -> dict[str, Any]
     }
     with gradio.Accordion("Models", open=False, elem_id="models"):
         gradio.Markdown("Choose a file, or type its path: single files as in the WebUI, or folders of diffusers.")
-        for what, own in ((UPGRADED, small.upgraded), (BASE, small.base), (ADAPTER, small.adapter)):
-            controls[what] = _choice(what, own, options.models_dir)
-        controls[LORA] = _choice(LORA, small.lora, options.models_dir, multiselect=True)
+        for what, path in ((UPGRADED, files.upgraded), (BASE, files.base), (ADAPTER, files.adapter)):
+            controls[what] = _choice(what, path, options.models_dir)
+        controls[LORA] = _choice(LORA, files.loras[0].path, options.models_dir, multiselect=True)
         controls["lora_weight"] = gradio.Slider(*LORA_WEIGHTS, 1.0, step=0.05, label="LoRA weight")
-        controls[CONTROLNET] = _choice(CONTROLNET, small.controlnet, options.models_dir)
+        controls[CONTROLNET] = _choice(CONTROLNET, files.controlnets[0], options.models_dir)
     with gradio.Accordion("Control map", open=True, elem_id="control"):
         controls["control_image"] = gradio.Image(
-            control_map(SIZE // 2),
+            DemoRequest().map,
             label="Control map",
             type="pil",
             sources=["upload", "clipboard"],
@@ -176,13 +174,16 @@ def _controls(small: SmallModels, options: argparse.Namespace) -> dict[str, Any]
         *SIZES, SIZE, step=SIZE_STEP, label="Width and height", info="SDXL's own are 1024.", elem_id="size"
     )
     controls["steps"] = gradio.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps", elem_id="steps")
+    controls["cfg_scale"] = gradio.Slider(
+        1, LARGEST_CFG, CFG_SCALE, step=0.5, label="CFG scale", info="The miniature models like 4, real ones 7."
+    )
     controls["seed"] = gradio.Number(options.seed, precision=0, label="Seed", minimum=0, maximum=LARGEST_SEED)
     return controls
 
 
 def _choice(what: str, own: Path, models_folder: Path | None, multiselect: bool = False) -> gradio.Dropdown:
-    """The small model, those of the WebUI's folder, and whatever is typed."""
-    choices = [(f"{own.stem} (random weights)", str(own)), *((name, name) for name in _names(what, models_folder))]
+    """The miniature model, those of the WebUI's folder, and whatever is typed."""
+    choices = [(own.stem, str(own)), *((name, name) for name in _names(what, models_folder))]
     return gradio.Dropdown(
         choices,
         value=[str(own)] if multiselect else str(own),
@@ -225,11 +226,12 @@ def read_request(chosen: Mapping[str, Any]) -> DemoRequest:
         rows,
         chosen["control_image"],
         float(chosen["control_scale"]),
+        float(chosen["cfg_scale"]),
     )
 
 
-def read_models(chosen: Mapping[str, Any], small: SmallModels, options: argparse.Namespace) -> DemoModels:
-    """The files that are chosen; small ones run where they are quickest, others on the GPU where there is one.
+def read_models(chosen: Mapping[str, Any], own: DemoModels, options: argparse.Namespace) -> DemoModels:
+    """The files that are chosen; miniature ones run where they are quickest, others on the GPU where there is one.
 
     Raises:
         XAdapterError: naming the choice whose file there is not.
@@ -248,8 +250,10 @@ def read_models(chosen: Mapping[str, Any], small: SmallModels, options: argparse
         loras=tuple(Lora(find(name, LORA), float(chosen["lora_weight"])) for name in chosen[LORA] or ()),
         controlnets=(find(chosen[CONTROLNET], CONTROLNET),) if chosen[CONTROLNET] else (),
     )
-    if files.upgraded == small.upgraded:
-        return DemoModels(files, small.tokenizer)
+    if files.upgraded == own.files.upgraded:
+        weight = float(chosen["lora_weight"])
+        native = own.native and replace(own.native, loras=tuple(Lora(lora.path, weight) for lora in own.native.loras))
+        return DemoModels(files, own.tokenizer, native=native)
     return DemoModels(files, options.tokenizer, choose_placement(None, None, low_memory=False))
 
 
@@ -257,7 +261,7 @@ def _pictures(
     models: DemoModels, request: DemoRequest, stop: threading.Event, path: Path
 ) -> Iterator[tuple[Image.Image | None, str]]:
     """The grid so far and a line about it, after every picture."""
-    wanted = len(request.rows) * (len(request.weights) + 1)
+    wanted = len(request.rows) * (len(request.weights) + 1 + (models.native is not None))
     cells: list[Cell] = []
 
     def step(stage: str, done: int, total: int) -> None:

@@ -16,12 +16,22 @@ pytest.importorskip("gradio", reason="demo --ui needs it")
 
 import gradio
 
-from lib_xadapter.headless import page as demo_page
+from lib_xadapter.demo import page as demo_page
+from lib_xadapter.demo.cells import DemoModels
+from lib_xadapter.demo.page import ADAPTER, BASE, CONTROLNET, LORA, UPGRADED, make_page
+from lib_xadapter.headless.asked import Files
+from lib_xadapter.headless.lora_names import Lora
 from lib_xadapter.headless.options import read_options
-from lib_xadapter.headless.page import ADAPTER, BASE, CONTROLNET, LORA, UPGRADED, make_page
 
 LOOK = 300_000
 """Milliseconds for what the page does by itself, on a slow machine."""
+
+
+@pytest.fixture
+def own(small):
+    """Models with random weights in the place of the miniature ones: as quick as can be."""
+    files = Files(small.base, small.upgraded, small.adapter, (Lora(small.lora),), (small.controlnet,))
+    return DemoModels(files, small.tokenizer)
 
 
 @pytest.fixture
@@ -48,14 +58,15 @@ def chosen(small):
         "control_scale": 1.0,
         "size": 128,
         "steps": 1,
+        "cfg_scale": 4.0,
         "seed": 2,
     }
 
 
 @pytest.fixture
-def generate(small, options):
+def generate(own, options):
     """What the page's button does, with what it says."""
-    page = make_page(small, options)
+    page = make_page(own, options)
     function = next(one for one in page.fns.values() if one.fn.__name__ == "generate")
 
     def made(chosen):
@@ -80,12 +91,12 @@ def test_ones_own_files_are_found_by_name_in_the_models_folder(generate, chosen,
     assert grey_levels_apart(again, grid) <= 1
 
 
-def test_the_page_offers_what_lies_in_the_models_folder(small, options):
-    page = make_page(small, options)
+def test_the_page_offers_what_lies_in_the_models_folder(own, options):
+    page = make_page(own, options)
     dropdowns = [block for block in page.blocks.values() if isinstance(block, gradio.Dropdown)]
     choices = {block.label: [name for name, _ in block.choices] for block in dropdowns}
-    assert choices[BASE] == ["small-sd15 (random weights)", "small-sd15.safetensors", "small-sdxl.safetensors"]
-    assert choices[LORA] == ["small-style (random weights)", "small-style.safetensors"]
+    assert choices[BASE] == ["small-sd15", "small-sd15.safetensors", "small-sdxl.safetensors"]
+    assert choices[LORA] == ["small-style", "small-style.safetensors"]
 
 
 def test_ones_own_map_and_its_strength_change_the_controlnets_pictures(generate, chosen):
@@ -123,9 +134,9 @@ def test_what_is_wrong_is_told_in_the_pages_own_words(generate, chosen, changed,
     assert str(caught.value.message).startswith(told)
 
 
-def test_stop_ends_in_the_midst_of_a_picture_and_keeps_those_that_are_finished(small, options, chosen, tmp_path):
+def test_stop_ends_in_the_midst_of_a_picture_and_keeps_those_that_are_finished(own, options, chosen, tmp_path):
     stop = threading.Event()
-    models = demo_page.read_models(chosen, small, options)
+    models = demo_page.read_models(chosen, own, options)
     request = demo_page.read_request(chosen | {"steps": 4})
     lines = []
     for grid, said in demo_page._pictures(models, request, stop, tmp_path / "grid.png"):
@@ -137,10 +148,10 @@ def test_stop_ends_in_the_midst_of_a_picture_and_keeps_those_that_are_finished(s
     assert Image.open(tmp_path / "grid.png").tobytes() == kept.tobytes()
 
 
-def test_stop_before_the_first_picture_keeps_nothing(small, options, chosen, tmp_path):
+def test_stop_before_the_first_picture_keeps_nothing(own, options, chosen, tmp_path):
     stop = threading.Event()
     stop.set()
-    models, request = demo_page.read_models(chosen, small, options), demo_page.read_request(chosen)
+    models, request = demo_page.read_models(chosen, own, options), demo_page.read_request(chosen)
     *_, (grid, said) = demo_page._pictures(models, request, stop, tmp_path / "grid.png")
     assert (grid, said) == (None, "Stopped before the first picture.")
     assert not list(tmp_path.glob("*.png"))
@@ -150,13 +161,13 @@ def test_stop_before_the_first_picture_keeps_nothing(small, options, chosen, tmp
 
 
 @pytest.fixture
-def opened(small, options):
+def opened(own, options):
     """The page in Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None:
         pytest.skip("needs Chromium: install it, or set CHROMIUM to its program")
-    page = make_page(small, options)
+    page = make_page(own, options)
     _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
