@@ -31,7 +31,7 @@ WEIGHTS = (0.0, 0.5, 1.0, 1.5)
 STEPS = 20
 CFG_SCALE = 4.0
 SIZE = 128
-SCENE = HELD_OUT
+SCENE = HELD_OUT + 8
 """Seed of a scene that no model has seen: its caption is the prompt, its edges are the control map."""
 BASELINE = "SDEdit + SDXL"
 BASE_ALONE = "SD1.5 alone"
@@ -80,7 +80,7 @@ class DemoModels:
 
     @classmethod
     def of_miniature(cls, models: MiniatureModels) -> DemoModels:
-        bare = Files(models.base, models.upgraded, models.adapter)
+        bare = Files(models.base, models.upgraded, models.adapter, (), ())
         return cls(
             replace(bare, loras=(Lora(models.lora("palette")),), controlnets=(models.controlnet("edges"),)),
             models.tokenizer,
