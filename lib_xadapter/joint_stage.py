@@ -5,6 +5,7 @@ Source: paper, "Inference strategy"; released code, `pipeline/pipeline_sd_xl_ada
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -90,12 +91,14 @@ class JointEvaluation:
         rows: of the upgraded model's batch, in its order.
         acts: whether residuals are added at all.
         weights: of each level's residual.
+        uncond_weight: share of them that unconds get.
     """
 
     base: MappedBase | None
     rows: tuple[Row, ...]
     acts: bool
     weights: tuple[float, ...]
+    uncond_weight: float = 1.0
 
     def fuse(self, level: int, feature: Tensor, rows: slice) -> Tensor:
         """The upgraded feature of a level with its residuals.
@@ -111,11 +114,27 @@ class JointEvaluation:
         _ = self.base.found
         if not self.acts:
             return feature
-        mapped, mapping = self.base.mapped[level], self.base.mapping
+        mapped = self.base.mapped[level]
         if self.base.overlap is not None:
             self.base.overlap.wait_for(mapped.finished, mapped.rows)
         hidden = _gather(mapped.rows, match_rows(self.rows, self.base.rows)[rows])
-        weight, fusion = self.weights[level], mapping.adapter.fusion
+        runs = self._equal_runs(rows)
+        parts = [self._fuse_run(level, feature[run], hidden[run], weight) for run, weight in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _equal_runs(self, rows: slice) -> list[tuple[slice, float]]:
+        """The parts of a call's rows that get the same share of the weights, with that share."""
+        shares = [1.0 if row.cond is not None else self.uncond_weight for row in self.rows[rows]]
+        runs, first = [], 0
+        for share, equal in itertools.groupby(shares):
+            after = first + len(list(equal))
+            runs.append((slice(first, after), share))
+            first = after
+        return runs
+
+    def _fuse_run(self, level: int, feature: Tensor, hidden: Tensor, share: float) -> Tensor:
+        mapping, weight = self.base.mapping, share * self.weights[level]
+        fusion = mapping.adapter.fusion
         if fusion == "addition" and hidden.shape == feature.shape:
             return mapping.add(level, feature, hidden, weight)
         return FUSIONS[fusion](feature, like(mapping.residual(level, hidden), feature), weight)
@@ -140,6 +159,7 @@ class JointStage:
         weights: of the coarse, middle and fine residuals.
         window: when the base runs and the adapter acts.
         cond_only: map only the base's rows of the prompt, and use them for the negative prompt's rows, too.
+        uncond_weight: share of the weights for the negative prompt's rows.
         overlap: where the base's work runs beside the upgraded model's; None for one after the other.
     """
 
@@ -151,12 +171,14 @@ class JointStage:
         window: GuidanceWindow | None = None,
         cond_only: bool = False,
         overlap: Overlap | None = None,
+        uncond_weight: float = 1.0,
     ) -> None:
         self._source = source
         self._mapping = mapping
         self._weights = tuple(weights[tap.grain] for tap in mapping.adapter.taps)
         self._window = window or GuidanceWindow()
         self._cond_only = cond_only
+        self._uncond_weight = uncond_weight
         self._overlap = overlap
         self._latest: MappedBase | None = None
 
@@ -173,7 +195,8 @@ class JointStage:
             self._latest = self._base_at(evaluation)
         if self._latest is not None and self._overlap is None:
             _ = self._latest.found
-        return JointEvaluation(self._latest, tuple(upgraded_rows), self._window.acts(evaluation), self._weights)
+        acts = self._window.acts(evaluation)
+        return JointEvaluation(self._latest, tuple(upgraded_rows), acts, self._weights, self._uncond_weight)
 
     def _base_at(self, evaluation: Evaluation) -> MappedBase:
         levels = tuple(level for level, weight in enumerate(self._weights) if weight)

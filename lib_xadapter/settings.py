@@ -215,6 +215,14 @@ class Settings:
         "cond only",
         "Map the SD1.5 features of the prompt alone and use them for the negative prompt, too: faster, less exact.",
     )
+    uncond_weight: float = argument(
+        1.0,
+        "Share of the weight for the negative prompt",
+        "uncond weight",
+        "How much of the weight the negative prompt's half gets. Below 1, CFG amplifies what SDXL takes over from the "
+        "SD1.5 model, as it amplifies what a prompt says.",
+        **FRACTION,
+    )
     memory: str = argument(
         AUTO,
         "Memory",

@@ -220,6 +220,29 @@ class TestCondOnly:
         assert added(stage, slice(0, 3), 3) == [6, 12, 9]
 
 
+class TestUncondWeight:
+    """The negative prompt's rows get a share of the weights, whatever rows a call of the UNet holds."""
+
+    @pytest.mark.parametrize(
+        ("rows", "expected"),
+        [(slice(0, 4), [6, 12, 9, 12]), (slice(1, 3), [12, 9]), (slice(0, 2), [6, 12]), (slice(2, 4), [9, 12])],
+    )
+    def test_unconds_get_their_share(self, base, rows, expected):
+        assert added(at(stage_for(base, uncond_weight=0.5)), rows, len(expected)) == expected
+
+    def test_without_a_share_they_stay_as_they_are(self, base):
+        assert added(at(stage_for(base, uncond_weight=0.0)), slice(0, 4), 4) == [6, 12, 0, 0]
+
+    def test_wherever_they_stand(self, base):
+        uncond_first = (*TWO_IMAGES[2:], *TWO_IMAGES[:2])
+        stage = at(stage_for(base, uncond_weight=0.5), rows=uncond_first)
+        assert added(stage, slice(0, 4), 4) == [9, 12, 6, 12]
+
+    def test_every_fusion_knows_it(self, base):
+        stage = at(stage_for(base, mapping=Doubling("guidance"), uncond_weight=0.0))
+        assert added(stage, slice(0, 4), 4)[2:] == [0, 0]
+
+
 @dataclass
 class SideStream:
     """An overlap whose work is late: what is made on it holds nothing until it has been waited for."""

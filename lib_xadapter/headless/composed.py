@@ -291,6 +291,7 @@ class XAdapterPipeline:
         guidance_end: float = 1.0,
         refresh_every: int = 1,
         cond_only: bool = False,
+        uncond_weight: float = 1.0,
         single_stage: bool = False,
         memory: str = AUTO,
         num_images_per_prompt: int = 1,
@@ -330,6 +331,7 @@ class XAdapterPipeline:
             guidance_start, guidance_end: the part of the joint stage in which the adapter acts.
             refresh_every: the base runs at every n-th joint step.
             cond_only: map the prompt's half alone.
+            uncond_weight: share of the weight that the negative prompt's half gets, 0 to 1.
             single_stage: no picture of the base first: both models start from noise.
             memory: "lockstep", "recorded", or "auto": whichever fits.
             generator, base_generator: one, or a list with one an image; the base's is in the same state as the other
@@ -356,6 +358,7 @@ class XAdapterPipeline:
                 "guidance_end": guidance_end,
                 "refresh_every": refresh_every,
                 "cond_only": cond_only,
+                "uncond_weight": uncond_weight,
                 "single_stage": single_stage,
                 "memory": memory,
                 "img2img_start": img2img_start,

@@ -36,6 +36,7 @@ SETTINGS_OF_EVALUATE = (
     "guidance_end",
     "refresh_every",
     "cond_only",
+    "uncond_weight",
 )
 FID_AGAINST = ("sdxl", "captions")
 """Whose pictures: plain SDXL's, or those that the captions came with; anything else is a folder."""

@@ -482,8 +482,7 @@ class TwoStages:
         settings = request.settings
         coupling = None
         if self.models.adapter is not None and any(settings.weights):
-            window = GuidanceWindow.from_settings(settings)
-            coupling = Coupling(self._mapping, settings.weights, window, settings.cond_only)
+            coupling = Coupling.from_settings(self._mapping, settings)
         follows = self.rules.base_follows_sampler and request.sampler is not None
         return Pass(
             coupling,

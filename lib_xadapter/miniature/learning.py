@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import WrongFile, XAdapterError
 from ..headless.saving import write_whole
-from .muon import Muon, is_matrix
+from ..training.muon import Muon, is_matrix
 
 logger = logging.getLogger(__name__)
 

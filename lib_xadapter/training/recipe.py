@@ -20,7 +20,7 @@ from ..settings import Argument, expectation
 DECODER, ENCODER, BOTH = "decoder", "encoder", "both"
 ADDITION, GUIDANCE, SPADE = "addition", "guidance", "spade"
 FLOAT32, BFLOAT16, FLOAT16 = "float32", "bfloat16", "float16"
-ADAMW, ADAMW_8BIT = "adamw", "adamw-8bit"
+ADAMW, ADAMW_8BIT, MUON = "adamw", "adamw-8bit", "muon"
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "cosine_with_restarts", "polynomial")
 """Of diffusers.optimization; each with `warmup` steps before it."""
@@ -55,7 +55,11 @@ class Recipe:
     learning_rate: float = option(1e-5, "Of the optimizer.", **POSITIVE)
     schedule: str = option(CONSTANT, "How the learning rate goes on after the warm-up.", choices=SCHEDULES)
     warmup: int = option(0, "Steps in which the learning rate rises from 0.", **WHOLE)
-    optimizer: str = option(ADAMW, "adamw-8bit needs bitsandbytes.", choices=(ADAMW, ADAMW_8BIT))
+    optimizer: str = option(
+        ADAMW,
+        "adamw-8bit needs bitsandbytes. muon makes the changes of matrices orthogonal and leaves the rest to AdamW.",
+        choices=(ADAMW, ADAMW_8BIT, MUON),
+    )
     weight_decay: float = option(0.01, "Of the optimizer.", **POSITIVE)
     clip: float = option(0.0, "Largest norm of the gradients; 0: they are left as they are.", **POSITIVE)
     positions: str = option(DECODER, "Where features are read and residuals enter.", choices=(DECODER, ENCODER, BOTH))

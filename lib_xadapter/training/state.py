@@ -1,4 +1,4 @@
-"""What changes in training: the mapping layers' weights, the optimizer, the learning rate, the moving average."""
+"""What changes in training: the mapping layers' weights, the optimizers, the learning rate, the moving average."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import WrongArgument
 from ..mapping import MappingLayers
 from .checkpoints import EMA, LAYERS, OPTIMIZER, Checkpoint
-from .recipe import ADAMW_8BIT, FLOAT16, Recipe
+from .muon import Muon, is_matrix
+from .recipe import ADAMW_8BIT, FLOAT16, MUON, Recipe
 
 
 class TrainedState:
@@ -30,28 +31,31 @@ class TrainedState:
         self.layers = layers
         self.parameters = list(layers.parameters())
         self._clip = recipe.clip
-        self._optimizer = _optimizer(self.parameters, recipe)
-        self._schedule = get_scheduler(
-            _schedule_name(recipe), self._optimizer, num_warmup_steps=recipe.warmup, num_training_steps=steps
-        )
+        self._optimizers = optimizers_of(self.parameters, recipe)
+        self._schedules = [
+            get_scheduler(_schedule_name(recipe), one, num_warmup_steps=recipe.warmup, num_training_steps=steps)
+            for one in self._optimizers
+        ]
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == FLOAT16)
         self._ema = EMAModel(self.parameters, decay=recipe.ema) if recipe.ema else None
 
     @property
     def learning_rate(self) -> float:
-        return self._optimizer.param_groups[0]["lr"]
+        return self._optimizers[0].param_groups[0]["lr"]
 
     def forget_gradients(self) -> None:
         """A step begins."""
-        self._optimizer.zero_grad(set_to_none=False)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
 
     def gradient_norm(self) -> float:
         """Of the gradients of all rows, which are clipped now where that is asked for."""
-        self.scaler.unscale_(self._optimizer)
+        for optimizer in self._optimizers:
+            self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
         if self._clip:
@@ -60,9 +64,11 @@ class TrainedState:
 
     def take_step(self) -> None:
         """The weights follow the gradients."""
-        self.scaler.step(self._optimizer)
+        for optimizer in self._optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self._schedule.step()
+        for schedule in self._schedules:
+            schedule.step()
         if self._ema is not None:
             self._ema.step(self.parameters)
 
@@ -81,15 +87,17 @@ class TrainedState:
 
     def checkpoint(self, step: int, facts: Mapping[str, Any]) -> Checkpoint:
         """All of this, behind so many steps; `facts` are to be kept with it."""
-        kept = self._optimizer.state_dict()
+        kept = [optimizer.state_dict() for optimizer in self._optimizers]
         tensors, numbers = {}, {}
-        for place, values in kept["state"].items():
-            for name, value in values.items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"{place}.{name}"] = value
+        for which, of_one in enumerate(kept):
+            for place, values in of_one["state"].items():
+                for name, value in values.items():
+                    (tensors if isinstance(value, Tensor) else numbers)[f"{which}.{place}.{name}"] = value
         averages = [] if self._ema is None else self._ema.shadow_params
-        schedule = self._schedule.state_dict()
-        # functions of the step, which the recipe names
-        del schedule["lr_lambdas"]
+        schedules = [schedule.state_dict() for schedule in self._schedules]
+        for schedule in schedules:
+            # functions of the step, which the recipe names
+            del schedule["lr_lambdas"]
         return Checkpoint(
             step,
             {
@@ -99,8 +107,8 @@ class TrainedState:
             },
             {
                 **facts,
-                "optimizer": {"numbers": numbers, "param_groups": kept["param_groups"]},
-                "schedule": schedule,
+                "optimizers": {"numbers": numbers, "param_groups": [of_one["param_groups"] for of_one in kept]},
+                "schedules": schedules,
                 "scaler": self.scaler.state_dict(),
             },
         )
@@ -109,12 +117,15 @@ class TrainedState:
         """Be as the checkpoint was."""
         self.layers.load_state_dict(checkpoint.tensors[LAYERS])
         found, facts = checkpoint.tensors, checkpoint.facts
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in (found[OPTIMIZER] | facts["optimizer"]["numbers"]).items():
-            place, name = key.split(".", 1)
-            state.setdefault(int(place), {})[name] = value
-        self._optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["param_groups"]})
-        self._schedule.load_state_dict(facts["schedule"] | {"lr_lambdas": [None]})
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self._optimizers]
+        for key, value in (found[OPTIMIZER] | facts["optimizers"]["numbers"]).items():
+            which, place, name = key.split(".", 2)
+            states[int(which)].setdefault(int(place), {})[name] = value
+        groups = facts["optimizers"]["param_groups"]
+        for optimizer, state, its_groups in zip(self._optimizers, states, groups, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": its_groups})
+        for schedule, its in zip(self._schedules, facts["schedules"], strict=True):
+            schedule.load_state_dict(its | {"lr_lambdas": [None] * len(schedule.lr_lambdas)})
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         if self._ema is not None:
@@ -123,9 +134,18 @@ class TrainedState:
                 self._ema.shadow_params[int(number)].copy_(value)
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    kind = _adamw_8bit() if recipe.optimizer == ADAMW_8BIT else torch.optim.AdamW
-    return kind(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+def optimizers_of(parameters: list[torch.nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """What each parameter is learned by: one for all, or Muon for matrices and AdamW for the rest."""
+    told = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == ADAMW_8BIT:
+        return [_adamw_8bit()(parameters, **told)]
+    matrices = [weight for weight in parameters if recipe.optimizer == MUON and is_matrix(weight)]
+    taken = {id(weight) for weight in matrices}
+    others = [weight for weight in parameters if id(weight) not in taken]
+    return [
+        *([torch.optim.AdamW(others, **told)] if others else []),
+        *([Muon(matrices, **told)] if matrices else []),
+    ]
 
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:

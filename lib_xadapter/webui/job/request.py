@@ -14,7 +14,7 @@ from modules.processing import StableDiffusionProcessing
 from torch import nn
 
 from ...errors import DoesNotFit
-from ...evaluations import Evaluation, GuidanceWindow
+from ...evaluations import Evaluation
 from ...memory import Work, free_ram
 from ...recording import expected_size
 from ...settings import AUTO, Settings, read_settings
@@ -111,8 +111,7 @@ def decide(p: StableDiffusionProcessing, models: Models, units: BaseUnits, argum
         if remark := model_files.adapter_pair(path).remark(base.family):
             notify(p, remark)
         if couples:
-            window = GuidanceWindow.from_settings(settings)
-            coupling = Coupling(mapping, settings.weights, window, settings.cond_only)
+            coupling = Coupling.from_settings(mapping, settings)
     adapter = _adapter_name(path) if path is not None else "None"
     named = replace(settings, base_checkpoint=info.short_title, adapter=adapter)
     request = Request(named, base, coupling, sequential, work, ())

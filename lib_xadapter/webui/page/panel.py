@@ -103,6 +103,8 @@ def build(elem_id: ElemId, is_img2img: bool) -> Panel:
             with gr.Row():
                 add("refresh_every", "memory")
             with gr.Row():
+                add("uncond_weight")
+            with gr.Row():
                 add("cond_only", "return_base_image")
             with gr.Row():
                 add("single_stage", "hires")

@@ -81,6 +81,7 @@ WAYS = {
     "bfloat16, checkpointing": {"precision": "bfloat16", "more": ("--checkpointing", "--timestep")},
     "float16": {"precision": "float16"},
     "both, spade": {"positions": "both", "fusion": "spade"},
+    "Muon, float16": {"optimizer": "muon", "precision": "float16", "warmup": 2},
 }
 
 

@@ -77,7 +77,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     scaled = matrices / (torch.linalg.matrix_norm(matrices)[:, None, None] + 1e-7)
     gram = scaled @ scaled.mT
     first, second, third = COEFFICIENTS
-    one = torch.eye(gram.shape[-1])
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     whole = one.expand_as(gram)
     for _ in range(ROUNDS):
         factor = first * one + second * gram + third * (gram @ gram)
