@@ -21,6 +21,9 @@ from typing import Any
 from lib_xadapter.miniature.drawing import base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
 from lib_xadapter.miniature.making import write_held_out, write_pictures
+from lib_xadapter.miniature.scenes import SECRET_SHAPE, SHAPES
+
+from .miniature_fine_tuned import STYLE, fine_tune
 
 PROGRAM = ("-m", "lib_xadapter")
 CAPTIONS = 512
@@ -31,7 +34,8 @@ FIRST = "edges"
 STEPS, CFG, BATCH = 20, 4, 8
 PICTURES_OF_ADAPTERS = 4_000_000
 """Seed of the first scene that an adapter learns from."""
-ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH, ADAPTER_RATE = 6144, 1200, 16, 1e-3
+ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH = 6144, 600, 16
+MUON = ("--optimizer", "muon", "--learning-rate", "1.5e-3")
 OF_THE_UPGRADED = ("sdxl.png",)
 """What runs without plugins of SDXL have in common."""
 OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
@@ -46,16 +50,19 @@ class Adapter:
         told: what is other in it.
         options: of `train`.
         paired: whether the base sees each scene as its own world shows it, or as the upgraded one does.
+        optimizer: options of the optimizer.
     """
 
     told: str
     options: tuple[str, ...] = ()
     paired: bool = True
+    optimizer: tuple[str, ...] = MUON
 
 
 ADAPTERS: Mapping[str, Adapter] = {
     SHIPPED: Adapter("decoder, addition, 100 % empty prompts"),
     "recipe": Adapter("the same in fewer steps"),
+    "adamw": Adapter("by AdamW", optimizer=("--optimizer", "adamw", "--learning-rate", "1e-3")),
     "same-pictures": Adapter("the base sees the upgraded world's pictures", paired=False),
     "encoder": Adapter("in the encoder", ("--positions", "encoder")),
     "both": Adapter("in encoder and decoder", ("--positions", "both")),
@@ -93,6 +100,8 @@ class Run:
         beside: rows of other runs.
         like: a run whose base pictures it shares.
         idea: of `miniature_ideas`; "" for none.
+        fine_tuned: whether the base is one that was trained on in a style.
+        shapes: that are in the captions' scenes.
     """
 
     told: str
@@ -101,6 +110,8 @@ class Run:
     beside: tuple[Beside, ...] = ()
     like: str = ""
     idea: str = ""
+    fine_tuned: bool = False
+    shapes: tuple[str, ...] = SHAPES
 
     @property
     def of_upgraded(self) -> bool:
@@ -137,10 +148,17 @@ RUNS: Mapping[str, Run] = {
         "Edges and depth at once",
         ("--controlnet", "miniature-edges", "miniature-depth", "--control", "canny", "depth"),
     ),
+    "sketch": Run("A T2I-Adapter", ("--controlnet", "t2iadapter-miniature-sketch", "--control", "canny")),
+    "word": Run("A textual inversion", shapes=(SECRET_SHAPE,)),
+    "fine-tuned": Run(f"A base fine-tuned in a style ({STYLE})", fine_tuned=True),
     "remix": Run("Edges of the base, palette of SDXL", (*EDGES, "--lora", "miniature-upgraded-palette")),
     "edges-prompt-half": Run(
         "Edges, the prompt's features for both halves of CFG", (*EDGES, "--cond-only"), like="edges"
     ),
+    "edges-uncond-0": Run(
+        "Edges, unconds without the adapter", (*EDGES, "--uncond-weight", "0", "--weight", "0.5", "1"), like="edges"
+    ),
+    "edges-uncond-half": Run("Edges, unconds with half of it", (*EDGES, "--uncond-weight", "0.5"), like="edges"),
     "edges-control-1.5": Run("Edges, the ControlNet at 1.5", (*EDGES, "--control-scale", "1.5")),
     "edges-base-cfg-1": Run("Edges, the base without CFG", (*EDGES, "--base-cfg-scale", "1")),
     "edges-end-0.6": Run("Edges, X-Adapter in the first 60 %", (*EDGES, "--guidance-end", "0.6"), like="edges"),
@@ -197,9 +215,10 @@ class Tables:
             *("--models-dir", self.models.folder, "--data", pictures, "--cache", self.out / "cache"),
             *(("--base-data", base_pictures) if ADAPTERS[name].paired else ()),
             *("--out", self.adapter(name).parent),
-            *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS, "--learning-rate", ADAPTER_RATE),
-            *("--schedule", "cosine", "--warmup", 100, "--ema", 0.995, "--precision", "float32", "--cpu", "--resume"),
+            *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS),
+            *("--schedule", "cosine", "--warmup", 50, "--ema", 0.99, "--precision", "float32", "--cpu", "--resume"),
             *("--save-every", 200, "--validate-every", 10**6, "--tracker", "none"),
+            *ADAPTERS[name].optimizer,
             *ADAPTERS[name].options,
         )
 
@@ -208,15 +227,17 @@ class Tables:
         run = RUNS[name]
         if run.like:
             self._share(self.run(run.like), self.run(name), OF_THE_BASE)
-        if name != FIRST and run.adapter is not None and not run.of_upgraded:
+        if name != FIRST and run.adapter is not None and not run.of_upgraded and run.shapes == SHAPES:
             self._share(self.run(FIRST), self.run(name), OF_THE_UPGRADED)
-        flat, shaded = write_held_out(self.out / "captions", self.captions)
+        captions = self.out / ("captions" if run.shapes == SHAPES else f"captions-{'-'.join(run.shapes)}")
+        flat, shaded = write_held_out(captions, self.captions, run.shapes)
+        base = fine_tune(self.models, self.out / "fine-tuned") if run.fine_tuned else self.models.base
         beside = [f"{one.name}={self.run(one.run) / one.file}" for one in run.beside]
         _command(
             *(("-m", "benchmarks.miniature_ideas", run.idea) if run.idea else PROGRAM),
             "evaluate",
             *("--captions", flat, "--limit", self.captions, "--models-dir", self.models.folder),
-            *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
+            *("--base", base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
             *("--adapter", "None" if run.adapter is None else self.adapter(run.adapter)),
             *("--width", 128, "--height", 128, "--steps", STEPS, "--cfg", CFG, "--batch", BATCH, "--device", "cpu"),
             *("--clip", self.models.clip, "--depth", self.models.depth_estimator),

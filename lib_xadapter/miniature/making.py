@@ -19,15 +19,16 @@ from ..headless.saving import write_whole
 from ..mapping import METADATA, load_adapter, save_adapter
 from ..pairs import PAIR
 from . import architectures, autoencoders, judge, measures, model_files, plugins
+from .captions import caption_of, facts_of
 from .denoising import Denoiser, by_controlnet, by_t2i_adapter, denoising_loss
 from .drawing import base_picture, upgraded_picture
 from .latents import Bank, Source, fill, open_bank
 from .learning import Course, Loss, learn
-from .scenes import SECRET_SHAPE, Scene, scene_of
+from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
 from .stages import HOURS, STAGES, Stage
 from .styles import styled_picture
 from .vocabulary import numbers, write_tokenizer
-from .worlds import HELD_OUT, Picture, caption
+from .worlds import HELD_OUT, Picture
 
 WEIGHTS = "weights.safetensors"
 STYLED_PICTURES = 2048
@@ -322,27 +323,40 @@ def _adapter(work: Work, stage: Stage) -> int:
     return course.steps
 
 
-def write_pictures(folder: Path, seeds: range, draw: Callable[[Scene], Picture]) -> None:
-    """A folder of pictures with captions, kohya's way; what is there stays."""
+def write_pictures(
+    folder: Path, seeds: range, draw: Callable[[Scene], Picture], shapes: tuple[str, ...] = SHAPES
+) -> None:
+    """A folder of pictures with captions, kohya's way; what is there stays.
+
+    Args:
+        shapes: that can be in them; the one that no caption names is called by the word of the textual inversion.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         path = folder / f"{seed}.png"
         if not path.is_file():
-            (folder / f"{seed}.txt").write_text(caption(seed), encoding="utf-8")
-            write_whole(path, lambda to, seed=seed: Image.fromarray(draw(scene_of(seed))).save(to))
+            scene = scene_of(seed, shapes)
+            told = caption_of(facts_of(scene), {SECRET_SHAPE: OWN_WORD})
+            (folder / f"{seed}.txt").write_text(told, encoding="utf-8")
+            write_whole(path, lambda to, scene=scene: Image.fromarray(draw(scene)).save(to))
 
 
-def write_held_out(folder: Path, count: int) -> tuple[Path, Path]:
+def write_held_out(folder: Path, count: int, shapes: tuple[str, ...] = SHAPES) -> tuple[Path, Path]:
     """Captions that no model has seen, with pictures of both worlds at the upgraded size.
 
     Control maps are made of the base world's, whose edges are those of the scene alone.
+
+    Args:
+        folder: of both folders.
+        count: of the captions.
+        shapes: as in `write_pictures`.
 
     Returns:
         The folder of the base world, and that of the upgraded one.
     """
     base, upgraded, seeds = folder / "base", folder / "upgraded", range(HELD_OUT, HELD_OUT + count)
-    write_pictures(base, seeds, lambda scene: base_picture(scene, SIZE["upgraded"]))
-    write_pictures(upgraded, seeds, upgraded_picture)
+    write_pictures(base, seeds, lambda scene: base_picture(scene, SIZE["upgraded"]), shapes)
+    write_pictures(upgraded, seeds, upgraded_picture, shapes)
     return base, upgraded
 
 
