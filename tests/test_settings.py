@@ -86,6 +86,7 @@ CHANGED = [
     {"base_width": 384, "base_height": 640, "base_steps": 12, "base_cfg_scale": 4.5},
     {"base_seed": 2**32 - 1, "base_start": "control image", "refresh_every": 3, "cond_only": True},
     {"guidance_start": 0.1, "guidance_end": 0.9, "single_stage": True, "return_base_image": True},
+    {"uncond_weight": 0.25},
 ]
 
 

@@ -69,7 +69,15 @@ class TestRecorded:
         assert grey_levels_apart(beside[0].image, recorded[0].image) == 0
 
     @pytest.mark.parametrize(
-        "given", [{"single_stage": True}, {"refresh_every": 2}, {"cond_only": True}, {"guidance_end": 0.5}], ids=str
+        "given",
+        [
+            {"single_stage": True},
+            {"refresh_every": 2},
+            {"cond_only": True},
+            {"uncond_weight": 0},
+            {"guidance_end": 0.5},
+        ],
+        ids=str,
     )
     def test_also_together_with_other_settings(self, models, given):
         beside, recorded = (pictures(models, job(memory=memory, **given)) for memory in ("lockstep", "recorded"))

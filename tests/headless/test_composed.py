@@ -119,6 +119,7 @@ class TestPictures:
             {"single_stage": True},
             {"refresh_every": 2},
             {"cond_only": True},
+            {"uncond_weight": 0.0},
             {"guidance_scale": 1.0},
         ],
         ids=str,

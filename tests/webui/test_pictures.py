@@ -160,6 +160,7 @@ class TestEverythingMatters:
             ({"guidance_end": 0.5}, "usual"),
             ({"refresh_every": 2}, "usual"),
             ({"cond_only": True}, "usual"),
+            ({"uncond_weight": 0.8}, "usual"),
         ],
         ids=str,
     )
