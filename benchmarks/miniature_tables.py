@@ -22,6 +22,7 @@ from lib_xadapter.miniature.drawing import base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
 from lib_xadapter.miniature.making import write_held_out, write_pictures
 from lib_xadapter.miniature.scenes import SECRET_SHAPE, SHAPES
+from lib_xadapter.miniature.styles import STYLES
 
 from .miniature_fine_tuned import STYLE, fine_tune
 
@@ -140,6 +141,14 @@ RUNS: Mapping[str, Run] = {
     ),
     "lines": Run("Table 2: line drawings", ("--lora", "miniature-lines")),
     "pattern": Run("Table 2: dots", ("--lora", "miniature-pattern")),
+    **{
+        f"{style}-uncond-0": Run(
+            f"{style.capitalize()}, unconds without the adapter",
+            ("--lora", f"miniature-{style}", "--uncond-weight", "0", "--weight", "1", "2"),
+            like=style,
+        )
+        for style in STYLES
+    },
     "sweep": Run(
         "Switch point and weight, edges",
         (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1", "--weight", "0.5", "1", "1.5", "2"),
