@@ -164,9 +164,7 @@ RUNS: Mapping[str, Run] = {
     "edges-prompt-half": Run(
         "Edges, the prompt's features for both halves of CFG", (*EDGES, "--cond-only"), like="edges"
     ),
-    "edges-uncond-0": Run(
-        "Edges, unconds without the adapter", (*EDGES, "--uncond-weight", "0", "--weight", "0.5", "1"), like="edges"
-    ),
+    "edges-uncond-0": Run("Edges, unconds without the adapter", (*EDGES, "--uncond-weight", "0"), like="edges"),
     "edges-uncond-half": Run("Edges, unconds with half of it", (*EDGES, "--uncond-weight", "0.5"), like="edges"),
     "edges-control-1.5": Run("Edges, the ControlNet at 1.5", (*EDGES, "--control-scale", "1.5")),
     "edges-base-cfg-1": Run("Edges, the base without CFG", (*EDGES, "--base-cfg-scale", "1")),
