@@ -12,8 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -195,12 +197,14 @@ class Maker:
     def make(self, items: Sequence[Item]) -> None:
         """All pictures of some items that are not there yet, each written as soon as it is finished.
 
-        Items of which none is there yet go in one batch.
+        Items of which as much is there go in one batch.
         """
         wanted = [self._wanted(item) for item in items]
         joint = [one for one in wanted if one.wants_joint]
-        fresh = [one for one in joint if one.side is None]
-        for together in ([fresh] if fresh else []) + [[one] for one in joint if one.side is not None]:
+        groups: dict[tuple[Any, ...], list[Wanted]] = {}
+        for one in joint:
+            groups.setdefault((one.missing, one.side is None), []).append(one)
+        for together in groups.values():
             self._make_joint(together)
         for kind, change in ((Kind.SINGLE, _single), (Kind.UPGRADED, _plain)):
             if missing := [one for one in wanted if one.wants(kind)]:
@@ -216,7 +220,7 @@ class Maker:
     def _make_joint(self, together: Sequence[Wanted]) -> None:
         ways = {(way.switch_point, way.weight): way for way in self._ways}
         there = {text for one in together for text in texts_in(one.folder.path)}
-        for picture in self._pictures([one.job for one in together], there, together[0].side):
+        for picture in self._pictures([one.job for one in together], there, _sides_of(together)):
             folder, settings = together[picture.job].folder, picture.settings
             if picture.base_image is not None and not folder.of(BASE_ALONE).is_file():
                 _keep_latents(folder, picture.base_latents)
@@ -278,6 +282,12 @@ def _single(job: Job) -> Job:
 def _plain(job: Job) -> Job:
     """SDXL alone, from noise."""
     return dataclasses.replace(_single(job), weights=(0.0,), control_images=(), control_scales=(), control_names=())
+
+
+def _sides_of(together: Sequence[Wanted]) -> BaseSide | None:
+    """What the base finished for items, of all of which or of none it has."""
+    latents = [one.side.latents for one in together if one.side is not None]
+    return BaseSide(torch.cat(latents)) if latents else None
 
 
 def _keep_latents(folder: Folder, latents: Tensor) -> None:

@@ -76,17 +76,27 @@ def make_together(
 ) -> Iterator[Picture]:
     """The pictures of jobs that differ in prompts, seeds and control maps alone, in batches that hold all of them.
 
-    Where their prompts cannot stand in one batch, one job comes after the other, and `base_side` is not used.
+    Where their prompts cannot stand in one batch, one job comes after the other.
+
+    Args:
+        base_side: of an earlier run of the same jobs, where nothing changes on the base's side.
     """
     first = jobs[0]
     for scales in itertools.product(*first.control_scales):
         requests = [request_of(models, job, job.settings, scales) for job in jobs]
         if len(jobs) > 1 and not can_join(requests):
-            for number, job in enumerate(jobs):
-                for picture in make_together(models, (job,), rules, progress, there):
+            for number, (job, side) in enumerate(zip(jobs, _sides(jobs, base_side), strict=True)):
+                for picture in make_together(models, (job,), rules, progress, there, side):
                     yield dataclasses.replace(picture, job=number)
             return
         yield from _made(_pipeline(models, rules, progress), joined(requests), jobs, scales, there, base_side)
+
+
+def _sides(jobs: Sequence[Job], whole: BaseSide | None) -> list[BaseSide | None]:
+    """Each job's rows of what the base finished for all."""
+    if whole is None or whole.latents is None:
+        return [None] * len(jobs)
+    return [BaseSide(rows) for rows in whole.latents.split([job.batch for job in jobs])]
 
 
 def _pipeline(models: Models, rules: Rules, progress: Progress) -> XAdapterPipeline:

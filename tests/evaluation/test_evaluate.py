@@ -165,6 +165,23 @@ class TestTogether:
         for path in evaluate.pictures():
             assert grey_levels_apart(Image.open(evaluate.out / path), Image.open(whole.out / path)) <= 1
 
+    def test_what_the_base_has_made_is_taken_for_all_of_a_batch(self, evaluate, whole, depth_folder):
+        shutil.copytree(whole.out, evaluate.out)
+        lost = sorted(evaluate.out.glob("pictures/*/x-adapter-*.png"))
+        for path in lost:
+            path.unlink()
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            make = ways.make_together
+            note = calls.append
+            patch.setattr(ways, "make_together", lambda *given: note((len(given[1]), given[-1])) or make(*given))
+            depth = ("--depth", str(depth_folder))
+            assert evaluate(*PLUGINS, *depth, "--batch", "2", "--metrics", "condition") == 0
+        assert [(jobs, len(side.latents)) for jobs, side in calls] == [(2, 2)]
+        for path in lost:
+            beside = whole.out / path.relative_to(evaluate.out)
+            assert grey_levels_apart(Image.open(path), Image.open(beside)) <= 1
+
     def test_prompts_of_different_lengths_are_made_one_after_the_other(self, evaluate, tmp_path):
         captions = tmp_path / "captions.txt"
         captions.write_text("a house\n" + "a house by the sea and " * 20 + "\n", encoding="utf-8")
