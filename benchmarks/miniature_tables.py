@@ -144,7 +144,7 @@ RUNS: Mapping[str, Run] = {
     **{
         f"{style}-uncond-0": Run(
             f"{style.capitalize()}, unconds without the adapter",
-            ("--lora", f"miniature-{style}", "--uncond-weight", "0", "--weight", "1", "2"),
+            ("--lora", f"miniature-{style}", "--uncond-weight", "0"),
             like=style,
         )
         for style in STYLES
