@@ -41,6 +41,8 @@ OF_THE_UPGRADED = ("sdxl.png",)
 """What runs without plugins of SDXL have in common."""
 OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
 """What runs with one base, its plugins and its switch points have in common."""
+OF_THE_ADAPTER = "x-adapter-*.png"
+"""What runs have in common that differ in nothing but the rows beside them."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Run:
         adapter: one of `ADAPTERS`; None for none.
         beside: rows of other runs.
         like: a run whose base pictures it shares.
+        compares: whether it shares all pictures of that run, to put others beside them.
         idea: of `miniature_ideas`; "" for none.
         fine_tuned: whether the base is one that was trained on in a style.
         shapes: that are in the captions' scenes.
@@ -110,6 +113,7 @@ class Run:
     adapter: str | None = SHIPPED
     beside: tuple[Beside, ...] = ()
     like: str = ""
+    compares: bool = False
     idea: str = ""
     fine_tuned: bool = False
     shapes: tuple[str, ...] = SHAPES
@@ -165,6 +169,16 @@ RUNS: Mapping[str, Run] = {
         "Edges, the prompt's features for both halves of CFG", (*EDGES, "--cond-only"), like="edges"
     ),
     "edges-uncond-0": Run("Edges, unconds without the adapter", (*EDGES, "--uncond-weight", "0"), like="edges"),
+    "unconds": Run(
+        "Edges, the share of unconds",
+        EDGES,
+        beside=(
+            Beside("unconds without the adapter", "edges-uncond-0"),
+            Beside("own ControlNet", "native-edges", "sdxl.png"),
+        ),
+        like="edges",
+        compares=True,
+    ),
     "edges-uncond-half": Run("Edges, unconds with half of it", (*EDGES, "--uncond-weight", "0.5"), like="edges"),
     "edges-control-1.5": Run("Edges, the ControlNet at 1.5", (*EDGES, "--control-scale", "1.5")),
     "edges-base-cfg-1": Run("Edges, the base without CFG", (*EDGES, "--base-cfg-scale", "1")),
@@ -183,6 +197,7 @@ RUNS: Mapping[str, Run] = {
         EDGES,
         beside=tuple(Beside(ADAPTERS[name].told, f"edges-{name}") for name in CHANGED),
         like="edges",
+        compares=True,
     ),
 }
 
@@ -233,7 +248,8 @@ class Tables:
         """By `evaluate`, all on the same captions."""
         run = RUNS[name]
         if run.like:
-            self._share(self.run(run.like), self.run(name), OF_THE_BASE)
+            shared = (*OF_THE_BASE, OF_THE_ADAPTER) if run.compares else OF_THE_BASE
+            self._share(self.run(run.like), self.run(name), shared)
         if name != FIRST and run.adapter is not None and not run.of_upgraded and run.shapes == SHAPES:
             self._share(self.run(FIRST), self.run(name), OF_THE_UPGRADED)
         captions = self.out / ("captions" if run.shapes == SHAPES else f"captions-{'-'.join(run.shapes)}")
