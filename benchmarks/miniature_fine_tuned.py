@@ -30,7 +30,8 @@ def fine_tune(models: MiniatureModels, folder: Path) -> Path:
         folder: for pictures, state and the finished model.
     """
     finished = folder / f"miniature-base-{STYLE}"
-    if finished.is_dir():
+    # what a pipeline writes last
+    if (finished / "model_index.json").is_file():
         return finished
     pipeline = load_base(models.base, torch.float32, models.tokenizer)
     text = BaseText()

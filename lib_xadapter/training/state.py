@@ -139,9 +139,10 @@ def optimizers_of(parameters: list[torch.nn.Parameter], recipe: Recipe) -> list[
     told = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == ADAMW_8BIT:
         return [_adamw_8bit()(parameters, **told)]
-    matrices = [weight for weight in parameters if recipe.optimizer == MUON and is_matrix(weight)]
-    taken = {id(weight) for weight in matrices}
-    others = [weight for weight in parameters if id(weight) not in taken]
+    if recipe.optimizer != MUON:
+        return [torch.optim.AdamW(parameters, **told)]
+    matrices = [weight for weight in parameters if is_matrix(weight)]
+    others = [weight for weight in parameters if not is_matrix(weight)]
     return [
         *([torch.optim.AdamW(others, **told)] if others else []),
         *([Muon(matrices, **told)] if matrices else []),
