@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from .errors import DoesNotFit, WrongFile, first_line
 from .pickled_weights import read_pickle
+from .saving import write_tensors
 from .taps import (
     FUSIONS,
     POSITIONS,
@@ -32,7 +34,7 @@ from .taps import (
     upgraded_modules,
     upgraded_strides,
 )
-from .tensor_files import read_metadata
+from .tensor_files import read_metadata, read_tensor_infos
 
 METADATA = "xadapter."
 """What our keys in a file's metadata begin with."""
@@ -240,16 +242,12 @@ def save_adapter(
 
     Args:
         metadata: what else the file should tell; fusion and positions are always in it.
+
+    Raises:
+        WrongFile: it cannot be written there.
     """
-    weights = {key: value.detach().contiguous().cpu() for key, value in adapter.state_dict().items()}
     told = {**(metadata or {}), METADATA + "fusion": adapter.fusion, METADATA + "positions": adapter.positions}
-    unfinished = f"{os.fspath(path)}.unfinished"
-    try:
-        safetensors.torch.save_file(weights, unfinished, told)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    write_tensors(Path(path), adapter.state_dict(), told)
 
 
 @dataclass(frozen=True)
@@ -340,11 +338,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         WrongFile: the file is missing, cut off or holds something else.
     """
     name = os.path.basename(os.fspath(path))
-    if not os.path.isfile(path):
-        raise WrongFile(f"There is no file {name}.")
     if not name.lower().endswith(".safetensors"):
         weights = read_pickle(path)
     else:
+        # it tells better than safetensors does what is wrong
+        read_tensor_infos(path)
         try:
             weights = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:

@@ -34,9 +34,9 @@ from lib_xadapter.headless.compvis_layout import (
 )
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
 from lib_xadapter.headless.model_files import unet_table_of
-from lib_xadapter.headless.saving import write_whole
 from lib_xadapter.headless.tokenizers import vocabulary_of
 from lib_xadapter.mapping import MappingLayers, layout_for
+from lib_xadapter.saving import write_whole
 
 TEXT_WIDTH = 64
 BASE_CHANNELS = (32, 64, 128, 128)

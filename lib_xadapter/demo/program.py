@@ -24,8 +24,8 @@ from ..headless.bars import Bars
 from ..headless.grid import save_picture
 from ..headless.job import LARGEST_SEED
 from ..headless.options import say
-from ..headless.saving import write_whole
 from ..miniature.finished import MiniatureModels
+from ..saving import write_whole
 from .cells import BASE_ALONE, BASELINE, NOTICE, Cell, DemoModels, DemoRequest, cells_grid, make_cells
 
 

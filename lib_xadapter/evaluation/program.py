@@ -17,7 +17,7 @@ from ..headless.bars import Bars
 from ..headless.generate import choose_placement, load_models
 from ..headless.options import say
 from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES, no_progress
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from .asked import Evaluation, Item
 from .maps import extractor
 from .measuring import Measured, Measuring, Sample

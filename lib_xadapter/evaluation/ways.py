@@ -28,7 +28,7 @@ from ..headless.job import Job, open_picture
 from ..headless.jobs import Picture, make_together
 from ..headless.models import Models
 from ..headless.pipeline import Progress, Rules, no_progress
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from ..settings import NOISE
 from .asked import Evaluation, Item
 from .maps import Extractor, fitted

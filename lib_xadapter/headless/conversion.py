@@ -9,9 +9,9 @@ import torch
 
 from ..errors import WrongArgument
 from ..mapping import load_adapter
+from ..saving import write_whole
 from ..tensor_files import read_metadata
 from .options import say
-from .saving import write_whole
 
 
 def convert_adapter(options: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ..saving import write_whole
 from .infotexts import PNG_KEY
-from .saving import write_whole
 
 MARGIN = 8
 INK, PAPER = "black", "white"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..headless.model_files import load_base, load_upgraded
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from . import model_files
 from .autoencoders import fidelity
 from .captions import facts_of

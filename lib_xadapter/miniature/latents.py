@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from .captions import caption_of, facts_of
 from .learning import Drawn, batches
 from .scenes import SHAPES, Scene, scene_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import WrongFile, XAdapterError
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from ..training.muon import Muon, is_matrix
 
 logger = logging.getLogger(__name__)

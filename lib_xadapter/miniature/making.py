@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import WrongFile, XAdapterError
-from ..headless.saving import write_whole
 from ..mapping import METADATA, load_adapter, save_adapter
 from ..pairs import PAIR
+from ..saving import write_whole
 from . import architectures, autoencoders, judge, measures, model_files, plugins
 from .captions import caption_of, facts_of
 from .denoising import Denoiser, by_controlnet, by_t2i_adapter, denoising_loss

@@ -16,8 +16,8 @@ from diffusers import (
 from torch import Tensor
 
 from ..headless.model_configs import NOISE
-from ..headless.saving import write_whole
 from ..headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer
+from ..saving import write_whole
 from .architectures import BaseText, UpgradedText
 from .denoising import Denoiser
 

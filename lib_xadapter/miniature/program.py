@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import WrongArgument
 from ..headless.asked import check_folder
 from ..headless.options import say
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from .finished import FOLDER
 from .making import StageFailed, Work, make, write_held_out
 from .stages import HOURS, STAGES, Stage

@@ -12,8 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..headless.saving import write_whole
 from ..headless.tokenizers import END, START, read_shipped_table, vocabulary_of
+from ..saving import write_whole
 from .captions import WORDS
 
 LENGTH = 77

@@ -33,7 +33,7 @@ from ..headless.compvis_layout import (
 )
 from ..headless.model_configs import SCALING_FACTORS, SIZE_EMBEDDING
 from ..headless.model_files import load_base, load_upgraded, unet_table_of
-from ..headless.saving import write_whole
+from ..saving import write_whole
 from .architectures import (
     BASE_CHANNELS,
     BASE_HEADS,

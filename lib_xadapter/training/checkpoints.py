@@ -6,7 +6,6 @@ Nothing random is among it: what is drawn is drawn anew for each step, from the 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import WrongFile, first_line
+from ..saving import write_tensors
 
 FACTS = "xadapter.checkpoint"
 """Key of a file's metadata under which stands what is no tensor."""
 LAYERS, OPTIMIZER, EMA = "layers", "optimizer", "ema"
 NAME = re.compile(r"step-(?P<step>\d{8})\.safetensors")
-UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -96,36 +94,3 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WrongFile(f"{path} is no checkpoint of a training: {first_line(error)}") from error
     return Checkpoint(facts.pop("step"), tensors, facts)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all, also where the machine stops.
-
-    Raises:
-        WrongFile: it cannot be written there.
-    """
-    beside = path.with_name(path.name + UNFINISHED)
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        mode = beside.stat().st_mode
-        safetensors.torch.save_file(held, beside, dict(metadata))
-        # others may read what is trained, as they may any file that is written here
-        beside.chmod(mode)
-        _reach_the_disk(beside)
-        os.replace(beside, path)
-        _reach_the_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        told = getattr(error, "strerror", None) or first_line(error)
-        raise WrongFile(f"{path} cannot be written: {told}.") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _reach_the_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WrongFile
-from ..headless.saving import write_whole
+from ..saving import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,9 @@ from ..headless.options import EXIT_WRONG, say
 from ..lora_files import detect_lora_base
 from ..mapping import METADATA, MappingLayers, layout_for, load_adapter
 from ..pairs import Pair
+from ..saving import write_tensors
 from ..taps import check_fit
-from .checkpoints import Checkpoint, Checkpoints, read_checkpoint, write_tensors
+from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from .encoding import Control, Encoder
 from .engine import Outcome, Training
 from .pictures import BasePictures, PictureOptions, Pictures, open_pictures

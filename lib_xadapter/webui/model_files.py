@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from modules import cache, paths, sd_models, shared
+from modules import paths, sd_models, shared
 
 from ..checkpoint_files import detect_checkpoint_family, input_channels
 from ..errors import WrongArgument, WrongFile, XAdapterError
@@ -15,6 +15,7 @@ from ..file_names import find_named
 from ..pairs import Pair
 from ..tensor_files import read_metadata
 from . import options
+from .known_files import found_in_file
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt")
 BASE_CHANNELS = (4, 9)
@@ -47,17 +48,20 @@ def base_checkpoints() -> dict[str, sd_models.CheckpointInfo]:
 def base_family(info: sd_models.CheckpointInfo) -> str:
     """The family of a checkpoint that can be the base, sd1 or sd2; "" for every other."""
 
-    def look() -> dict[str, str]:
+    def look() -> str:
         try:
             check_base(info.name, info.filename)
-        except (WrongArgument, WrongFile):
-            # a broken file among many must not empty the list; choosing it by name tells what is wrong
-            return {"family": ""}
-        return {"family": detect_checkpoint_family(info.filename)}
+        except WrongArgument:
+            return ""
+        return detect_checkpoint_family(info.filename)
 
     if not os.path.isfile(info.filename):
         return ""
-    return cache.cached_data_for_file("xadapter-base-family", info.name, info.filename, look)["family"]
+    try:
+        return found_in_file("xadapter-base-families", info.name, info.filename, look)
+    except WrongFile:
+        # a broken file among many must not empty the list; choosing it by name tells what is wrong
+        return ""
 
 
 def check_base(name: str, path: str) -> None:

@@ -220,6 +220,8 @@ class WebUIServer:
     """Command line flags beside the ones every server gets, such as `--medvram`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings beside the ones every server gets."""
+    run_by: Sequence[str] = ()
+    """A command that runs the WebUI's."""
     credentials: str | None = None
     """`user:password`: the API asks for it, and the client sends it."""
     port: int = field(init=False, default_factory=free_port)
@@ -285,7 +287,7 @@ class WebUIServer:
     def command(self) -> list[str]:
         asked_for = ["--api-auth", self.credentials] if self.credentials else []
         place = ["--data-dir", str(self.data), "--port", str(self.port)]
-        return [str(self.installation.python), "launch.py", *FLAGS, *place, *asked_for, *self.flags]
+        return [*self.run_by, str(self.installation.python), "launch.py", *FLAGS, *place, *asked_for, *self.flags]
 
     def wait_until(self, is_so: Callable[[], bool], timeout: float) -> None:
         latest = time.monotonic() + timeout

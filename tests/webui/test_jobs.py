@@ -179,7 +179,7 @@ class TestFailuresOfTheWebUI:
     @pytest.mark.parametrize("memory", [LOCKSTEP, RECORDED], ids=lambda memory: memory["memory"])
     def test_a_decode_that_fails_leaves_no_base_behind(self, webui, unloading, memory):
         before = plain(webui)
-        with webui.fault("vae_decode", after=1):
+        with webui.fault("vae_decode", after=1, error="OutOfMemoryError"):
             answer = webui.txt2img(**{**PLAIN, "seed": 41, "n_iter": 2}, **arguments(**memory))
         assert answer.status == 500
         state = webui.state()

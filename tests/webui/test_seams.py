@@ -43,14 +43,16 @@ class Kind:
         request: what else is asked for.
         picture: whether it is one of img2img.
         units: of ControlNet.
-        cold: whether the base and the adapter are loaded by each job.
+        options: of the WebUI's settings.
+        status: of its answer.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     picture: bool = False
     units: Sequence[Mapping[str, Any]] = ()
-    cold: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    status: int = 200
 
     @property
     def server(self) -> str:
@@ -67,31 +69,34 @@ class Kind:
 
     @contextlib.contextmanager
     def prepared(self, server: WebUIServer) -> Iterator[None]:
-        """While open, models are kept as this kind wants it."""
-        if not self.cold:
-            yield
-            return
-        server.post("/sdapi/v1/options", {"xadapter_keep_models": "Unload after each job"})
+        """While open, the WebUI's settings are as this kind wants them."""
+        before = server.get("/sdapi/v1/options").content
+        server.post("/sdapi/v1/options", dict(self.options))
         try:
             yield
         finally:
-            server.post("/sdapi/v1/options", {"xadapter_keep_models": "Keep on the GPU"})
+            server.post("/sdapi/v1/options", {name: before[name] for name in self.options})
 
     def is_same(self, one: Image.Image, other: Image.Image) -> bool:
         """To the byte; a model that was loaded anew lies elsewhere in memory, by which sums are rounded."""
-        return grey_levels_apart(one, other) <= 1 if self.cold else same_bytes(one, other)
+        return grey_levels_apart(one, other) <= 1 if self.options == UNLOADED else same_bytes(one, other)
 
 
+UNLOADED = {"xadapter_keep_models": "Unload after each job"}
 KINDS = {
     "lockstep": Kind({"memory": "lockstep"}),
-    "recorded": Kind({"memory": "recorded"}),
+    "recorded": Kind({"memory": "recorded"}, options={"xadapter_recordings": 0}),
+    "recorded before": Kind({"memory": "recorded"}),
     "batch of two": Kind({"memory": "lockstep"}, {"batch_size": 2}),
     "LoRA": Kind({"memory": "lockstep"}, {"prompt": "a cat <lora:style15:0.8>"}),
     "img2img": Kind({"memory": "lockstep"}, picture=True),
-    "hires": Kind({"memory": "lockstep"}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}),
-    "refused": Kind({"base_checkpoint": "nobody"}),
+    "hires": Kind(
+        {"memory": "lockstep"},
+        {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6},
+    ),
+    "refused": Kind({"base_checkpoint": "nobody"}, status=422),
     "ControlNet": Kind({"memory": "lockstep", **units.SMALL}, units=(units.T2I, units.REFERENCE)),
-    "cold": Kind({"memory": "lockstep"}, cold=True),
+    "cold": Kind({"memory": "lockstep"}, options=UNLOADED),
 }
 
 
@@ -118,6 +123,7 @@ class Watched:
         self.usual = self.kind.ask(server)
         # the first job has loaded what is loaded once
         self.usual = self.kind.ask(server)
+        assert self.usual.status == self.kind.status, self.usual.error
         self.plain, self.state = self.plain_picture(), self.looked_inside()
 
     def plain_picture(self) -> Image.Image:

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modules import cache
 from PIL import Image
 
 from ...controlnet_files import ControlFamily, detect_control_family
 from ...errors import WrongArgument
+from ..known_files import found_in_file
 
 FAMILY_OF_VERSION: dict[str, ControlFamily] = {"SD1x": "sd1", "SD2x": "sd2", "SDXL": "sdxl"}
 """The extension's names for model versions."""
@@ -148,10 +148,7 @@ def family_of_file(path: Path) -> ControlFamily:
     Raises:
         WrongFile: it cannot be read.
     """
-    found = cache.cached_data_for_file(
-        "xadapter-control-family", str(path), str(path), lambda: {"family": detect_control_family(path)}
-    )
-    return found["family"]
+    return found_in_file("xadapter-control-families", str(path), str(path), lambda: detect_control_family(path))
 
 
 def family_by_name(file_name: str) -> ControlFamily:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from modules import cache, extra_networks, shared
+from modules import extra_networks, shared
 
 from ...errors import WrongArgument, WrongFile
 from ...families import BASE_FAMILIES
 from ...lora_files import detect_lora_base
+from ..known_files import found_in_file
 from .host_state import lora_extension
 from .overlaid import overlaid
 
@@ -119,10 +120,7 @@ def lora_base(filename: str) -> str:
     Raises:
         WrongFile: it cannot be read.
     """
-    found = cache.cached_data_for_file(
-        "xadapter-lora-base", filename, filename, lambda: {"base": detect_lora_base(filename)}
-    )
-    return found["base"]
+    return found_in_file("xadapter-lora-bases", filename, filename, lambda: detect_lora_base(filename))
 
 
 def base_networks(from_prompt: NetworkData, from_base_prompt: Mapping[str, Sequence]) -> NetworkData:
