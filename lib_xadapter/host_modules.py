@@ -38,6 +38,8 @@ REQUIRED = (
     "sgm.modules.diffusionmodules.openaimodel",
 )
 """Those of AUTOMATIC1111's WebUI. Its forks have gone other ways: WebUI Forge has no ldm, SD.Next no such samplers."""
+FORKS = {"modules_forge": "WebUI Forge"}
+"""Packages of forks that may have all of those and sample otherwise, as Forge before August 2024 did."""
 
 
 def missing(required: Iterable[str] = REQUIRED) -> list[str]:
@@ -45,14 +47,19 @@ def missing(required: Iterable[str] = REQUIRED) -> list[str]:
     return [name for name in required if not _is_there(name)]
 
 
+def why_off() -> str:
+    """One line for the log of a host that X-Adapter does not run in; "" in one that it does."""
+    forks = [fork for package, fork in FORKS.items() if _is_there(package)]
+    names = missing()
+    if not forks and not names:
+        return ""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    this = f"this is {forks[0]}" if forks else f"this host has no {shown}"
+    return f"X-Adapter is off: it runs in AUTOMATIC1111's WebUI 1.10, and {this}."
+
+
 def _is_there(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-
-
-def why_off(names: list[str]) -> str:
-    """One line for the log of a host that has not got these."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"X-Adapter is off: it runs in AUTOMATIC1111's WebUI 1.10, and this host has no {shown}."

@@ -2,10 +2,10 @@
 
 import logging
 
-from lib_xadapter.host_modules import missing, why_off
+from lib_xadapter.host_modules import why_off
 
-if names := missing():
-    logging.getLogger("lib_xadapter").error(why_off(names))
+if reason := why_off():
+    logging.getLogger("lib_xadapter").error(reason)
 else:
     from lib_xadapter.webui.plots.compare import XAdapterCompare
     from lib_xadapter.webui.script import XAdapter, register

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_xadapter.host_modules import REQUIRED, missing, why_off
+from lib_xadapter.host_modules import REQUIRED, missing
 
 REPOSITORY = Path(__file__).parents[1]
 HOSTS = ("modules", "ldm", "sgm", "k_diffusion")
@@ -41,12 +41,30 @@ def test_what_is_not_there_is_found_without_importing_anything():
     assert missing(names) == ["json.nothing", "nothing.at.all"]
 
 
-@pytest.mark.skipif(not missing(), reason="this is the WebUI")
-def test_the_script_says_so_and_offers_nothing(caplog, monkeypatch):
+@pytest.fixture
+def script(caplog, monkeypatch):
+    """What the WebUI does: run the file and look at what is in it."""
     monkeypatch.syspath_prepend(str(REPOSITORY))
-    with caplog.at_level(logging.ERROR):
-        offered = runpy.run_path(str(REPOSITORY / "scripts" / "xadapter.py"))
-    assert "XAdapter" not in offered
-    assert caplog.messages == [why_off(missing())]
-    assert "X-Adapter is off: it runs in AUTOMATIC1111's WebUI 1.10, and this host has no modules." in caplog.text
+    caplog.set_level(logging.ERROR)
+    return lambda: runpy.run_path(str(REPOSITORY / "scripts" / "xadapter.py"))
+
+
+@pytest.mark.skipif(not missing(), reason="this is the WebUI")
+def test_the_script_says_so_and_offers_nothing(script, caplog):
+    assert "XAdapter" not in script()
+    assert caplog.messages == [
+        "X-Adapter is off: it runs in AUTOMATIC1111's WebUI 1.10, and this host has no modules.cache, modules.devices, "
+        f"modules.extra_networks and {len(missing()) - 3} more."
+    ]
     assert not any(name.startswith("lib_xadapter.webui.") for name in sys.modules)
+
+
+@pytest.fixture
+def forge(tmp_path, monkeypatch):
+    (tmp_path / "modules_forge").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_forge_is_told_by_its_name(forge, script, caplog):
+    assert "XAdapter" not in script()
+    assert caplog.messages == ["X-Adapter is off: it runs in AUTOMATIC1111's WebUI 1.10, and this is WebUI Forge."]
