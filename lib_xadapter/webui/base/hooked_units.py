@@ -11,14 +11,14 @@ import copy
 import itertools
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from modules import script_callbacks
+from modules import script_callbacks, shared
 from modules.processing import StableDiffusionProcessing
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from PIL import Image
@@ -34,14 +34,17 @@ from .base_model import BaseModel
 from .controlnet_units import Unit, one_line
 from .host_state import Attribute, Exchange, HostState
 
+BeforeEvaluation = Callable[[CFGDenoiser, Tensor], None]
+"""Told the WebUI's denoiser and the noise level, (1,), as its sampler counts it."""
+
 
 class HookedUnits:
     """What the base's units do while its UNet is under their control. This one is for a base without any."""
 
     @contextmanager
-    def stage_one(self) -> Iterator[None]:
-        """While open, the base samples alone, and how far each unit has come is written down by noise level."""
-        yield
+    def stage_one(self) -> Iterator[BeforeEvaluation]:
+        """While open, the base samples alone; what it gives is called before each of its evaluations."""
+        yield lambda denoiser, sigma: None
 
     def change_noise(self, job: StableDiffusionProcessing) -> None:
         """Some inpainting preprocessors start stage 1 from their picture: they change the generators of its noise."""
@@ -82,21 +85,17 @@ class _UnitsAtWork(HookedUnits):
         """(noise level, how much of stage 1 had gone); empty without a stage 1."""
 
     @contextmanager
-    def stage_one(self) -> Iterator[None]:
+    def stage_one(self) -> Iterator[BeforeEvaluation]:
         asked: list[tuple[CFGDenoiser, Tensor, float]] = []
 
-        def follow(params: script_callbacks.CFGDenoiserParams) -> None:
-            """One evaluation, as the extension itself counts them."""
-            progress = params.sampling_step / params.total_sampling_steps
-            asked.append((params.denoiser, params.sigma[:1], progress))
+        def follow(denoiser: CFGDenoiser, sigma: Tensor) -> None:
+            """As the extension itself counts evaluations."""
+            progress = shared.state.sampling_step / shared.state.sampling_steps
+            asked.append((denoiser, sigma, progress))
             self._go_to(progress)
 
-        script_callbacks.on_cfg_denoiser(follow)
-        try:
-            with self._modules.in_force():
-                yield
-        finally:
-            script_callbacks.remove_callbacks_for_function(follow)
+        with self._modules.in_force():
+            yield follow
         if asked:
             # the noise levels are read from the GPU once, when the base is through
             denoisers, levels, progress = zip(*asked, strict=True)

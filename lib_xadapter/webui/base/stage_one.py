@@ -79,13 +79,15 @@ def sample_base(
         WrongFile: a LoRA does not fit the base's layers.
     """
     asked: list[Tensor] = []
-    with base.current() as model, hooked.stage_one():
+    with base.current() as model, hooked.stage_one() as before_evaluation:
         count_steps_anew()
         job.sampler = sd_samplers.create_sampler(job.sampler_name, model)
         denoiser = job.sampler.model_wrap_cfg
 
         def note(module: torch.nn.Module, args: tuple) -> None:
-            asked[denoiser.step :] = [args[1][:1]]
+            sigma = args[1][:1]
+            asked[denoiser.step :] = [sigma]
+            before_evaluation(denoiser, sigma)
 
         job.rng = base_noise(job, job.seeds)
         hooked.change_noise(job)
