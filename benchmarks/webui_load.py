@@ -28,6 +28,7 @@ from PIL import Image
 
 from lib_xadapter.settings import arguments, defaults
 from tests.pictures import grey_levels_apart
+from tests.webui import units
 from tests.webui.asking import TITLE
 from tests.webui.server import Answer, Installation, WebUIServer, small_models
 
@@ -36,6 +37,8 @@ AGAIN_EVERY, RELOAD_EVERY = 20, 150
 """Jobs between two that are asked for again, and between two reloads of the page."""
 ROUNDED = 1
 """Grey levels: sums on a CPU are rounded by where tensors lie in memory."""
+RECORDINGS = 0.125
+"""GB that recordings may fill: so little that they do long before the last half."""
 WARM = 0.1
 """Share of all jobs after which threads are counted for the first time."""
 SIZES = tuple(range(64, 329, 8))
@@ -51,6 +54,7 @@ PROMPTS = (
     "(a cat:1.3) BREAK a dog " * 12,
     "",
 )
+UNITS = (units.T2I, units.REFERENCE)
 GIVEN = Image.linear_gradient("L").resize((96, 80)).convert("RGB")
 BAD: tuple[Mapping[str, Any], ...] = (
     {"switch_point": 2},
@@ -84,7 +88,7 @@ class Asked:
         return server.img2img(GIVEN, **self.payload) if self.over_picture else server.txt2img(**self.payload)
 
 
-def drawn(number: int, seed: int) -> Asked:
+def drawn(number: int, seed: int, has_controlnet: bool) -> Asked:
     """The job of a number."""
     random_ = random.Random(f"{seed} {number}")
     is_bad, plain = random_.random() < 0.1, random_.random() < 0.15
@@ -108,8 +112,13 @@ def drawn(number: int, seed: int) -> Asked:
         payload["denoising_strength"] = random_.choice([0.2, 0.5, 0.8, 1.0])
     elif random_.random() < 0.15:
         payload |= {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    scripts: dict[str, Any] = {}
+    if has_controlnet and not plain and not is_bad and random_.random() < 0.2:
+        given |= units.SMALL
+        scripts["ControlNet"] = {"args": [random_.choice(UNITS)]}
     if not plain or is_bad:
-        payload["alwayson_scripts"] = {TITLE: {"args": [given]}}
+        scripts[TITLE] = {"args": [given]}
+    payload["alwayson_scripts"] = scripts
     return Asked(number, payload, over_picture, is_bad)
 
 
@@ -153,6 +162,8 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
+    most_recorded: int = 0
+    """Bytes of all recordings."""
 
     @property
     def growth(self) -> float:
@@ -168,10 +179,11 @@ class Load:
         server: started.
         jobs: how many.
         seed: of everything that is drawn.
+        has_controlnet: whether the ControlNet extension is there, so that some jobs have units.
     """
 
-    def __init__(self, server: WebUIServer, jobs: int, seed: int) -> None:
-        self._server, self._jobs, self._seed = server, jobs, seed
+    def __init__(self, server: WebUIServer, jobs: int, seed: int, has_controlnet: bool) -> None:
+        self._server, self._jobs, self._seed, self._has_controlnet = server, jobs, seed, has_controlnet
         self._process = psutil.Process(server.process.pid)
         self._lock = threading.Lock()
         # nobody asks while the page is reloaded
@@ -195,7 +207,7 @@ class Load:
                 self._reload()
             with self._asking:
                 self._disturb(number)
-                self._one(drawn(number, self._seed))
+                self._one(drawn(number, self._seed, self._has_controlnet))
                 if number % AGAIN_EVERY == AGAIN_EVERY - 1:
                     self._again()
             self._measure()
@@ -289,8 +301,9 @@ class Load:
             self._asking.release(2)
 
     def _measure(self) -> None:
-        memory = self._process.memory_info().rss / 1e6
+        memory, recorded = self._process.memory_info().rss / 1e6, self._server.recordings()
         with self._lock:
+            self.findings.most_recorded = max(self.findings.most_recorded, recorded)
             self.findings.megabytes.append(memory)
             self.findings.threads.append(self._process.num_threads())
 
@@ -306,6 +319,7 @@ def report(findings: Findings, seconds: float, seed: int) -> dict[str, Any]:
         **asdict(findings),
         "seed": seed,
         "seconds": round(seconds),
+        "bytes that recordings may fill": int(RECORDINGS * 2**30),
         "megabytes a job over the last half": round(findings.growth, 3),
         "threads after a tenth, and at the end": [warm, findings.threads[-1] if findings.threads else 0],
     }
@@ -324,9 +338,15 @@ def main(given: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
-        WebUIServer(installation, Path(folder) / "data", [small_models(installation)], more_extensions=more) as server,
+        WebUIServer(
+            installation,
+            Path(folder) / "data",
+            [small_models(installation)],
+            more_extensions=more,
+            options={"xadapter_recordings": RECORDINGS},
+        ) as server,
     ):
-        findings = Load(server, options.jobs, options.seed).run()
+        findings = Load(server, options.jobs, options.seed, bool(more)).run()
         log = server.log
     told = report(findings, time.monotonic() - began, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -366,6 +366,10 @@ class WebUIServer:
         """What is loaded, hooked and selected: see probe/scripts/probe.py."""
         return self.probed(self.get("/probe/state"))
 
+    def recordings(self) -> int:
+        """Bytes that recordings of the base fill."""
+        return self.probed(self.get("/probe/recordings"))
+
     def changed_tensors(self) -> list[str]:
         """Names of the base's tensors that are not, to the bit, those of its checkpoint's file."""
         return self.probed(self.get("/probe/changed"))

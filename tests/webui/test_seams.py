@@ -179,11 +179,18 @@ def faults(seams: list[str]) -> list[tuple[str, str]]:
     return random.Random(os.environ.get("SEAMS_SEED", "0")).sample(everything, min(LOOKED_AT, len(everything)))
 
 
-def noted(name: str) -> set[tuple[str, str]]:
-    """The faults of a kind that stand in the table."""
+def in_table() -> list[dict[str, Any]]:
+    """The faults that stand in the table."""
     table = Path(os.environ.get("SEAMS_TABLE", ""))
-    rows = map(json.loads, table.read_text(encoding="utf-8").splitlines()) if table.is_file() else ()
-    return {(row["seam"], row["error"]) for row in rows if row["kind"] == name}
+    return list(map(json.loads, table.read_text(encoding="utf-8").splitlines())) if table.is_file() else []
+
+
+def outstanding(name: str, seams: list[str]) -> list[tuple[str, str]]:
+    """The faults of a kind that are to be looked at, those of seams that no other kind has passed first."""
+    rows = in_table()
+    looked_at = {(row["seam"], row["error"]) for row in rows if row["kind"] == name}
+    elsewhere = {row["seam"] for row in rows if row["kind"] != name}
+    return sorted(set(faults(seams)) - looked_at, key=lambda fault: (fault[0] in elsewhere, fault))
 
 
 def note(outcome: Outcome, seams: int) -> None:
@@ -200,7 +207,7 @@ def test_a_fault_at_a_seam_is_told_and_nothing_is_left_behind(request, name):
         watched = Watched(server, name)
         seams = watched.seams()
         assert len(seams) > 3
-        for fault in sorted(set(faults(seams)) - noted(name)):
+        for fault in outstanding(name, seams):
             outcomes.append(watched.outcome(*fault))
             note(outcomes[-1], len(seams))
     fallen = [outcome for outcome in outcomes if not outcome.survived]

@@ -367,6 +367,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         probe.pretend(what)
 
     app.get("/probe/state")(state)
+    app.get("/probe/recordings")(recordings)
     app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
     app.get("/probe/imported")(imported)
@@ -392,6 +393,12 @@ def parsed(given: Infotext) -> dict[str, Any]:
 def imported() -> list[str]:
     """X-Adapter's modules that have been imported so far."""
     return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
+
+
+def recordings() -> int:
+    """Bytes that X-Adapter's recordings of the base fill."""
+    models = getattr(sd_models.model_data, "xadapter_models", None)
+    return models.recordings.size if models is not None else 0
 
 
 def axes() -> list[str]:
