@@ -366,6 +366,10 @@ class WebUIServer:
         """What is loaded, hooked and selected: see probe/scripts/probe.py."""
         return self.probed(self.get("/probe/state"))
 
+    def memory(self) -> int:
+        """Bytes that its process fills, without what is free in them."""
+        return self.probed(self.get("/probe/memory"))
+
     def recordings(self) -> int:
         """Bytes that recordings of the base fill."""
         return self.probed(self.get("/probe/recordings"))

@@ -39,6 +39,7 @@ SEEDS = range(int(os.environ.get("MINIATURE_SEEDS", "30")))
 NARROW_CONTROLNETS = Path(__file__).parent / "narrow_controlnets"
 MODELS = MiniatureModels()
 SDEDIT, RECIPE, AMPLIFIED = {"weight": 0}, {"weight": 1}, {"weight": 1, "uncond_weight": 0}
+FIRMLY = {"weight": 2, "uncond_weight": 0}
 PART = (0, 0, UPGRADED_SIZE * 2 // 3, UPGRADED_SIZE)
 """What is painted anew in a given picture: its left two thirds."""
 
@@ -150,8 +151,8 @@ def test_more_of_a_lora_is_kept_than_by_sdedit(server, record_property):
     clip = Clip(MODELS.clip, "cpu")
     values: dict[str, list[float]] = {"X-Adapter": [], "SDEdit": []}
     for seed in SEEDS:
-        told = {"prompt": f"{caption_of(facts_of(scene(seed)))} <lora:miniature-palette:1>"}
-        for way, arguments in (("X-Adapter", AMPLIFIED), ("SDEdit", SDEDIT)):
+        told = {"prompt": f"{caption_of(facts_of(scene(seed)))} <lora:miniature-lines:1>"}
+        for way, arguments in (("X-Adapter", FIRMLY), ("SDEdit", SDEDIT)):
             answer = made(server.txt2img(**request(seed, **told), **scripts({**arguments, "return_base_image": True})))
             picture, base = clip.of_pictures([image.convert("RGB") for image in answer.images])
             values[way].append(float(similarity(picture[None], base[None])[0]))

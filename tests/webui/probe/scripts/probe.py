@@ -19,6 +19,7 @@ An extension for tests only. While it neither records nor holds an armed fault, 
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -367,6 +368,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
         probe.pretend(what)
 
     app.get("/probe/state")(state)
+    app.get("/probe/memory")(memory)
     app.get("/probe/recordings")(recordings)
     app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
@@ -393,6 +395,14 @@ def parsed(given: Infotext) -> dict[str, Any]:
 def imported() -> list[str]:
     """X-Adapter's modules that have been imported so far."""
     return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
+
+
+def memory() -> int:
+    """Bytes of the process, once garbage is collected and the C library has given back what is free."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
 
 
 def recordings() -> int:
