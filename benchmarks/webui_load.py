@@ -212,8 +212,8 @@ class Load:
                 self._one(drawn(number, self._seed, self._has_controlnet))
                 if number % AGAIN_EVERY == AGAIN_EVERY - 1:
                     self._again()
-            if number % MEASURED_EVERY == 0:
-                self._measure()
+                if number % MEASURED_EVERY == 0:
+                    self._measure()
 
     def _take(self) -> int | None:
         with self._lock:
