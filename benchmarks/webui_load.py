@@ -188,8 +188,8 @@ class Load:
         self._server, self._jobs, self._seed, self._has_controlnet = server, jobs, seed, has_controlnet
         self._process = psutil.Process(server.process.pid)
         self._lock = threading.Lock()
-        # nobody asks while the page is reloaded
-        self._asking = threading.Semaphore(2)
+        # nobody asks while the page is reloaded, and who reloads it goes before who would ask
+        self._door, self._asking = threading.Lock(), threading.Semaphore(2)
         self._next = 0
         self._disturbed = 0
         self._to_repeat: list[tuple[Asked, Answer]] = []
@@ -207,13 +207,17 @@ class Load:
         while (number := self._take()) is not None:
             if number and number % RELOAD_EVERY == 0:
                 self._reload()
-            with self._asking:
+            with self._door:
+                self._asking.acquire()
+            try:
                 self._disturb(number)
                 self._one(drawn(number, self._seed, self._has_controlnet))
                 if number % AGAIN_EVERY == AGAIN_EVERY - 1:
                     self._again()
                 if number % MEASURED_EVERY == 0:
                     self._measure()
+            finally:
+                self._asking.release()
 
     def _take(self) -> int | None:
         with self._lock:
@@ -296,12 +300,13 @@ class Load:
         threading.Timer(random_.uniform(0, 3), post).start()
 
     def _reload(self) -> None:
-        for _ in range(2):
-            self._asking.acquire()
-        try:
-            self._server.reload_ui()
-        finally:
-            self._asking.release(2)
+        with self._door:
+            for _ in range(2):
+                self._asking.acquire()
+            try:
+                self._server.reload_ui()
+            finally:
+                self._asking.release(2)
 
     def _measure(self) -> None:
         memory, recorded = self._server.memory(), self._server.recordings()
