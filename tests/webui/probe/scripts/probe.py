@@ -58,6 +58,7 @@ from safetensors.torch import load_file
 BASE = "LatentDiffusion"  # the class of SD1.x and SD2.x models
 UPGRADED = "DiffusionEngine"  # the class of SDXL models
 ANOTHER_CHECKPOINT = "tiny15"
+WATCHER = "exit with the tests"
 MEDVRAM = ": modules.lowvram."  # where the WebUI's own hooks for --medvram and --lowvram come from
 
 # Every call of a UNet passes here, also when another extension has replaced the `forward` of the instance.
@@ -427,4 +428,6 @@ def exit_with_the_tests() -> None:
 
 
 script_callbacks.on_app_started(add_routes)
-threading.Thread(target=exit_with_the_tests, daemon=True).start()
+# Reload UI runs this file again, in the same process
+if WATCHER not in (thread.name for thread in threading.enumerate()):
+    threading.Thread(target=exit_with_the_tests, name=WATCHER, daemon=True).start()
