@@ -70,18 +70,19 @@ class Kind:
     @contextlib.contextmanager
     def prepared(self, server: WebUIServer) -> Iterator[None]:
         """While open, the WebUI's settings are as this kind wants them."""
-        before = server.get("/sdapi/v1/options").content
         server.post("/sdapi/v1/options", dict(self.options))
         try:
             yield
         finally:
-            server.post("/sdapi/v1/options", {name: before[name] for name in self.options})
+            server.post("/sdapi/v1/options", {name: USUAL[name] for name in self.options})
 
     def is_same(self, one: Image.Image, other: Image.Image) -> bool:
         """To the byte; a model that was loaded anew lies elsewhere in memory, by which sums are rounded."""
         return grey_levels_apart(one, other) <= 1 if self.options == UNLOADED else same_bytes(one, other)
 
 
+USUAL = {"xadapter_keep_models": "Keep on the GPU", "xadapter_recordings": 2.0}
+"""What the settings are otherwise."""
 UNLOADED = {"xadapter_keep_models": "Unload after each job"}
 KINDS = {
     "lockstep": Kind({"memory": "lockstep"}),
