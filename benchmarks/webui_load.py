@@ -38,7 +38,7 @@ AGAIN_EVERY, RELOAD_EVERY, MEASURED_EVERY = 20, 150, 5
 ROUNDED = 1
 """Grey levels: sums on a CPU are rounded by where tensors lie in memory."""
 RECORDINGS = 0.125
-"""GB that recordings may fill: so little that they do long before the last half."""
+"""GB that recordings may fill."""
 WARM = 0.1
 """Share of all jobs after which threads are counted for the first time."""
 SIZES = tuple(range(64, 329, 8))

@@ -13,8 +13,11 @@ from torch import Tensor
 from .errors import WrongFile, first_line
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], object], survives_the_machine: bool = False) -> Path:
     """Let `write` fill a file beside `path`, then put it in its place.
+
+    Args:
+        survives_the_machine: whether it is whole or not there where the machine stops, too.
 
     Raises:
         WrongFile: it cannot be written there.
@@ -24,7 +27,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(beside)
+            if survives_the_machine:
+                _reach_the_disk(beside)
             os.replace(beside, path)
+            if survives_the_machine:
+                _reach_the_disk(path.parent)
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -48,11 +55,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         safetensors.torch.save_file(held, beside, dict(metadata))
         # safetensors lets nobody else read what it writes
         beside.chmod(mode)
-        _reach_the_disk(beside)
 
-    write_whole(path, write)
-    _reach_the_disk(path.parent)
-    return path
+    return write_whole(path, write, survives_the_machine=True)
 
 
 def _reach_the_disk(path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-import safetensors.torch
 import torch
 
 from ..errors import WrongArgument
 from ..mapping import load_adapter
-from ..saving import write_whole
+from ..saving import write_tensors
 from ..tensor_files import read_metadata
 from .options import say
 
@@ -23,8 +22,7 @@ def convert_adapter(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     state = load_adapter(options.file, dtype=dtype).state_dict()
     metadata = {**read_metadata(options.file), "format": "pt"}
-    tensors = {key: value.contiguous() for key, value in state.items()}
-    write_whole(options.out, lambda to: to.write_bytes(safetensors.torch.save(tensors, metadata=metadata)))
-    parameters = sum(value.numel() for value in tensors.values())
-    say(f"{options.out}: {len(tensors)} tensors, {parameters:,} parameters, {options.out.stat().st_size / 1e6:.1f} MB")
+    write_tensors(options.out, state, metadata)
+    parameters = sum(value.numel() for value in state.values())
+    say(f"{options.out}: {len(state)} tensors, {parameters:,} parameters, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
