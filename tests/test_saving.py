@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,20 +26,22 @@ def write(request):
     return WRITERS[request.param]
 
 
-@pytest.fixture
+@contextmanager
 def files_are_short() -> Iterator[None]:
-    """The system itself lets no file grow."""
+    """The system itself lets no file grow; not a fixture, as pytest writes between a test and its fixtures' ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (ALLOWED, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_one_that_grows_too_long_leaves_the_earlier_one(write, tmp_path, files_are_short):
+def test_one_that_grows_too_long_leaves_the_earlier_one(write, tmp_path):
     path = tmp_path / "folder" / "file.safetensors"
     write(path, ALLOWED // 2)
     before = path.read_bytes()
-    with pytest.raises(WrongFile, match=r"file.safetensors cannot be written: .*File too large"):
+    with files_are_short(), pytest.raises(WrongFile, match=r"file.safetensors cannot be written: .*File too large"):
         write(path, ALLOWED * 2)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
