@@ -153,10 +153,10 @@ RUNS: Mapping[str, Run] = {
         )
         for style in STYLES
     },
-    "sweep": Run(
-        "Switch point and weight, edges",
-        (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1", "--weight", "0.5", "1", "1.5", "2"),
+    "switch-points": Run(
+        "Switch point, edges", (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1"), like="edges", compares=True
     ),
+    "weights": Run("Weight, edges", (*EDGES, "--weight", "0.5", "1", "1.5", "2"), like="edges", compares=True),
     "two": Run(
         "Edges and depth at once",
         ("--controlnet", "miniature-edges", "miniature-depth", "--control", "canny", "depth"),
