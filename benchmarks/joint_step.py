@@ -22,7 +22,7 @@ from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
 from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase
 from lib_xadapter.headless.models import Models, Placement, noise_schedule_of
 from lib_xadapter.headless.pipeline import Request
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_paths import MappingPath
 from lib_xadapter.overlap import Overlap, SideStream
 from lib_xadapter.recording import Playback, Recording, record
@@ -132,7 +132,7 @@ class Steps:
         self._step(self._stage(Playback(self._recording, self._device), None), evaluation)
 
     def _stage(self, source: FeatureSource, overlap: Overlap | None) -> JointStage:
-        return JointStage(source, self._mapping, self._weights, overlap=overlap)
+        return JointStage(source, Coupling(self._mapping, self._weights), overlap)
 
     @torch.no_grad()
     def _step(self, stage: JointStage, evaluation: Evaluation) -> Tensor:

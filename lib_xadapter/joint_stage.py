@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,38 @@ from .feature_sources import FeatureSource, RowFeatures
 from .mapping_paths import MappingPath
 from .overlap import Overlap
 from .rows import Row, match_rows, take_rows
+from .settings import Settings
 from .taps import FUSIONS, fuse_into, like
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the base's features enter the upgraded model.
+
+    Attributes:
+        mapping: runs the mapping layers.
+        weights: of the coarse, middle and fine residuals.
+        window: when the base runs and the adapter acts.
+        cond_only: map only the base's rows of the prompt, and use them for the negative prompt's rows, too.
+        uncond_weight: share of the weights for the negative prompt's rows.
+    """
+
+    mapping: MappingPath
+    weights: tuple[float, ...]
+    window: GuidanceWindow = field(default_factory=GuidanceWindow)
+    cond_only: bool = False
+    uncond_weight: float = 1.0
+
+    @classmethod
+    def from_settings(cls, mapping: MappingPath, settings: Settings) -> Coupling:
+        """What a picture's settings say of it."""
+        window = GuidanceWindow.from_settings(settings)
+        return cls(mapping, settings.weights, window, settings.cond_only, settings.uncond_weight)
+
+    @property
+    def level_weights(self) -> tuple[float, ...]:
+        """Of the residual of each level of the mapping layers, in the order of their taps."""
+        return tuple(self.weights[tap.grain] for tap in self.mapping.adapter.taps)
 
 
 @dataclass(frozen=True)
@@ -37,18 +68,19 @@ class MappedBase:
     Attributes:
         source: gives the features.
         evaluation: the one at which the base runs.
-        mapping: runs the mapping layers.
-        levels: those whose weight is not 0.
-        cond_only: map only the prompt's rows.
+        coupling: how they enter the upgraded model.
         overlap: runs this work on a side stream; None for none.
     """
 
     source: FeatureSource
     evaluation: Evaluation
-    mapping: MappingPath
-    levels: tuple[int, ...]
-    cond_only: bool
+    coupling: Coupling
     overlap: Overlap | None
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """Those of the mapping layers whose weight is not 0."""
+        return tuple(level for level, weight in enumerate(self.coupling.level_weights) if weight)
 
     @cached_property
     def found(self) -> RowFeatures:
@@ -69,13 +101,14 @@ class MappedBase:
 
     @property
     def _places(self) -> list[int]:
-        return [place for place, row in enumerate(self.found.rows) if not self.cond_only or row.cond is not None]
+        cond_only = self.coupling.cond_only
+        return [place for place, row in enumerate(self.found.rows) if not cond_only or row.cond is not None]
 
     def _map(self, level: int) -> MappedLevel:
         features, places = self.found.features, self._places
         embedding = features.time_embedding
         embedding = None if embedding is None else take_rows(embedding, places)
-        rows = self.mapping.hidden(level, take_rows(features.levels[level], places), embedding)
+        rows = self.coupling.mapping.hidden(level, take_rows(features.levels[level], places), embedding)
         return MappedLevel(rows, self.overlap.finished() if self.overlap is not None else None)
 
     def _on_side_stream(self) -> AbstractContextManager[None]:
@@ -90,15 +123,11 @@ class JointEvaluation:
         base: the base's features, of this evaluation or an earlier one; None before there are any.
         rows: of the upgraded model's batch, in its order.
         acts: whether residuals are added at all.
-        weights: of each level's residual.
-        uncond_weight: share of them that unconds get.
     """
 
     base: MappedBase | None
     rows: tuple[Row, ...]
     acts: bool
-    weights: tuple[float, ...]
-    uncond_weight: float = 1.0
 
     def fuse(self, level: int, feature: Tensor, rows: slice) -> Tensor:
         """The upgraded feature of a level with its residuals.
@@ -124,7 +153,8 @@ class JointEvaluation:
 
     def _equal_runs(self, rows: slice) -> list[tuple[slice, float]]:
         """The parts of a call's rows that get the same share of the weights, with that share."""
-        shares = [1.0 if row.cond is not None else self.uncond_weight for row in self.rows[rows]]
+        of_uncond = self.base.coupling.uncond_weight
+        shares = [1.0 if row.cond is not None else of_uncond for row in self.rows[rows]]
         runs, first = [], 0
         for share, equal in itertools.groupby(shares):
             after = first + len(list(equal))
@@ -133,7 +163,8 @@ class JointEvaluation:
         return runs
 
     def _fuse_run(self, level: int, feature: Tensor, hidden: Tensor, share: float) -> Tensor:
-        mapping, weight = self.base.mapping, share * self.weights[level]
+        coupling = self.base.coupling
+        mapping, weight = coupling.mapping, share * coupling.level_weights[level]
         fusion = mapping.adapter.fusion
         if fusion == "addition" and hidden.shape == feature.shape:
             return mapping.add(level, feature, hidden, weight)
@@ -145,7 +176,7 @@ class JointEvaluation:
         if self.base is None:
             yield
             return
-        taps = self.base.mapping.adapter.taps
+        taps = self.base.coupling.mapping.adapter.taps
         with fuse_into(upgraded_unet, lambda level, x: self.fuse(level, x, rows), self.base.levels, taps):
             yield
 
@@ -155,30 +186,13 @@ class JointStage:
 
     Args:
         source: gives the base's features.
-        mapping: runs the mapping layers.
-        weights: of the coarse, middle and fine residuals.
-        window: when the base runs and the adapter acts.
-        cond_only: map only the base's rows of the prompt, and use them for the negative prompt's rows, too.
-        uncond_weight: share of the weights for the negative prompt's rows.
+        coupling: how they enter the upgraded model.
         overlap: where the base's work runs beside the upgraded model's; None for one after the other.
     """
 
-    def __init__(
-        self,
-        source: FeatureSource,
-        mapping: MappingPath,
-        weights: Sequence[float],
-        window: GuidanceWindow | None = None,
-        cond_only: bool = False,
-        overlap: Overlap | None = None,
-        uncond_weight: float = 1.0,
-    ) -> None:
+    def __init__(self, source: FeatureSource, coupling: Coupling, overlap: Overlap | None = None) -> None:
         self._source = source
-        self._mapping = mapping
-        self._weights = tuple(weights[tap.grain] for tap in mapping.adapter.taps)
-        self._window = window or GuidanceWindow()
-        self._cond_only = cond_only
-        self._uncond_weight = uncond_weight
+        self._coupling = coupling
         self._overlap = overlap
         self._latest: MappedBase | None = None
 
@@ -191,16 +205,11 @@ class JointStage:
         """
         if self._overlap is not None:
             self._overlap.begin()
-        if self._window.runs_base(evaluation):
-            self._latest = self._base_at(evaluation)
+        if self._coupling.window.runs_base(evaluation):
+            self._latest = MappedBase(self._source, evaluation, self._coupling, self._overlap)
         if self._latest is not None and self._overlap is None:
             _ = self._latest.found
-        acts = self._window.acts(evaluation)
-        return JointEvaluation(self._latest, tuple(upgraded_rows), acts, self._weights, self._uncond_weight)
-
-    def _base_at(self, evaluation: Evaluation) -> MappedBase:
-        levels = tuple(level for level, weight in enumerate(self._weights) if weight)
-        return MappedBase(self._source, evaluation, self._mapping, levels, self._cond_only, self._overlap)
+        return JointEvaluation(self._latest, tuple(upgraded_rows), self._coupling.window.acts(evaluation))
 
 
 def _gather(hidden: Tensor, sources: Sequence[tuple[int, ...]]) -> Tensor:

@@ -28,14 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UnplannedLevel, XAdapterError
-from .evaluations import Evaluation, GuidanceWindow
+from .evaluations import Evaluation
 from .feature_sources import BaseDenoiser, FeatureSource, Lockstep
-from .joint_stage import JointStage
-from .mapping_paths import MappingPath
+from .joint_stage import Coupling, JointStage
 from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
 from .recording import Playback, Recorder, Recording, RecordingCache, record
-from .settings import Settings
 from .taps import Taps
 from .trajectory import Trajectory, same_level
 
@@ -57,35 +55,6 @@ class StageOne:
     latents: Tensor | None
     pictures: tuple[Image.Image, ...] = ()
     levels: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """How the base's features enter the upgraded model.
-
-    Attributes:
-        mapping: runs the mapping layers.
-        weights: of the coarse, middle and fine residuals.
-        window: when the base runs and the adapter acts.
-        cond_only: only the prompt's rows are mapped.
-        uncond_weight: share of the weights for the negative prompt's rows.
-    """
-
-    mapping: MappingPath
-    weights: tuple[float, ...]
-    window: GuidanceWindow
-    cond_only: bool = False
-    uncond_weight: float = 1.0
-
-    @classmethod
-    def from_settings(cls, mapping: MappingPath, settings: Settings) -> Coupling:
-        """What a picture's settings say of it."""
-        window = GuidanceWindow.from_settings(settings)
-        return cls(mapping, settings.weights, window, settings.cond_only, settings.uncond_weight)
-
-    def joint_stage(self, source: FeatureSource, overlap: Overlap | None) -> JointStage:
-        """The joint stage of one sampling, whose base gives its features by `source`."""
-        return JointStage(source, self.mapping, self.weights, self.window, self.cond_only, overlap, self.uncond_weight)
 
 
 @dataclass(frozen=True)
@@ -365,7 +334,7 @@ def _keep(host: Host[Any], plan: Pass, cache: BaseCache, stage_one: StageOne, re
 def _joint_stage(
     host: Host[Samples], plan: Pass, stage_one: StageOne, source: FeatureSource, overlap: Overlap | None
 ) -> Samples:
-    joint = plan.coupling.joint_stage(source, overlap)
+    joint = JointStage(source, plan.coupling, overlap)
     try:
         return host.sample_upgraded(stage_one, joint, plan.evaluations)
     finally:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib_xadapter.evaluations import Evaluation, GuidanceWindow
 from lib_xadapter.feature_sources import BaseStep, Lockstep
-from lib_xadapter.joint_stage import JointEvaluation, JointStage
+from lib_xadapter.joint_stage import Coupling, JointEvaluation, JointStage
 from lib_xadapter.mapping import BlockLayout, MappingLayers
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import Row, batch_rows, match_rows
@@ -66,9 +66,9 @@ class CountingBase:
         return BaseStep(BaseFeatures((feature,) * 3, torch.zeros(len(self.rows), 1)), self.rows, latent)
 
 
-def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), window: GuidanceWindow | None = None, **more) -> JointStage:
+def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), overlap=None, **coupling) -> JointStage:
     source = Lockstep(base, Trajectory(torch.zeros(2, 4, 2, 2)))
-    return JointStage(source, more.pop("mapping", Doubling()), weights, window, **more)
+    return JointStage(source, Coupling(coupling.pop("mapping", Doubling()), weights, **coupling), overlap)
 
 
 def added(evaluation: JointEvaluation, rows: slice, count: int) -> list[float]:

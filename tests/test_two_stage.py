@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from lib_xadapter.errors import UnplannedLevel
-from lib_xadapter.evaluations import Evaluation, GuidanceWindow
+from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseDenoiser, BaseStep
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.recording import RecordingCache
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import TAPS, BaseFeatures, Taps
-from lib_xadapter.two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, check_plan, run
+from lib_xadapter.two_stage import BaseCache, KeptStageOne, Pass, StageOne, check_plan, run
 
 ROWS = batch_rows([1])
 EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumerate((8.0, 4.0, 2.0, 1.0)))
@@ -141,7 +141,7 @@ def recordings() -> BaseCache:
 
 @pytest.fixture
 def coupling() -> Coupling:
-    return Coupling(Passing(), (1.0, 0.0, 0.0), GuidanceWindow())
+    return Coupling(Passing(), (1.0, 0.0, 0.0))
 
 
 def test_in_lockstep_the_base_runs_before_each_evaluation_of_the_upgraded_model(recordings, coupling):

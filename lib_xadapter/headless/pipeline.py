@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import XAdapterError
 from ..evaluations import Evaluation, GuidanceWindow
 from ..feature_sources import BaseDenoiser, BaseStep
-from ..joint_stage import JointStage
+from ..joint_stage import Coupling, JointStage
 from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
 from ..memory import Work, decoding_memory
@@ -30,7 +30,7 @@ from ..recording import RecordingCache
 from ..settings import AUTO, BASE, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import Taps, read_features
 from ..trajectory import same_level
-from ..two_stage import BaseCache, Coupling, KeptStageOne, Pass, StageOne, run
+from ..two_stage import BaseCache, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
 from .base_steps import BaseSteps
 from .inpainting import LATENT_CHANNELS, inpainting_channels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_paths import EagerMapping, MappingPath
 from lib_xadapter.overlap import SideStream
 from lib_xadapter.recording import Playback, record
@@ -72,7 +72,7 @@ class SmallModels:
             yield Lockstep(evaluate, Trajectory(scale * self.noise))
 
     def sampled(self, source: FeatureSource, overlap: SideStream | None = None) -> list[Tensor]:
-        stage = JointStage(source, self.mapping, (1.0, 1.0, 1.0), overlap=overlap)
+        stage = JointStage(source, Coupling(self.mapping, (1.0, 1.0, 1.0)), overlap)
         outputs, latent = [], self.start
         for evaluation in EVALUATIONS:
             with stage.evaluate(evaluation, ROWS).fused_into(self.upgraded, slice(0, 2)):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lib_xadapter.cuda_mapping import CudaMapping
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_choice import CheckedMapping
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.passage import CudaQueue
@@ -127,7 +127,7 @@ def lockstep(host) -> Iterator[Lockstep]:
 
 
 def sampled(host, mapping, source: FeatureSource) -> Tensor:
-    stage = JointStage(source, mapping, (1.0, 0.5, 1.0))
+    stage = JointStage(source, Coupling(mapping, (1.0, 0.5, 1.0)))
     latent = torch.empty(2, 4, 16, 16, device=GPU)
     for evaluation in EVALUATIONS:
         with stage.evaluate(evaluation, host.rows).fused_into(host.upgraded, slice(0, 4)):

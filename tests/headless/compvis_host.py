@@ -25,7 +25,7 @@ from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
 from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
 from lib_xadapter.headless.pipeline import Request
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping import MappingLayers
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import batch_rows
@@ -169,7 +169,7 @@ class CompVisHost:
         with read_features(self.base) as reader:
             trajectory = Trajectory(noise.base_again[None], finished, FIRST_ORDER)
             source = Lockstep(self._lockstep_base(request, reader), trajectory)
-            stage = JointStage(source, EagerMapping(self.adapter), request.settings.weights)
+            stage = JointStage(source, Coupling(EagerMapping(self.adapter), request.settings.weights))
             model = SamplerModel(lambda x, t, context: self._joint(stage, model, request, x, t, context))
             sampler = DDIMSampler(model)
             sampler.make_schedule(request.steps, verbose=False)

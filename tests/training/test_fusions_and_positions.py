@@ -13,7 +13,7 @@ from lib_xadapter.errors import WrongFile
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, Lockstep
 from lib_xadapter.headless.inspection import describe
-from lib_xadapter.joint_stage import JointStage
+from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping import MappingLayers, layout_for, load_adapter, save_adapter
 from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.pairs import Pair
@@ -112,7 +112,7 @@ def joint_call(base: nn.Module, upgraded: nn.Module, layers: MappingLayers, weig
             return BaseStep(reader.take(), rows, latent)
 
         source = Lockstep(denoise, Trajectory(torch.zeros(ROWS, 4, 8, 8)))
-        joint = JointStage(source, EagerMapping(layers), weights).evaluate(Evaluation(1.0, 0, 0.0), rows)
+        joint = JointStage(source, Coupling(EagerMapping(layers), weights)).evaluate(Evaluation(1.0, 0, 0.0), rows)
         with joint.fused_into(upgraded, slice(0, ROWS)):
             return call(upgraded, True)
 

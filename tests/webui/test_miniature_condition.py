@@ -126,10 +126,11 @@ def lines_kept(picture: Image.Image, seed: int, part: Part) -> float:
 
 
 SDEDIT = {"weight": 0}
+CONTROLNET, LORA = "ControlNet", "LoRA"
 PLUGINS = {
-    "ControlNet": Plugin({"weight": 1}, edges_kept, has_map=True),
+    CONTROLNET: Plugin({"weight": 1}, edges_kept, has_map=True),
     "ControlNet, plain unconds": Plugin({"weight": 1, "uncond_weight": 0}, edges_kept, has_map=True),
-    "LoRA": Plugin({"weight": 2, "uncond_weight": 0}, lines_kept, " <lora:miniature-lines:1>"),
+    LORA: Plugin({"weight": 2, "uncond_weight": 0}, lines_kept, " <lora:miniature-lines:1>"),
 }
 
 
@@ -160,7 +161,7 @@ TABS = {
     "inpainting": (painted_in, LEFT),
 }
 """What asks for a picture, and the part of it that is made."""
-CASES = [*((name, tab) for name in ("ControlNet", "LoRA") for tab in TABS), ("ControlNet, plain unconds", "txt2img")]
+CASES = [*((name, tab) for name in (CONTROLNET, LORA) for tab in TABS), ("ControlNet, plain unconds", "txt2img")]
 
 
 @pytest.mark.parametrize(("name", "tab"), CASES)

@@ -15,11 +15,11 @@ from torch import nn
 
 from ...errors import DoesNotFit
 from ...evaluations import Evaluation
+from ...joint_stage import Coupling
 from ...memory import Work, free_ram
 from ...recording import expected_size
 from ...settings import AUTO, Settings, read_settings
 from ...taps import check_fit
-from ...two_stage import Coupling
 from .. import model_files
 from ..base.base_model import BaseModel
 from ..base.base_processing import base_hires_size, base_size, largest_work
