@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -93,6 +93,10 @@ def seeded(module: nn.Module, name: str, gain: float = 0.8) -> nn.Module:
     state = module.state_dict()
     module.load_state_dict({key: _seeded_weight(f"{name}.{key}", value, gain) for key, value in state.items()})
     return module.eval().requires_grad_(False)
+
+
+def t2i_adapter(channels: Sequence[int] = BASE_CHANNELS) -> nn.Module:
+    return seeded(T2IAdapter(3, list(channels), 2, 8, "full_adapter"), "t2i", gain=1.5)
 
 
 def _seeded_weight(name: str, like: Tensor, gain: float) -> Tensor:

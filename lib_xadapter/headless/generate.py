@@ -24,8 +24,8 @@ from .infotexts import PNG_KEY
 from .inversions import Inversions
 from .jobs import Picture, make_pictures
 from .loras import merge_lora
-from .model_files import load_base, load_controlnet, load_upgraded
-from .models import Models, Placement, with_controlnets
+from .model_files import load_base, load_control, load_controlnet, load_upgraded
+from .models import Models, Placement, with_controls
 from .options import say
 from .pipeline import RELEASED_RULES, WEBUI_RULES
 
@@ -109,17 +109,15 @@ def load_models(files: Files, placement: Placement, tokenizer: Path | None = Non
     with naming("--upgraded"):
         upgraded = load_upgraded(files.upgraded, dtype, tokenizer)
     with naming("--controlnet"):
-        controlnets = tuple(load_controlnet(path, base.unet, dtype) for path in files.controlnets)
+        controlled = with_controls(base, [load_control(path, base.unet, dtype) for path in files.controlnets])
     with naming("--upgraded-controlnet"):
-        own = tuple(load_controlnet(path, upgraded.unet, dtype) for path in files.upgraded_controlnets)
+        own = [load_controlnet(path, upgraded.unet, dtype) for path in files.upgraded_controlnets]
     with naming("--lora"):
         for lora in files.loras:
             logger.info("%s goes to the %s model.", lora.path.name, merge_lora(lora, base, upgraded))
     with naming("--lora"):
         inversions = Inversions.below(*files.embeddings).with_those_of(lora.path for lora in files.loras)
-    models = Models(
-        with_controlnets(base, controlnets), with_controlnets(upgraded, own), adapter, placement, inversions
-    )
+    models = Models(controlled, with_controls(upgraded, own), adapter, placement, inversions)
     with naming("--adapter"):
         models.check()
     for pipeline in (models.base, models.upgraded):

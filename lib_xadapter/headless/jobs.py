@@ -162,13 +162,13 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
     return Request(
         base={
             **arguments_of(base, job.batch, base_guided),
-            **_control_arguments(job.control_maps or job.control_images, job.base_size, scales),
+            **_control_arguments(models.base, job.control_maps or job.control_images, job.base_size, scales),
             "guidance_scale": max(base_cfg_scale, SMALLEST_GUIDANCE) if base_guided else 1.0,
             **_sized(job.base_size),
         },
         upgraded={
             **arguments_of(upgraded, job.batch, guided),
-            **_control_arguments(job.upgraded_maps, job.size, job.upgraded_map_scales),
+            **_control_arguments(models.upgraded, job.upgraded_maps, job.size, job.upgraded_map_scales),
             "guidance_scale": job.cfg_scale,
             **_sized(job.size),
         },
@@ -200,13 +200,16 @@ def _painted(job: Job) -> Painted | None:
     return Painted(job.init_image.resize(job.size, Image.Resampling.LANCZOS), job.strength, job.mask)
 
 
-def _control_arguments(given: Sequence[Image.Image], size: tuple[int, int], scales: Sequence[float]) -> dict[str, Any]:
+def _control_arguments(
+    pipeline: Any, given: Sequence[Image.Image], size: tuple[int, int], scales: Sequence[float]
+) -> dict[str, Any]:
     maps = [to_tensor(image.convert("RGB").resize(size)) for image in given]
     if not maps:
         return {}
+    scale = "adapter_conditioning_scale" if hasattr(pipeline, "adapter") else "controlnet_conditioning_scale"
     if len(maps) == 1:
-        return {"image": maps[0], "controlnet_conditioning_scale": scales[0]}
-    return {"image": maps, "controlnet_conditioning_scale": list(scales)}
+        return {"image": maps[0], scale: scales[0]}
+    return {"image": maps, scale: list(scales)}
 
 
 def _sized(size: tuple[int, int]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import FrozenDict
@@ -118,6 +119,27 @@ def load_upgraded(path: Path, dtype: torch.dtype, tokenizer: Path | None = None)
         scheduler=file.scheduler(unet),
         add_watermarker=False,
     )
+
+
+def load_control(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> ControlNetModel | T2IAdapter:
+    """A ControlNet as by `load_controlnet`, or a T2I-Adapter from a folder of diffusers; errors as there."""
+    if not _is_t2i_adapter(path):
+        return load_controlnet(path, unet, dtype)
+    adapter = _from_pretrained(T2IAdapter, path, dtype)
+    given, taken = list(adapter.config.channels), list(unet.config.block_out_channels)
+    if given != taken:
+        raise DoesNotFit(
+            f"The T2I-Adapter {path.name} gives features of {', '.join(map(str, given))} channels, the model takes "
+            f"{', '.join(map(str, taken))}: it was made for another one."
+        )
+    return adapter.eval().requires_grad_(False)
+
+
+def _is_t2i_adapter(path: Path) -> bool:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"] == T2IAdapter.__name__
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> ControlNetModel:

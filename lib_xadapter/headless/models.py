@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
 )
 from torch import nn
 
+from ..errors import WrongArgument
 from ..mapping import MappingLayers
 from ..mapping_choice import MappingChoice
 from ..memory import Work, fits_together, make_room
@@ -108,11 +111,23 @@ def parts_at_work(pipeline: Any) -> list[nn.Module]:
     return [pipeline.unet, *(module for module in beside if isinstance(module, nn.Module))]
 
 
-def with_controlnets(pipeline: Any, nets: Sequence[ControlNetModel]) -> Any:
-    """A pipeline of SD1.5, SD2 or SDXL, one with ControlNets where there are any."""
+def with_controls(pipeline: Any, nets: Sequence[ControlNetModel | T2IAdapter]) -> Any:
+    """A pipeline of SD1.5, SD2 or SDXL, one with ControlNets where there are any, or of SD1.5 with T2I-Adapters.
+
+    Raises:
+        WrongArgument: there are both.
+    """
     if not nets:
         return pipeline
-    parts = {**pipeline.components, "controlnet": nets[0] if len(nets) == 1 else list(nets)}
+    given: Any = nets[0] if len(nets) == 1 else list(nets)
+    if any(isinstance(net, T2IAdapter) for net in nets):
+        if not all(isinstance(net, T2IAdapter) for net in nets):
+            raise WrongArgument(
+                "ControlNets and T2I-Adapters cannot act in one picture: diffusers has no such pipeline."
+            )
+        parts = {name: part for name, part in pipeline.components.items() if name != "image_encoder"}
+        return StableDiffusionAdapterPipeline(**parts, adapter=given, requires_safety_checker=False)
+    parts = {**pipeline.components, "controlnet": given}
     if hasattr(pipeline, "text_encoder_2"):
         return StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
     return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)

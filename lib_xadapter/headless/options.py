@@ -212,7 +212,12 @@ def _add_models(parser: argparse.ArgumentParser) -> Any:
     )
     models.add_argument("--tokenizer", type=Path, metavar="DIR", help="CLIP's vocab.json and merges.txt")
     models.add_argument("--lora", **SEVERAL, metavar="FILE[:WEIGHT]", help="of the base or SDXL, one or more")
-    models.add_argument("--controlnet", **SEVERAL, metavar="FILE", help="of the base, one or more, each with")
+    models.add_argument(
+        "--controlnet",
+        **SEVERAL,
+        metavar="FILE",
+        help="of the base, one or more, or T2I-Adapters (folders of diffusers), each with",
+    )
     return models
 
 

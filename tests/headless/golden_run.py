@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from lib_xadapter.headless.denoisers import Prompts
-from lib_xadapter.headless.models import with_controlnets
+from lib_xadapter.headless.models import with_controls
 from lib_xadapter.headless.pipeline import Noise, NoisePerImage, Request
 from lib_xadapter.settings import Settings
 from tests.seeded import fill, seeded
@@ -125,7 +125,7 @@ def base_pipeline() -> StableDiffusionControlNetPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return with_controlnets(base, [small_controlnet(base.unet)])
+    return with_controls(base, [small_controlnet(base.unet)])
 
 
 def upgraded_pipeline() -> StableDiffusionXLPipeline:

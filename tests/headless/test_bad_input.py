@@ -15,6 +15,7 @@ from lib_xadapter.errors import WrongFile
 from lib_xadapter.headless import options
 from lib_xadapter.headless.cli import main
 from lib_xadapter.headless.named_files import find_file
+from tests import small_models
 from tests.small_adapter import AdapterPlan, save
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,6 +133,16 @@ def test_plugins_that_are_not_finite_are_named(refused, small, tmp_path, control
     broken(path, small.controlnet)
     control = ["--controlnet", str(path), "--control-image", str(control_image)]
     assert "--controlnet: nan.safetensors: '" in refused(*control)
+
+
+def test_a_t2i_adapter_of_another_width_or_beside_a_controlnet_is_refused(refused, tmp_path, control_image):
+    small_models.t2i_adapter((32, 64)).save_pretrained(tmp_path / "narrow")
+    small_models.t2i_adapter().save_pretrained(tmp_path / "t2i")
+    image = str(control_image)
+    told = refused("--controlnet", str(tmp_path / "narrow"), "--control-image", image)
+    assert "--controlnet: The T2I-Adapter narrow gives features of 32, 64 channels" in told
+    told = refused("--controlnet", str(tmp_path / "t2i"), "small-edges", "--control-image", image, image)
+    assert "--controlnet: ControlNets and T2I-Adapters cannot act in one picture" in told
 
 
 def test_a_picture_that_overflows_is_none(generate, small, tmp_path, capsys):

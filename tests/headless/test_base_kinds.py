@@ -18,7 +18,7 @@ from lib_xadapter.headless.inpainting import inpainting_channels
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
-from lib_xadapter.headless.models import Models, with_controlnets
+from lib_xadapter.headless.models import Models, with_controls
 from lib_xadapter.headless.pictures import Painted, to_tensor
 from lib_xadapter.headless.pipeline import DIFFUSERS_RULES, TwoStages
 from lib_xadapter.settings import Settings
@@ -206,7 +206,7 @@ def test_inpainting_models_are_told_the_mask(inpainting, upgraded_inpainting, sm
 def test_a_controlnet_stands_beside_an_inpainting_model(inpainting, upgraded, small):
     net = load_controlnet(small.controlnet, inpainting.unet, torch.float32)
     job = replace(JOB, control_images=(control_map(64),), control_scales=((1.0,),))
-    led = latents(with_controlnets(inpainting, [net]), upgraded, small, job)
+    led = latents(with_controls(inpainting, [net]), upgraded, small, job)
     assert bool(torch.isfinite(led).all())
     assert not torch.allclose(led, latents(inpainting, upgraded, small), atol=1e-3)
 

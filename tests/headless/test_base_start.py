@@ -13,7 +13,7 @@ from PIL import Image
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
-from lib_xadapter.headless.models import Models, with_controlnets
+from lib_xadapter.headless.models import Models, with_controls
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
 from lib_xadapter.headless.sampler_table import RELEASED_SPACING, sampler_named
 from lib_xadapter.settings import CONTROL_IMAGE, Settings
@@ -37,7 +37,7 @@ def models(small) -> Models:
     base = load_base(small.base, torch.float32, small.tokenizer)
     upgraded = load_upgraded(small.upgraded, torch.float32, small.tokenizer)
     net = load_controlnet(small.controlnet, base.unet, torch.float32)
-    return Models(with_controlnets(base, [net]), upgraded, None)
+    return Models(with_controls(base, [net]), upgraded, None)
 
 
 def base_latents(models: Models, job: Job, rules=WEBUI_RULES) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lib_xadapter.headless import generate as generate_module
 from lib_xadapter.headless.cli import EXIT_INTERRUPTED
 from lib_xadapter.infotext import read_infotext
 from lib_xadapter.settings import read_settings
+from tests import small_models
 from tests.headless.command_line import CommandLine
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,6 +92,13 @@ def test_a_controlnet_and_its_scale_change_the_picture(generate, control_image, 
     control = ["--controlnet", "small-edges", "--control-image", str(control_image), "--control-scale"]
     assert numpy.array_equal(first(generate, *control, "0"), plain)
     assert not numpy.array_equal(first(generate, *control, "1.5"), plain)
+
+
+def test_a_t2i_adapter_of_diffusers_and_its_scale_change_the_picture(generate, control_image, plain, tmp_path):
+    small_models.t2i_adapter().save_pretrained(tmp_path / "t2i")
+    control = ["--controlnet", str(tmp_path / "t2i"), "--control-image", str(control_image), "--control-scale"]
+    assert numpy.array_equal(first(generate, *control, "0"), plain)
+    assert not numpy.array_equal(first(generate, *control, "1"), plain)
 
 
 def test_several_loras_and_controlnets_work_at_once(generate, control_image):

@@ -13,7 +13,7 @@ from lib_xadapter.errors import WrongArgument
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
-from lib_xadapter.headless.models import Models, with_controlnets
+from lib_xadapter.headless.models import Models, with_controls
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.prompts import (
     Encoder,
@@ -158,7 +158,7 @@ JOB = Job(prompt="a cat", width=64, height=64, steps=4, sampler="Euler")
 def led(small, models) -> Models:
     """With an adapter and a ControlNet."""
     net = load_controlnet(small.controlnet, models.base.unet, torch.float32)
-    return Models(with_controlnets(models.base, [net]), models.upgraded, load_adapter(small.adapter))
+    return Models(with_controls(models.base, [net]), models.upgraded, load_adapter(small.adapter))
 
 
 def latents(models: Models, prompt: str, **changes) -> torch.Tensor:

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
 from lib_xadapter import load_adapter
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
-from lib_xadapter.headless.models import Models, with_controlnets
+from lib_xadapter.headless.models import Models, with_controls
 from tests.pictures import control_map
 
 from .test_headless_agreement import JOB, TOLERANCE, check, headless, in_the_webui, relative_error
@@ -45,7 +45,7 @@ def led(models, wide) -> Models:
     net = load_controlnet(of_base / f"ControlNet/{CONTROLNET}.safetensors", base.unet, torch.float32)
     upgraded = of_upgraded / "Stable-diffusion/tinyxl.safetensors"
     return Models(
-        with_controlnets(base, [net]),
+        with_controls(base, [net]),
         load_upgraded(upgraded, torch.float32, of_upgraded / "tiny-clip"),
         load_adapter(of_base / "X-Adapter/wide.safetensors"),
     )
