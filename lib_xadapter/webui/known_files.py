@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sqlite3
 from collections.abc import Callable
@@ -23,10 +24,11 @@ def found_in_file(what: str, name: str, path: str, look: Callable[[], Found]) ->
         what: the cache's section.
         name: the file's, there.
         path: of it.
-        look: reads it. Called each time where the cache cannot be read or written, as on a full disk.
+        look: reads it; for each call of this function where the cache cannot be read or written, as on a full disk.
     """
+    look_once = functools.cache(look)
     try:
-        return cache.cached_data_for_file(what, name, path, lambda: {FOUND: look()})[FOUND]
+        return cache.cached_data_for_file(what, name, path, lambda: {FOUND: look_once()})[FOUND]
     except (OSError, sqlite3.Error) as error:
-        logger.info("The WebUI's cache of what is known of files cannot be used: %s", error)
-        return look()
+        logger.info("%s is looked up without the WebUI's cache: %s", name, error)
+        return look_once()
