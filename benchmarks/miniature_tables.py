@@ -30,13 +30,14 @@ PROGRAM = ("-m", "lib_xadapter")
 CAPTIONS = 512
 SHIPPED = "paper"
 """The adapter that comes with the package: trained by the paper's recipe."""
+RECIPE = "recipe"
+"""One by the same recipe with the budget of those that are trained in another way, which it is compared with."""
 FIRST = "edges"
 """A run whose pictures of plain SDXL others take."""
 STEPS, CFG, BATCH = 20, 4, 8
 PICTURES_OF_ADAPTERS = 4_000_000
 """Seed of the first scene that an adapter learns from."""
 ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH = 6144, 600, 16
-MUON = ("--optimizer", "muon", "--learning-rate", "1.5e-3")
 OF_THE_UPGRADED = ("sdxl.png",)
 """What runs without plugins of SDXL have in common."""
 OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
@@ -52,21 +53,15 @@ class Adapter:
     Attributes:
         told: what is other in it.
         options: of `train`.
-        paired: whether the base sees each scene as its own world shows it, or as the upgraded one does.
-        optimizer: options of the optimizer.
     """
 
     told: str
     options: tuple[str, ...] = ()
-    paired: bool = True
-    optimizer: tuple[str, ...] = MUON
 
 
 ADAPTERS: Mapping[str, Adapter] = {
     SHIPPED: Adapter("decoder, addition, 100 % empty prompts"),
-    "recipe": Adapter("the same in fewer steps"),
-    "adamw": Adapter("by AdamW", optimizer=("--optimizer", "adamw", "--learning-rate", "1e-3")),
-    "same-pictures": Adapter("the base sees the upgraded world's pictures", paired=False),
+    RECIPE: Adapter("decoder, addition, 100 % empty prompts, by Muon in 600 steps"),
     "encoder": Adapter("in the encoder", ("--positions", "encoder")),
     "both": Adapter("in encoder and decoder", ("--positions", "both")),
     "guidance": Adapter("fusion by guidance", ("--fusion", "guidance")),
@@ -74,7 +69,6 @@ ADAPTERS: Mapping[str, Adapter] = {
     "prompts-50": Adapter("50 % empty prompts", ("--empty-prompts", "0.5")),
     "prompts-0": Adapter("no empty prompts", ("--empty-prompts", "0")),
     "timestep": Adapter("told the timestep", ("--timestep",)),
-    "norm": Adapter("with GroupNorm", ("--norm",)),
     "shared-noise": Adapter("both models see one noise", ("--shared-noise",)),
     "controlled": Adapter(
         "has seen a ControlNet", ("--controlnet", "miniature-edges", "--controlled", "0.5", "--control", "canny")
@@ -127,9 +121,13 @@ class Run:
 EDGES = ("--controlnet", "miniature-edges", "--control", "canny")
 DEPTH = ("--controlnet", "miniature-depth", "--control", "depth")
 OWN_EDGES = ("--upgraded-controlnet", "miniature-upgraded-edges", "--upgraded-control", "canny")
-CHANGED = tuple(name for name in ADAPTERS if name != SHIPPED)
+ABLATIONS = ("encoder", "both", "guidance", "spade", "prompts-50", "prompts-0")
+"""The paper's."""
+TRAINED_IDEAS = ("timestep", "shared-noise", "controlled", "min-snr")
+FREE_IDEAS = ("prompt-half", "uncond-half", "uncond-0", "end-0.6", "coarse-2", "fine-2", "amplified", "control-1.5")
+"""Nothing is trained for them."""
 
-RUNS: Mapping[str, Run] = {
+SINGLE_RUNS: Mapping[str, Run] = {
     "native-edges": Run("SDXL's own ControlNet", (*OWN_EDGES, "--upgraded-alone"), adapter=None),
     "native-palette": Run(
         "SDXL's own LoRA", ("--lora", "miniature-upgraded-palette", "--upgraded-alone"), adapter=None
@@ -181,7 +179,6 @@ RUNS: Mapping[str, Run] = {
     ),
     "edges-uncond-half": Run("Edges, unconds with half of it", (*EDGES, "--uncond-weight", "0.5"), like="edges"),
     "edges-control-1.5": Run("Edges, the ControlNet at 1.5", (*EDGES, "--control-scale", "1.5")),
-    "edges-base-cfg-1": Run("Edges, the base without CFG", (*EDGES, "--base-cfg-scale", "1")),
     "edges-end-0.6": Run("Edges, X-Adapter in the first 60 %", (*EDGES, "--guidance-end", "0.6"), like="edges"),
     "edges-coarse-2": Run("Edges, the coarse level twice", (*EDGES, "--weight", "2,1,1"), like="edges"),
     "edges-fine-2": Run("Edges, the fine level twice", (*EDGES, "--weight", "1,1,2"), like="edges"),
@@ -190,15 +187,22 @@ RUNS: Mapping[str, Run] = {
         f"edges-{name}": Run(
             f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges", idea="shared" if name == "shared-noise" else ""
         )
-        for name in CHANGED
+        for name in (RECIPE, *ABLATIONS, *TRAINED_IDEAS)
     },
-    "ablations": Run(
-        "Ablations, edges",
-        EDGES,
-        beside=tuple(Beside(ADAPTERS[name].told, f"edges-{name}") for name in CHANGED),
-        like="edges",
-        compares=True,
-    ),
+}
+
+
+def rows_of(heading: str, adapter: str, like: str, names: Sequence[str]) -> Run:
+    """A run's X-Adapter with that of others beside it."""
+    beside = tuple(Beside(SINGLE_RUNS[f"edges-{name}"].told, f"edges-{name}") for name in names)
+    return Run(heading, EDGES, adapter, beside, like, compares=True)
+
+
+RUNS: Mapping[str, Run] = {
+    **SINGLE_RUNS,
+    "ablations": rows_of("Ablations, edges", RECIPE, f"edges-{RECIPE}", ABLATIONS),
+    "trained-ideas": rows_of("Ideas that are trained, edges", RECIPE, f"edges-{RECIPE}", TRAINED_IDEAS),
+    "free-ideas": rows_of("Ideas without training, edges", SHIPPED, "edges", FREE_IDEAS),
 }
 
 
@@ -235,12 +239,11 @@ class Tables:
             "train",
             *("--base", self.models.base, "--upgraded", self.models.upgraded, "--tokenizer", self.models.tokenizer),
             *("--models-dir", self.models.folder, "--data", pictures, "--cache", self.out / "cache"),
-            *(("--base-data", base_pictures) if ADAPTERS[name].paired else ()),
-            *("--out", self.adapter(name).parent),
+            *("--base-data", base_pictures, "--out", self.adapter(name).parent),
             *("--size", 128, "--batch", ADAPTER_BATCH, "--steps", ADAPTER_STEPS),
             *("--schedule", "cosine", "--warmup", 50, "--ema", 0.99, "--precision", "float32", "--cpu", "--resume"),
             *("--save-every", 200, "--validate-every", 10**6, "--tracker", "none"),
-            *ADAPTERS[name].optimizer,
+            *("--optimizer", "muon", "--learning-rate", "1.5e-3"),
             *ADAPTERS[name].options,
         )
 
