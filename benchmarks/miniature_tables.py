@@ -34,7 +34,7 @@ RECIPE = "recipe"
 """One by the same recipe with the budget of those that are trained in another way, which it is compared with."""
 FIRST = "edges"
 """A run whose pictures of plain SDXL others take."""
-STEPS, CFG, BATCH = 20, 4, 8
+STEPS, CFG, BATCH = 20, 4, 32
 PICTURES_OF_ADAPTERS = 4_000_000
 """Seed of the first scene that an adapter learns from."""
 ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH = 6144, 600, 16
