@@ -51,11 +51,11 @@ class Adapter:
     """Mapping layers that are trained in another way.
 
     Attributes:
-        told: what is other in it.
+        title: what is other in it.
         options: of `train`.
     """
 
-    told: str
+    title: str
     options: tuple[str, ...] = ()
 
 
@@ -91,7 +91,7 @@ class Run:
     """An `evaluate` command.
 
     Attributes:
-        told: its heading.
+        title: its heading.
         options: beside those that all have.
         adapter: one of `ADAPTERS`; None for none.
         beside: rows of other runs.
@@ -102,7 +102,7 @@ class Run:
         shapes: that are in the captions' scenes.
     """
 
-    told: str
+    title: str
     options: tuple[str, ...] = ()
     adapter: str | None = SHIPPED
     beside: tuple[Beside, ...] = ()
@@ -185,7 +185,7 @@ SINGLE_RUNS: Mapping[str, Run] = {
     "edges-amplified": Run("Edges, the ControlNet's difference amplified", EDGES, like="edges", idea="amplified:1"),
     **{
         f"edges-{name}": Run(
-            f"Edges, {ADAPTERS[name].told}", EDGES, name, like="edges", idea="shared" if name == "shared-noise" else ""
+            f"Edges, {ADAPTERS[name].title}", EDGES, name, like="edges", idea="shared" if name == "shared-noise" else ""
         )
         for name in (RECIPE, *ABLATIONS, *TRAINED_IDEAS)
     },
@@ -194,7 +194,7 @@ SINGLE_RUNS: Mapping[str, Run] = {
 
 def rows_of(heading: str, adapter: str, like: str, names: Sequence[str]) -> Run:
     """A run's X-Adapter with that of others beside it."""
-    beside = tuple(Beside(SINGLE_RUNS[f"edges-{name}"].told, f"edges-{name}") for name in names)
+    beside = tuple(Beside(SINGLE_RUNS[f"edges-{name}"].title, f"edges-{name}") for name in names)
     return Run(heading, EDGES, adapter, beside, like, compares=True)
 
 
@@ -314,7 +314,7 @@ def write(tables: Tables) -> Path:
     for name, run in RUNS.items():
         if (tables.run(name) / "figures.json").is_file():
             figures = tables.figures(name)
-            lines += [f"## {run.told}", "", f"{figures['sample']['captions']} captions.", "", *table(figures), ""]
+            lines += [f"## {run.title}", "", f"{figures['sample']['captions']} captions.", "", *table(figures), ""]
     path = tables.out / "tables.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..headless.asked import Files
 from ..headless.generate import load_models
+from ..headless.generate_command import Files
 from ..headless.grid import labelled_grid
 from ..headless.job import Job
 from ..headless.jobs import Picture, make_pictures

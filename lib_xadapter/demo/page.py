@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..errors import WrongArgument, XAdapterError
 from ..file_names import MODEL_SUFFIXES
-from ..headless.asked import MOST_CONTROL, Files, check_folder
 from ..headless.generate import choose_placement
+from ..headless.generate_command import MOST_CONTROL, Files, check_folder
 from ..headless.grid import save_picture
 from ..headless.job import LARGEST_CFG, LARGEST_SEED
 from ..headless.lora_names import Lora

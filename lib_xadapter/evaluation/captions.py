@@ -135,9 +135,9 @@ def picture_named(folder: Path, name: str, option: str) -> Path:
 
 def _of_coco(path: Path, pictures: Path | None) -> Iterator[Caption]:
     try:
-        told = json.loads(_text_of(path))
-        texts = _first_captions(told["annotations"])
-        files = [(int(image["id"]), str(image["file_name"])) for image in told["images"]]
+        content = json.loads(_text_of(path))
+        texts = _first_captions(content["annotations"])
+        files = [(int(image["id"]), str(image["file_name"])) for image in content["images"]]
     except (ValueError, KeyError, TypeError) as error:
         raise WrongFile(
             f"--captions: {path.name} is no captions JSON of COCO, which has 'images' with 'id' and 'file_name', and "

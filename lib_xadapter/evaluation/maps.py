@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..errors import WrongFile, XAdapterError, first_line
-from .asked import DEPTH
+from .evaluate_command import DEPTH
 
 try:
     import cv2
@@ -58,9 +58,9 @@ class DepthEstimator:
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> Image.Image:
-        told = self._processor(images=picture.convert("RGB"), return_tensors="pt").to(self._device)
+        inputs = self._processor(images=picture.convert("RGB"), return_tensors="pt").to(self._device)
         size = [(picture.height, picture.width)]
-        (found,) = self._processor.post_process_depth_estimation(self._model(**told), target_sizes=size)
+        (found,) = self._processor.post_process_depth_estimation(self._model(**inputs), target_sizes=size)
         depth = found["predicted_depth"].float().cpu()
         depth = depth - depth.min()
         # what is flat everywhere is all far

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import WrongArgument, XAdapterError, first_line
-from .asked import CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures, Reference
+from .evaluate_command import CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures, Reference
 from .intervals import Compared, MeanOverCaptions, Statistic, compare
 from .maps import Extractor, extractor, fitted
 from .ways import Folder, Kind, Way, folder_of, measured_ways
@@ -41,14 +41,14 @@ class Figure:
     Attributes:
         name: its heading.
         better: "higher" or "lower".
-        told: what it is, in a sentence.
+        description: what it is, in a sentence.
         compared: values, intervals and differences, by the names of the ways.
         values: of each picture, (items,) by way; none where only whole sets have one.
     """
 
     name: str
     better: str
-    told: str
+    description: str
     compared: Compared
     values: Mapping[str, NDArray[numpy.float64]] = field(default_factory=dict)
 
@@ -110,9 +110,9 @@ class Sample:
         """(items, …) → (captions, seeds, …)."""
         return values.reshape(self.captions, self.seeds, *values.shape[1:])
 
-    def through(self, measure: Callable[[Sequence[Image.Image]], NDArray], way: Way, told: str) -> NDArray:
+    def through(self, measure: Callable[[Sequence[Image.Image]], NDArray], way: Way, description: str) -> NDArray:
         """What is measured of each picture of a way, (items, …)."""
-        batches = shown(list(self._batches()), f"{told}: {way.name}")
+        batches = shown(list(self._batches()), f"{description}: {way.name}")
         return numpy.concatenate([measure([opened(folder.of(way)) for folder in batch]) for batch in batches])
 
     def _batches(self) -> Iterator[Sequence[Folder]]:
@@ -120,9 +120,9 @@ class Sample:
             yield self.folders[start : start + AT_ONCE]
 
 
-def shown(parts: Sequence[Part], told: str) -> Iterator[Part]:
+def shown(parts: Sequence[Part], description: str) -> Iterator[Part]:
     """One after the other, with a progress bar."""
-    return iter(tqdm(parts, desc=told, dynamic_ncols=True, leave=False))
+    return iter(tqdm(parts, desc=description, dynamic_ncols=True, leave=False))
 
 
 def opened(path: Path) -> Image.Image:
@@ -156,16 +156,16 @@ class Measuring:
     def measured(self) -> Measured:
         """Every figure that was asked for, or the reason why it is not there."""
         figures, not_computed = [], {}
-        for told, measure in self._wanted():
+        for description, measure in self._wanted():
             try:
                 figures.append(measure())
             except XAdapterError as error:
-                not_computed[told] = str(error)
+                not_computed[description] = str(error)
             except ModuleNotFoundError as error:
-                not_computed[told] = f'the package {error.name} is missing (pip install ".[evaluate]").'
+                not_computed[description] = f'the package {error.name} is missing (pip install ".[evaluate]").'
             except Exception as error:
-                logger.warning("%s failed:", told, exc_info=True)
-                not_computed[told] = f"{type(error).__name__}: {first_line(error)}"
+                logger.warning("%s failed:", description, exc_info=True)
+                not_computed[description] = f"{type(error).__name__}: {first_line(error)}"
         return Measured(tuple(figures), not_computed, tuple(self._notes(figures)))
 
     def _wanted(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -209,7 +209,7 @@ class Measuring:
     def _fid_of_clip(self) -> Figure:
         return self._frechet("Fréchet, CLIP", "Fréchet distance of CLIP's embeddings", self._clip.of_pictures)
 
-    def _frechet(self, name: str, told: str, measure: Callable[[Sequence[Image.Image]], NDArray]) -> Figure:
+    def _frechet(self, name: str, description: str, measure: Callable[[Sequence[Image.Image]], NDArray]) -> Figure:
         if self._sample.captions < 2:
             raise WrongArgument("it takes two captions at least.")
         from .figures.frechet import FrechetDistance
@@ -218,12 +218,12 @@ class Measuring:
             way.name: self._sample.per_caption(self._sample.through(measure, way, name)) for way in self._sample.ways
         }
         if (given := self._measures.fid_against) is not None:
-            whose, reference = given.told, self._of_given_pictures(given, measure)
+            whose, reference = given.description, self._of_given_pictures(given, measure)
         else:
             (plain,) = self._sample.of_kind(Kind.UPGRADED)
             whose, reference = "of plain SDXL", found.pop(plain.name)
         statistics = {way: FrechetDistance(ours, reference, self._device) for way, ours in found.items()}
-        return self._figure(name, LOWER, f"{told} from the pictures {whose}", statistics)
+        return self._figure(name, LOWER, f"{description} from the pictures {whose}", statistics)
 
     def _of_given_pictures(self, reference: Reference, measure: Callable[[Sequence[Image.Image]], NDArray]) -> NDArray:
         """What is measured of each caption's picture, at SDXL's size, (captions, …)."""
@@ -307,17 +307,17 @@ class Measuring:
                 f1s.append(edge_f1(found, given))
         return KeptConditions(numpy.array(similarities), numpy.array(f1s))
 
-    def _mean(self, name: str, better: str, told: str, values: Mapping[str, NDArray]) -> Figure:
+    def _mean(self, name: str, better: str, description: str, values: Mapping[str, NDArray]) -> Figure:
         statistics = {way: MeanOverCaptions(self._sample.per_caption(ours)) for way, ours in values.items()}
-        return self._figure(name, better, told, statistics, values)
+        return self._figure(name, better, description, statistics, values)
 
     def _figure(
         self,
         name: str,
         better: str,
-        told: str,
+        description: str,
         statistics: Mapping[str, Statistic],
         values: Mapping[str, NDArray] | None = None,
     ) -> Figure:
         compared = compare(statistics, self._sample.captions, self._measures.resamples)
-        return Figure(name, better, told, compared, values or {})
+        return Figure(name, better, description, compared, values or {})

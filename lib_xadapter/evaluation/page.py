@@ -135,7 +135,7 @@ def _tables(report: Report) -> Iterator[str]:
     yield _table(report.rows())
     yield "<ul>"
     yield from (
-        f"<li>{_text(figure.name)}: {_text(figure.told)}; {figure.compared.resamples} resamples</li>"
+        f"<li>{_text(figure.name)}: {_text(figure.description)}; {figure.compared.resamples} resamples</li>"
         for figure in report.measured.figures
     )
     yield "</ul>"
@@ -159,8 +159,8 @@ def _made_with(report: Report) -> Iterator[str]:
 
 def _section(row: Row) -> str:
     pictures = "".join(_figure(row, name, path) for name, path in row.pictures.items())
-    told = f"<p>{_text(row.caption)} <small>seed {row.seed}</small></p>"
-    return f'<section>{told}<div class="row">{pictures}</div></section>'
+    caption = f"<p>{_text(row.caption)} <small>seed {row.seed}</small></p>"
+    return f'<section>{caption}<div class="row">{pictures}</div></section>'
 
 
 def _figure(row: Row, name: str, path: str) -> str:

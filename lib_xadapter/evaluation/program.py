@@ -18,7 +18,7 @@ from ..headless.generate import choose_placement, load_models
 from ..headless.options import say
 from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES, no_progress
 from ..saving import write_whole
-from .asked import Evaluation, Item
+from .evaluate_command import Evaluation, Item
 from .maps import extractor
 from .measuring import Measured, Measuring, Sample
 from .page import page

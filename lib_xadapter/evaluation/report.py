@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is told of an evaluation.
+    """Everything about an evaluation.
 
     Attributes:
         ways: their names, in the order of the table.
@@ -149,7 +149,7 @@ def _figure_as_json(figure: Figure) -> dict[str, Any]:
     return {
         "name": figure.name,
         "better": figure.better,
-        "told": figure.told,
+        "description": figure.description,
         "resamples": compared.resamples,
         "ways": {way: _estimate_as_json(estimate) for way, estimate in compared.estimates.items()},
         "differences": [

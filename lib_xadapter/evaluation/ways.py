@@ -30,7 +30,7 @@ from ..headless.models import Models
 from ..headless.pipeline import Progress, Rules, no_progress
 from ..saving import write_whole
 from ..settings import NOISE
-from .asked import Evaluation, Item
+from .evaluate_command import Evaluation, Item
 from .maps import Extractor, fitted
 
 
@@ -84,11 +84,11 @@ def ways_of(evaluation: Evaluation) -> tuple[Way, ...]:
     for weight in job.weights:
         kind, weights = (Kind.ADAPTER, _shown(weight)) if weight else (Kind.SDEDIT, "")
         for point in job.switch_points:
-            told = [f"switch point {point:g}"] * several_points + [f"weight {weights}"] * (
+            changes = [f"switch point {point:g}"] * several_points + [f"weight {weights}"] * (
                 several_weights and weight != 0
             )
             stem = "-".join([FILES[kind], f"{point:g}", *([weights.replace(", ", "_")] if weight else [])])
-            joint.append(Way(kind, ", ".join([kind.value, *told]), f"{stem}.png", point, weight))
+            joint.append(Way(kind, ", ".join([kind.value, *changes]), f"{stem}.png", point, weight))
     single = [_single_way(weight, several_weights) for weight in job.weights if weight and evaluation.single_stage]
     return (BASE_ALONE, *joint, *single, UPGRADED_ALONE)
 
@@ -148,7 +148,7 @@ def _pictures(out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Missing:
     """What is wanted of an item.
 
     Attributes:
@@ -179,7 +179,7 @@ class Maker:
         models: loaded.
         rules: where the paper leaves a choice.
         extractors: of control maps, by kind.
-        progress: told of every step.
+        progress: called at every step.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Maker:
         """
         wanted = [self._wanted(item) for item in items]
         joint = [one for one in wanted if one.wants_joint]
-        groups: dict[tuple[Any, ...], list[Wanted]] = {}
+        groups: dict[tuple[Any, ...], list[Missing]] = {}
         for one in joint:
             groups.setdefault((one.missing, one.side is None), []).append(one)
         for together in groups.values():
@@ -212,12 +212,12 @@ class Maker:
         for one in wanted:
             one.folder.left_out.unlink(missing_ok=True)
 
-    def _wanted(self, item: Item) -> Wanted:
+    def _wanted(self, item: Item) -> Missing:
         folder = folder_of(self._evaluation.out, item)
         job = self._evaluation.job_of(item, *self._maps(item, folder))
-        return Wanted(folder, folder.missing(self._ways), job, _kept_side(folder))
+        return Missing(folder, folder.missing(self._ways), job, _kept_side(folder))
 
-    def _make_joint(self, together: Sequence[Wanted]) -> None:
+    def _make_joint(self, together: Sequence[Missing]) -> None:
         ways = {(way.switch_point, way.weight): way for way in self._ways}
         there = {text for one in together for text in texts_in(one.folder.path)}
         for picture in self._pictures([one.job for one in together], there, _sides_of(together)):
@@ -228,7 +228,7 @@ class Maker:
             way = ways[settings.switch_point, settings.weight]
             save_picture(folder.of(way), picture.image, picture.text)
 
-    def _make_from_noise(self, kind: Kind, wanted: Sequence[Wanted], jobs: Sequence[Job]) -> None:
+    def _make_from_noise(self, kind: Kind, wanted: Sequence[Missing], jobs: Sequence[Job]) -> None:
         """Of a kind whose ways differ in their weights alone."""
         ways = [way for way in self._ways if way.kind is kind]
         for picture in self._pictures(jobs):
@@ -284,7 +284,7 @@ def _plain(job: Job) -> Job:
     return dataclasses.replace(_single(job), weights=(0.0,), control_images=(), control_scales=(), control_names=())
 
 
-def _sides_of(together: Sequence[Wanted]) -> BaseSide | None:
+def _sides_of(together: Sequence[Missing]) -> BaseSide | None:
     """What the base finished for items, of all of which or of none it has."""
     latents = [one.side.latents for one in together if one.side is not None]
     return BaseSide(torch.cat(latents)) if latents else None

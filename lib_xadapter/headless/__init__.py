@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .composed import BaseSide, XAdapterPipeline, XAdapterPipelineOutput
     from .loras import load_lora
-    from .spoken import PromptEmbeddings, encode_prompt
+    from .prompt_embeddings import PromptEmbeddings, encode_prompt
 
 __all__ = [
     "BaseSide",
@@ -23,7 +23,7 @@ __all__ = [
     "encode_prompt",
     "load_lora",
 ]
-HOMES = {"load_lora": "loras", "PromptEmbeddings": "spoken", "encode_prompt": "spoken"}
+HOMES = {"load_lora": "loras", "PromptEmbeddings": "prompt_embeddings", "encode_prompt": "prompt_embeddings"}
 """Where those that are not in `composed` are."""
 
 

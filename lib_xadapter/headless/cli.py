@@ -63,19 +63,19 @@ def _run(options: argparse.Namespace) -> int:
 
         return convert_adapter(options)
     if options.command == "evaluate":
-        from ..evaluation.asked import read_evaluation
+        from ..evaluation.evaluate_command import read_evaluation
 
         evaluation = read_evaluation(options)
         from ..evaluation.program import evaluate
 
         return evaluate(options, evaluation)
     if options.command == "generate":
-        from .asked import read_asked
+        from .generate_command import read_generate_command
 
-        asked = read_asked(options)
+        command = read_generate_command(options)
         from .generate import generate
 
-        return generate(options, asked)
+        return generate(options, command)
     if options.command == "train":
         round_alike()
         from ..training.program import train

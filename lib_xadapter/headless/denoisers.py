@@ -1,4 +1,4 @@
-"""The UNets with what they are told: prompts, classifier-free guidance (CFG) and ControlNets."""
+"""The UNets with their inputs: prompts, classifier-free guidance (CFG) and ControlNets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .noise_schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a UNet is told about each image, twice: `cond` for the prompt, `uncond` for the negative prompt.
+    """The prompts of each image: `cond` for the prompt, `uncond` for the negative prompt.
 
     Attributes:
         cond, uncond: (images, tokens, channels); `uncond` is None without CFG.
@@ -51,7 +51,7 @@ class Prompts:
         return {name: value for name, value in given.items() if value is not None}
 
     def added(self) -> dict[str, Tensor] | None:
-        """What SDXL's UNet is told beside its tokens."""
+        """What SDXL's UNet is given beside its tokens."""
         if self.pooled_cond is None or self.time_ids is None:
             return None
         if self.uncond is None:
@@ -74,7 +74,7 @@ class GuidedUnet:
 
     Args:
         unet: of diffusers, base or upgraded.
-        prompts: what it is told.
+        prompts: of each image.
         cfg_scale: uncond + cfg_scale · (cond − uncond).
         controls: ControlNets at work on it.
     """

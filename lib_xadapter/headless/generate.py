@@ -17,8 +17,8 @@ from PIL import Image
 from ..errors import WrongArgument, XAdapterError
 from ..mapping import load_adapter
 from .annotators import annotated
-from .asked import Asked, Files
 from .bars import Bars
+from .generate_command import Files, GenerateCommand
 from .grid import labelled_grid, save_picture
 from .infotexts import PNG_KEY
 from .inversions import Inversions
@@ -32,17 +32,17 @@ from .pipeline import RELEASED_RULES, WEBUI_RULES
 logger = logging.getLogger(__name__)
 
 
-def generate(options: argparse.Namespace, asked: Asked) -> int:
-    """Load, make and save what was asked for."""
+def generate(options: argparse.Namespace, command: GenerateCommand) -> int:
+    """Load, make and save the pictures of a command."""
     placement = choose_placement(options.device, options.dtype, options.low_memory)
     placement = replace(placement, mapping=options.mapping)
-    models = load_models(asked.files, placement, options.tokenizer)
+    models = load_models(command.files, placement, options.tokenizer)
     there = texts_in(options.out) if options.resume else set()
     rules = RELEASED_RULES if options.reference else WEBUI_RULES
     made: list[Picture] = []
     try:
-        with Bars(asked.pictures) as bars:
-            for job in map(annotated, asked.jobs):
+        with Bars(command.pictures) as bars:
+            for job in map(annotated, command.jobs):
                 for picture in make_pictures(models, job, rules, bars.show, there):
                     _save(picture, options.out, job.settings.return_base_image)
                     made.append(picture)
@@ -51,9 +51,9 @@ def generate(options: argparse.Namespace, asked: Asked) -> int:
         if len(made) > 1:
             save_picture(_free_name(options.out, "grid", ""), sweep_grid(made))
         if made:
-            say(f"{len(made)} of {asked.pictures} pictures in {options.out}")
+            say(f"{len(made)} of {command.pictures} pictures in {options.out}")
     if not made:
-        say(f"All {asked.pictures} pictures are in {options.out} already.")
+        say(f"All {command.pictures} pictures are in {options.out} already.")
     return 0
 
 

@@ -20,7 +20,7 @@ from .joining import can_join, joined
 from .models import Models
 from .pictures import Painted, to_tensor
 from .pipeline import WEBUI_RULES, Noise, NoisePerImage, Progress, Request, Rules, no_progress
-from .prompts import Wanted, arguments_of, told_to_base, told_to_upgraded
+from .prompts import PromptPair, arguments_of, encode_for_base, encode_for_upgraded
 from .sampler_table import evaluations_a_step
 
 
@@ -117,15 +117,15 @@ def _made(
     rows = [(number, job, seed) for number, job in enumerate(jobs) for seed in job.seeds]
     base_images: list[Any] = [None] * len(rows)
     for switch_point, weight in itertools.product(jobs[0].switch_points, jobs[0].weights):
-        asked = {"switch_point": switch_point, "weight": weight}
-        settings = [dataclasses.replace(job.settings, **asked) for _, job, _ in rows]
+        chosen = {"switch_point": switch_point, "weight": weight}
+        settings = [dataclasses.replace(job.settings, **chosen) for _, job, _ in rows]
         texts = [_text(job, own, scales, seed) for (_, job, seed), own in zip(rows, settings, strict=True)]
         if set(texts) <= set(there):
             continue
         made = pipeline.run(
             dataclasses.replace(
                 request,
-                settings=dataclasses.replace(request.settings, **asked),
+                settings=dataclasses.replace(request.settings, **chosen),
                 # noise generators move on, so that every picture gets a request of its own
                 noise=NoisePerImage([noise for job in jobs for noise in _noises(job)]),
             ),
@@ -140,23 +140,23 @@ def _made(
 
 
 def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[float] = ()) -> Request:
-    """What the pipeline is asked for: prompts encoded, maps sized, noise drawn."""
+    """A job as a request to the pipeline: prompts encoded, maps sized, noise drawn."""
     base_cfg_scale = settings.base_cfg_scale or job.cfg_scale
     guided = job.cfg_scale != 1
     # SDXL's unconds need unconds of the base to follow
     base_guided = guided or base_cfg_scale != 1
     # the WebUI counts evaluations, where a step makes two of them
     each = evaluations_a_step(job.sampler)
-    base = told_to_base(
+    base = encode_for_base(
         models,
-        Wanted(
+        PromptPair(
             settings.base_prompt or job.prompt,
             settings.base_negative_prompt or job.negative_prompt,
             (settings.base_steps or job.steps) * each,
         ),
         job.clip_skip,
     )
-    upgraded = told_to_upgraded(models, Wanted(job.prompt, job.negative_prompt, job.steps * each))
+    upgraded = encode_for_upgraded(models, PromptPair(job.prompt, job.negative_prompt, job.steps * each))
     if not (guided and base_guided) and not (base.is_plain and upgraded.is_plain):
         raise WrongArgument("The prompt changes on the way or is combined by AND, which needs a --cfg above 1.")
     return Request(
@@ -181,8 +181,8 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
         sampler=job.sampler,
         start=job.base_start,
         painted=_painted(job),
-        base_told=None if base.is_plain else base,
-        upgraded_told=None if upgraded.is_plain else upgraded,
+        base_conditioning=None if base.is_plain else base,
+        upgraded_conditioning=None if upgraded.is_plain else upgraded,
     )
 
 

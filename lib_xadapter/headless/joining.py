@@ -18,8 +18,8 @@ MAPS = "image"
 def can_join(requests: Sequence[Request]) -> bool:
     """Whether one batch can hold them: from noise, by prompts of one length that do not change on the way."""
     plain = all(
-        request.base_told is None
-        and request.upgraded_told is None
+        request.base_conditioning is None
+        and request.upgraded_conditioning is None
         and request.start is None
         and request.painted is None
         for request in requests

@@ -33,10 +33,12 @@ from ..trajectory import same_level
 from ..two_stage import BaseCache, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
 from .base_steps import BaseSteps
+from .conditioning import Conditioning, conditioned
 from .inpainting import LATENT_CHANNELS, inpainting_channels
 from .job import LATENT_PIXEL
-from .kept import Kept, KeptByNoise, KeptByPrediction, KeptInSight
+from .mask_blending import BlendBeforeUNet, BlendNoised, BlendPrediction, MaskBlending
 from .models import Models, noise_schedule_of, parts_at_work
+from .paused_call import PausedCall, paused_call
 from .pictures import (
     Generators,
     Given,
@@ -50,8 +52,6 @@ from .pictures import (
 from .sampler_table import sampler_named
 from .samplers import StepRule, Steps, diffusers_steps, released_steps, webui_steps
 from .schedulers import FollowedLevels, GivenSteps, Question, guidance_rows, scheduled
-from .told import Told, telling
-from .turns import Turns, turns
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +171,10 @@ class NoisePerImage:
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch of pictures is asked for; sizes in pixels, 0 in `settings` already replaced.
+    """One batch of pictures; sizes in pixels, 0 in `settings` already replaced.
 
     Attributes:
-        base, upgraded: what each pipeline's own call is told: prompts, guidance, images of its plugins, …
+        base, upgraded: arguments of each pipeline's own call: prompts, guidance, images of its plugins, …
         settings: as in the WebUI.
         steps: of the upgraded model; the base's own are in `settings`.
         noise: where the random numbers come from.
@@ -183,7 +183,8 @@ class Request:
         sampler: the WebUI's name of one; None for the pipelines' own.
         start: what the base paints over, at its size; None for noise.
         painted: a picture to be painted over; None where the base paints from noise or `start`.
-        base_told, upgraded_told: prompts that change on the way or are combined, in the place of those of the calls.
+        base_conditioning, upgraded_conditioning: prompts that change on the way or are combined, in the place of
+            those of the calls.
     """
 
     base: Mapping[str, Any]
@@ -197,8 +198,8 @@ class Request:
     sampler: str | None = None
     start: Image.Image | None = None
     painted: Painted | None = None
-    base_told: Told | None = None
-    upgraded_told: Told | None = None
+    base_conditioning: Conditioning | None = None
+    upgraded_conditioning: Conditioning | None = None
 
     @property
     def base_steps(self) -> int:
@@ -245,12 +246,12 @@ class Start:
 
     Attributes:
         latents: at the noise level of the first step, (images, 4, h, w).
-        kept: what inpainting keeps.
+        blending: what inpainting keeps of the picture.
         channels: more channels of the UNet's input, for inpainting models.
     """
 
     latents: Tensor
-    kept: Kept | None = None
+    blending: MaskBlending | None = None
     channels: Tensor | None = None
 
 
@@ -284,7 +285,7 @@ class TwoStages:
     Args:
         models: loaded, on the CPU or where they run.
         rules: where the paper leaves a choice.
-        progress: told of every step.
+        progress: called at every step.
         interruption: asked between steps.
     """
 
@@ -313,8 +314,10 @@ class TwoStages:
             side = self._base_side(request)
             return self._encoded(request, side, request.painted.image)
         steps = self._steps(request, self.models.base, request.base_steps, request.base_strength)
-        start, told = self._base_start(request, steps), request.base_told
-        return self.call(self.models.base, request.base, steps, start, request.noise.base_steps, "base", told).images
+        start, conditioning = self._base_start(request, steps), request.base_conditioning
+        return self.call(
+            self.models.base, request.base, steps, start, request.noise.base_steps, "base", conditioning
+        ).images
 
     def base_steps_of(self, request: Request) -> BaseSteps:
         """What prompts that change and windows of ControlNets are counted in."""
@@ -350,12 +353,12 @@ class TwoStages:
     ) -> Start:
         """From a given picture; `instead` makes clean latents that take its place where a mask is white."""
         given = self._given(request, side)
-        clean = given.clean if instead is None else Kept(given.clean, given.mask).over(instead())
+        clean = given.clean if instead is None else MaskBlending(given.clean, given.mask).over(instead())
         latents = steps.noised(clean, given.noise)
         if given.mask is not None and not self.rules.precise and instead is None and request.painted.strength == 1:
             # diffusers' inpainting pipelines, and they alone, leave nothing of the picture then
             latents = steps.from_noise(given.noise)
-        return Start(latents, self._kept(request, side, given), given.channels if takes_channels(side) else None)
+        return Start(latents, self._blending(request, side, given), given.channels if takes_channels(side) else None)
 
     def _given(self, request: Request, side: Side) -> Given:
         painted, images = request.painted, request.images
@@ -366,30 +369,30 @@ class TwoStages:
         mask = None if painted.mask is None else self._here(painted.latent_mask(side.size, images))
         return Given(clean, self._here(side.draw()).to(clean), mask, self._channels(request, side))
 
-    def _kept(self, request: Request, side: Side, given: Given) -> Kept | None:
+    def _blending(self, request: Request, side: Side, given: Given) -> MaskBlending | None:
         if given.mask is None:
             return None
         if not self.rules.precise:
             # diffusers tells inpainting models by their channels alone
-            return None if takes_channels(side) else KeptByNoise(given.clean, given.mask, given.noise)
+            return None if takes_channels(side) else BlendNoised(given.clean, given.mask, given.noise)
         if request.sampler is not None and sampler_named(request.sampler).on_timesteps:
-            return KeptInSight(given.clean, given.mask)
+            return BlendBeforeUNet(given.clean, given.mask)
         schedule, predicts = noise_schedule_of(side.pipeline), prediction_type(side.pipeline)
-        return KeptByPrediction(given.clean, given.mask, schedule, predicts)
+        return BlendPrediction(given.clean, given.mask, schedule, predicts)
 
-    def base_kept(self, request: Request, finished: Tensor | None) -> Kept | None:
+    def base_blending(self, request: Request, finished: Tensor | None) -> MaskBlending | None:
         """What the base keeps of a given picture in the joint stage: its latents there are those of the picture."""
         if request.painted is None or request.painted.mask is None or finished is None:
             return None
         mask = request.painted.latent_mask(request.base_size, request.images)
-        return Kept(self._here(finished).float(), self._here(mask))
+        return MaskBlending(self._here(finished).float(), self._here(mask))
 
     def base_channels(self, request: Request) -> Tensor | None:
-        """What an inpainting model as base is told beside its latent; None for other models."""
+        """The channels that an inpainting model as base gets beside its latent; None for other models."""
         return self._channels(request, self._base_side(request))
 
     def _channels(self, request: Request, side: Side) -> Tensor | None:
-        """What an inpainting model is told beside its latent; None for other models."""
+        """The channels that an inpainting model gets beside its latent; None for other models."""
         with self.placement.holding(side.pipeline.vae):
             return inpainting_channels(side.pipeline, request.painted, request.images, side.size, self._device)
 
@@ -521,7 +524,7 @@ class TwoStages:
         start: Start,
         generator: list[torch.Generator] | torch.Generator | None,
         stage: str,
-        told: Told | None = None,
+        conditioning: Conditioning | None = None,
         each_step: Callable[[Tensor], None] | None = None,
         output_type: str = "latent",
     ) -> Any:
@@ -539,12 +542,12 @@ class TwoStages:
                 raise XAdapterError(NOT_FINITE.format(stage))
 
         dtype = pipeline.unet.dtype
-        scheduler = GivenSteps(steps, dtype, self.rules.precise, start.kept, start.channels, stepped)
+        scheduler = GivenSteps(steps, dtype, self.rules.precise, start.blending, start.channels, stepped)
         latents = start.latents if self.rules.precise else start.latents.to(dtype)
         with (
             self.placement.holding(*parts_at_work(pipeline)),
             scheduled(pipeline, scheduler),
-            telling(parts_at_work(pipeline), told, lambda: scheduler.place, len(latents)),
+            conditioned(parts_at_work(pipeline), conditioning, lambda: scheduler.place, len(latents)),
             freed_on_failure(pipeline),
         ):
             return pipeline(
@@ -667,7 +670,7 @@ class DiffusersHost:
         calls = one_a_level(evaluations)
         levels = [evaluation.sigma for evaluation in calls]
         schedule, predicts, config = noise_schedule_of(base), prediction_type(base), base.scheduler.config
-        channels, kept = stages.base_channels(request), stages.base_kept(request, self._finished)
+        channels, blending = stages.base_channels(request), stages.base_blending(request, self._finished)
         own_steps = stages.base_steps_of(request)
         arguments = own_steps.windowed(request.base, calls)
         with (
@@ -677,10 +680,10 @@ class DiffusersHost:
             freed_on_failure(base),
         ):
 
-            def call(taken: Turns[Question, BaseStep]) -> None:
-                first = taken.first()
+            def call(paused: PausedCall[Question, BaseStep]) -> None:
+                first = paused.first()
                 scheduler = FollowedLevels(
-                    taken,
+                    paused,
                     first,
                     levels,
                     schedule,
@@ -690,7 +693,7 @@ class DiffusersHost:
                     self.device,
                     base.unet.dtype,
                     channels,
-                    kept,
+                    blending,
                 )
 
                 def place() -> int:
@@ -698,12 +701,12 @@ class DiffusersHost:
 
                 with (
                     scheduled(base, scheduler),
-                    telling(parts_at_work(base), request.base_told, place, request.images),
+                    conditioned(parts_at_work(base), request.base_conditioning, place, request.images),
                 ):
                     base(**arguments, latents=first[0], num_inference_steps=len(levels), output_type="latent")
 
-            with turns(call) as taken:
-                yield lambda latent, evaluation: taken.ask((latent, evaluation))
+            with paused_call(call) as paused:
+                yield lambda latent, evaluation: paused.ask((latent, evaluation))
 
     def sample_upgraded(
         self, stage_one: StageOne, joint: JointStage | None, planned: Sequence[Evaluation] | None
@@ -721,7 +724,7 @@ class DiffusersHost:
                 self._start,
                 request.noise.upgraded_steps,
                 "SDXL",
-                request.upgraded_told,
+                request.upgraded_conditioning,
                 self._each_step,
                 self._output_type,
             ).images

@@ -1,4 +1,4 @@
-"""Prompts to what the UNets are told, long ones, `(attention:1.2)` and `BREAK` included, as the WebUI reads them."""
+"""Prompts encoded for the UNets, long ones, `(attention:1.2)` and `BREAK` included, as the WebUI reads them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import CLIPTokenizer
 
 from ..inversion_names import without_names
 from ..wrapping import wrapped
+from .conditioning import Conditioning, Encoded, EncodedSchedule, EncodedStretch
 from .inversions import Inversion, Inversions, Lookup
 from .model_files import family_of
 from .models import Models
-from .told import Encoded, EncodedSchedule, EncodedStretch, Told
-from .words import combined_prompts, prompt_schedule
+from .prompt_grammar import combined_prompts, prompt_schedule
 
 WINDOW = 75
 """Tokens that fit between start and end of text."""
@@ -296,8 +296,8 @@ def widths_of(pipeline: Any) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The words for one model.
+class PromptPair:
+    """A prompt and a negative prompt for one model.
 
     Attributes:
         prompt, negative_prompt: in the WebUI's grammar.
@@ -309,37 +309,41 @@ class Wanted:
     evaluations: int = 1
 
 
-def told_to_base(models: Models, wanted: Wanted, clip_skip: int = 1) -> Told:
-    """What SD1.5 is told, less the names of SDXL's textual inversions; `clip_skip` as in the WebUI, 1 for none."""
+def encode_for_base(models: Models, pair: PromptPair, clip_skip: int = 1) -> Conditioning:
+    """For SD1.5, without the names of SDXL's textual inversions; `clip_skip` as in the WebUI, 1 for none."""
     pipeline, inversions = models.base, models.inversions
-    texts = (wanted.prompt, wanted.negative_prompt)
+    texts = (pair.prompt, pair.negative_prompt)
     foreign = inversions.of_widths(widths_of(models.upgraded), texts)
     prompt, negative_prompt = (without_names(text, foreign) for text in texts)
     with models.placement.holding(pipeline.text_encoder):
-        return told_to(pipeline, replace(wanted, prompt=prompt, negative_prompt=negative_prompt), clip_skip, inversions)
+        return encode_conditioning(
+            pipeline, replace(pair, prompt=prompt, negative_prompt=negative_prompt), clip_skip, inversions
+        )
 
 
-def told_to_upgraded(models: Models, wanted: Wanted) -> Told:
-    """What SDXL is told."""
+def encode_for_upgraded(models: Models, pair: PromptPair) -> Conditioning:
+    """For SDXL."""
     pipeline = models.upgraded
     with models.placement.holding(pipeline.text_encoder, pipeline.text_encoder_2):
-        return told_to(pipeline, wanted, inversions=models.inversions)
+        return encode_conditioning(pipeline, pair, inversions=models.inversions)
 
 
-def told_to(pipeline: Any, wanted: Wanted, clip_skip: int = 1, inversions: Inversions | None = None) -> Told:
-    """What a pipeline's model is told, whose text encoders are where they run."""
+def encode_conditioning(
+    pipeline: Any, pair: PromptPair, clip_skip: int = 1, inversions: Inversions | None = None
+) -> Conditioning:
+    """For a pipeline's model, whose text encoders are on the device where they run."""
     encoders = encoders_of(pipeline, clip_skip, inversions)
 
     def schedule(text: str, weight: float = 1.0) -> EncodedSchedule:
-        stretches = prompt_schedule(text, wanted.evaluations)
+        stretches = prompt_schedule(text, pair.evaluations)
         encoded = _side_by_side([encode([one.text for one in stretches], encoder) for encoder in encoders])
         each = zip(stretches, encoded, strict=True)
-        return EncodedSchedule(tuple(EncodedStretch(one.last_step, said) for one, said in each), weight)
+        return EncodedSchedule(tuple(EncodedStretch(one.last_step, prompt) for one, prompt in each), weight)
 
-    conds = tuple(schedule(one.text, one.weight) for one in combined_prompts(wanted.prompt))
-    told = _of_one_length(Told(conds, schedule(wanted.negative_prompt)))
+    conds = tuple(schedule(one.text, one.weight) for one in combined_prompts(pair.prompt))
+    conditioning = _of_one_length(Conditioning(conds, schedule(pair.negative_prompt)))
     # an empty negative prompt is all zeros for SDXL, as in its training
-    return _with_zeros(told) if len(encoders) > 1 and not wanted.negative_prompt else told
+    return _with_zeros(conditioning) if len(encoders) > 1 and not pair.negative_prompt else conditioning
 
 
 def _side_by_side(of_encoders: Sequence[Sequence[Encoded]]) -> list[Encoded]:
@@ -350,18 +354,18 @@ def _side_by_side(of_encoders: Sequence[Sequence[Encoded]]) -> list[Encoded]:
     ]
 
 
-def _with_zeros(told: Told) -> Told:
-    (stretch,) = told.uncond.stretches
+def _with_zeros(conditioning: Conditioning) -> Conditioning:
+    (stretch,) = conditioning.uncond.stretches
     zeros = Encoded(torch.zeros_like(stretch.encoded.tokens), torch.zeros_like(stretch.encoded.pooled))
-    return replace(told, uncond=EncodedSchedule((replace(stretch, encoded=zeros),)))
+    return replace(conditioning, uncond=EncodedSchedule((replace(stretch, encoded=zeros),)))
 
 
-def _of_one_length(told: Told) -> Told:
+def _of_one_length(conditioning: Conditioning) -> Conditioning:
     """All prompts with as many tokens, whole prompts repeated.
 
     Attention over a prompt that is repeated is attention over the prompt, so that the shorter one keeps its meaning.
     """
-    schedules = (*told.conds, told.uncond)
+    schedules = (*conditioning.conds, conditioning.uncond)
     length = math.lcm(*(one.encoded.tokens.shape[1] for schedule in schedules for one in schedule.stretches))
 
     def lengthened(schedule: EncodedSchedule) -> EncodedSchedule:
@@ -372,12 +376,12 @@ def _of_one_length(told: Told) -> Told:
         repeated = tokens.repeat(1, length // tokens.shape[1], 1)
         return replace(stretch, encoded=replace(stretch.encoded, tokens=repeated))
 
-    return Told(tuple(map(lengthened, told.conds)), lengthened(told.uncond))
+    return Conditioning(tuple(map(lengthened, conditioning.conds)), lengthened(conditioning.uncond))
 
 
-def arguments_of(told: Told, images: int, guided: bool) -> dict[str, Tensor]:
-    """What a pipeline's own call is told: the prompts of the first evaluation."""
-    cond, uncond = told.conds[0].at(0), told.uncond.at(0)
+def arguments_of(conditioning: Conditioning, images: int, guided: bool) -> dict[str, Tensor]:
+    """For a pipeline's own call: the prompts of the first evaluation."""
+    cond, uncond = conditioning.conds[0].at(0), conditioning.uncond.at(0)
     given = {
         "prompt_embeds": cond.tokens.repeat(images, 1, 1),
         "negative_prompt_embeds": uncond.tokens.repeat(images, 1, 1) if guided else None,

@@ -15,10 +15,10 @@ from ..evaluations import Evaluation
 from ..feature_sources import BaseStep
 from ..rows import Row, batch_rows
 from ..taps import FeatureReader
-from .kept import Kept
+from .mask_blending import MaskBlending
 from .noise_schedule import NoiseSchedule
+from .paused_call import PausedCall
 from .samplers import Steps
-from .turns import Turns
 
 
 @contextmanager
@@ -41,7 +41,7 @@ class GivenSteps:
         steps: those taken.
         dtype: what the UNet takes.
         precise: keep latents in float32 between the steps, whatever the UNet takes.
-        kept: for inpainting.
+        blending: for inpainting.
         channels: more channels for the UNet's input, (images, channels, h, w), for inpainting models.
         each_step: called with the place of the evaluation and the latents behind it.
     """
@@ -54,7 +54,7 @@ class GivenSteps:
         steps: Steps,
         dtype: torch.dtype,
         precise: bool = False,
-        kept: Kept | None = None,
+        blending: MaskBlending | None = None,
         channels: Tensor | None = None,
         each_step: Callable[[int, Tensor], None] = lambda place, latent: None,
     ) -> None:
@@ -63,7 +63,7 @@ class GivenSteps:
         self._steps = steps
         self._dtype = dtype
         self._precise = precise
-        self._kept = kept
+        self._blending = blending
         self._channels = channels
         self._each_step = each_step
         self.place = 0
@@ -73,8 +73,8 @@ class GivenSteps:
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         scaled = self._steps.scaled(sample, timestep)
-        if self._kept is not None:
-            scaled = self._kept.seen(scaled)
+        if self._blending is not None:
+            scaled = self._blending.seen(scaled)
         return with_channels(scaled.to(self._dtype), self._channels)
 
     def step(
@@ -87,11 +87,11 @@ class GivenSteps:
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         output = model_output.float() if self._precise else model_output
-        if self._kept is not None:
-            output = self._kept.predicted(output, self._steps.scaled(sample, timestep), timestep)
+        if self._blending is not None:
+            output = self._blending.predicted(output, self._steps.scaled(sample, timestep), timestep)
         latent = self._steps.step(output, timestep, sample, generator, eta=eta)
-        if self._kept is not None:
-            latent = self._kept.stepped(latent, self._steps, self.place)
+        if self._blending is not None:
+            latent = self._blending.stepped(latent, self._steps, self.place)
         self._each_step(self.place, latent)
         self.place += 1
         return _stepped_to(latent, return_dict)
@@ -107,7 +107,7 @@ class FollowedLevels:
     """A scheduler of the base in the joint stage: it goes where it is asked to, and answers with what it found there.
 
     Args:
-        turns: who asks.
+        paused: the call, which asks.
         first: the first question.
         levels: noise levels of the evaluations, in their order.
         schedule: the base's noise schedule.
@@ -117,7 +117,7 @@ class FollowedLevels:
         device: of the pipeline.
         dtype: what the UNet takes.
         channels: as in `GivenSteps`.
-        kept: a picture that stays where a mask is black.
+        blending: a picture that stays where a mask is black.
     """
 
     order = 1
@@ -125,7 +125,7 @@ class FollowedLevels:
 
     def __init__(
         self,
-        turns: Turns[Question, BaseStep],
+        paused: PausedCall[Question, BaseStep],
         first: Question,
         levels: Sequence[float],
         schedule: NoiseSchedule,
@@ -135,18 +135,18 @@ class FollowedLevels:
         device: torch.device | str,
         dtype: torch.dtype,
         channels: Tensor | None = None,
-        kept: Kept | None = None,
+        blending: MaskBlending | None = None,
     ) -> None:
         self.config = config
         kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.timesteps = torch.tensor([schedule.timestep_at(sigma) for sigma in levels], dtype=kind, device=device)
-        self._turns = turns
+        self._paused = paused
         self._latent, self._evaluation = first
         self._prediction_type = prediction_type
         self._reader = reader
         self._dtype = dtype
         self._channels = channels
-        self._kept = kept
+        self._blending = blending
 
     @property
     def evaluation(self) -> Evaluation:
@@ -166,11 +166,11 @@ class FollowedLevels:
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         denoised = denoised_from(model_output.float(), self._latent, self._evaluation.sigma, self._prediction_type)
-        if self._kept is not None:
-            denoised = self._kept.over(denoised)
+        if self._blending is not None:
+            denoised = self._blending.over(denoised)
         features = self._reader.take()
         rows = guidance_rows(len(features.levels[0]), len(self._latent))
-        self._latent, self._evaluation = self._turns.answer(BaseStep(features, rows, denoised))
+        self._latent, self._evaluation = self._paused.answer(BaseStep(features, rows, denoised))
         return _stepped_to(self._latent, return_dict)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..errors import WrongArgument
-from ..headless.asked import check_folder
+from ..headless.generate_command import check_folder
 from ..headless.options import say
 from ..saving import write_whole
 from .finished import FOLDER

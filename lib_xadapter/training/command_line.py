@@ -55,17 +55,17 @@ def _add_table(group: Any, table: type) -> None:
     """An option for each field of a table of training."""
     for name, default in defaults(table).items():
         row = rows(table)[name]
-        told = row.tooltip.replace("%", "%%")
+        text = row.tooltip.replace("%", "%%")
         if isinstance(default, bool):
-            group.add_argument(flag(name), action="store_true", help=told)
+            group.add_argument(flag(name), action="store_true", help=text)
         elif row.choices:
-            group.add_argument(flag(name), choices=row.choices, default=default, help=f"{told} Default: {default}.")
+            group.add_argument(flag(name), choices=row.choices, default=default, help=f"{text} Default: {default}.")
         elif isinstance(default, str):
-            group.add_argument(flag(name), default=default, metavar="NAME", help=f"{told} Default: {default}.")
+            group.add_argument(flag(name), default=default, metavar="NAME", help=f"{text} Default: {default}.")
         else:
             expected = expectation(row, isinstance(default, int)).capitalize()
             group.add_argument(
-                flag(name), type=_number, default=default, metavar="X", help=f"{told} {expected}; default: {default:g}."
+                flag(name), type=_number, default=default, metavar="X", help=f"{text} {expected}; default: {default:g}."
             )
 
 

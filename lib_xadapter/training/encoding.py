@@ -274,8 +274,8 @@ def _fingerprint(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in modules:
         config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-        told = {name: value for name, value in config.items() if not name.startswith("_")}
-        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -380,17 +380,19 @@ def _skipped(folder: Path) -> Mapping[str, Sequence[str]]:
 
 def _report(source: str, pictures: Pictures) -> None:
     skipped = sum(map(len, pictures.skipped.values()))
-    told = ", ".join(f"{len(names)} {reason} ({_named(names)})" for reason, names in pictures.skipped.items())
+    reasons = ", ".join(f"{len(names)} {reason} ({_named(names)})" for reason, names in pictures.skipped.items())
     if len(pictures):
         if skipped:
-            logger.warning("Of %s, %d of %d pictures are skipped: %s.", source, skipped, skipped + len(pictures), told)
+            logger.warning(
+                "Of %s, %d of %d pictures are skipped: %s.", source, skipped, skipped + len(pictures), reasons
+            )
         return
     if not skipped:
         raise WrongFile(f"{source} holds no pictures: expected a folder of them, .tar shards or .parquet files.")
     hint = ""
     if set(pictures.skipped) == {NO_CAPTION}:
         hint = "; a caption stands in a .txt of the picture's name or in a metadata.jsonl"
-    raise WrongFile(f"{source} holds no usable picture: {told}{hint}.")
+    raise WrongFile(f"{source} holds no usable picture: {reasons}{hint}.")
 
 
 def _report_columns(source: str, pictures: Pictures, options: PictureOptions) -> None:

@@ -21,8 +21,8 @@ from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, WrongFile, XAdapterError
 from ..families import FAMILY_OF_CONTEXT_WIDTH
 from ..headless.annotator_names import CONTROLS
-from ..headless.asked import check_folder
 from ..headless.generate import naming
+from ..headless.generate_command import check_folder
 from ..headless.lora_names import Lora, read_lora
 from ..headless.loras import merge_lora
 from ..headless.model_files import load_base, load_controlnet, load_upgraded
@@ -293,7 +293,7 @@ def _validation(
 def _metadata(options: argparse.Namespace, recipe: Recipe, base: Any, pictures: Pictures) -> dict[str, str]:
     """What the trained file tells of itself."""
     family = FAMILY_OF_CONTEXT_WIDTH.get(base.unet.config.cross_attention_dim, "sd1")
-    told = {
+    metadata = {
         "base": Path(options.base).name,
         "upgraded": Path(options.upgraded).name,
         "data": f"{len(pictures)} pictures of {Path(options.data).name}, {pictures.fingerprint}",
@@ -301,12 +301,12 @@ def _metadata(options: argparse.Namespace, recipe: Recipe, base: Any, pictures: 
         "version": __version__,
     }
     if options.base_data is not None:
-        told["base data"] = Path(options.base_data).name
+        metadata["base data"] = Path(options.base_data).name
     if options.controlnet is not None:
-        told["controlnet"] = Path(options.controlnet).name
+        metadata["controlnet"] = Path(options.controlnet).name
     if options.init is not None:
-        told["init"] = Path(options.init).name
-    return {**Pair(family, "sdxl").metadata(), **{METADATA + name: value for name, value in told.items()}}
+        metadata["init"] = Path(options.init).name
+    return {**Pair(family, "sdxl").metadata(), **{METADATA + name: value for name, value in metadata.items()}}
 
 
 def fingerprint_of(pipeline: Any) -> str:

@@ -27,14 +27,14 @@ SCHEDULES = (CONSTANT, "linear", "cosine", "cosine_with_restarts", "polynomial")
 AUTOMATIC, NO_TRACKER = "auto", "none"
 
 
-def option(default: Any, told: str, **more: Any) -> Any:
+def option(default: Any, tooltip: str, **more: Any) -> Any:
     """A field with its row of the table.
 
     Args:
-        told: what it does, in plain words.
+        tooltip: what it does, in plain words.
         more: as in `settings.Argument`: range and choices.
     """
-    return field(default=default, metadata={"argument": Argument("", told, "", **more)})
+    return field(default=default, metadata={"argument": Argument("", tooltip, "", **more)})
 
 
 WHOLE: dict[str, Any] = {"minimum": 0}

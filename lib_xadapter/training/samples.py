@@ -129,15 +129,15 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _folder(folder: Path) -> Iterator[Sample]:
-    told: dict[Path, Mapping[str, Any]] = {}
+    metadata: dict[Path, Mapping[str, Any]] = {}
     for path in files_below(folder):
         if path.name == METADATA:
-            told |= _read_metadata(path)
+            metadata |= _read_metadata(path)
     for path in files_below(folder):
         if path.suffix.lower() in PICTURES:
-            columns = _beside(path) | dict(told.pop(path, {}))
+            columns = _beside(path) | dict(metadata.pop(path, {}))
             yield Sample(os.path.relpath(path, folder), Place(str(path)), _read(path), columns)
-    for path, columns in told.items():
+    for path, columns in metadata.items():
         data = _read(path) if path.is_file() else None
         yield Sample(os.path.relpath(path, folder), Place(str(path)), data, columns)
 

@@ -136,16 +136,16 @@ class TrainedState:
 
 def optimizers_of(parameters: list[torch.nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
     """What each parameter is learned by: one for all, or Muon for matrices and AdamW for the rest."""
-    told = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == ADAMW_8BIT:
-        return [_adamw_8bit()(parameters, **told)]
+        return [_adamw_8bit()(parameters, **options)]
     if recipe.optimizer != MUON:
-        return [torch.optim.AdamW(parameters, **told)]
+        return [torch.optim.AdamW(parameters, **options)]
     matrices = [weight for weight in parameters if is_matrix(weight)]
     others = [weight for weight in parameters if not is_matrix(weight)]
     return [
-        *([torch.optim.AdamW(others, **told)] if others else []),
-        *([Muon(matrices, **told)] if matrices else []),
+        *([torch.optim.AdamW(others, **options)] if others else []),
+        *([Muon(matrices, **options)] if matrices else []),
     ]
 
 

@@ -19,7 +19,7 @@ import gradio
 from lib_xadapter.demo import page as demo_page
 from lib_xadapter.demo.cells import DemoModels
 from lib_xadapter.demo.page import ADAPTER, BASE, CONTROLNET, LORA, UPGRADED, make_page
-from lib_xadapter.headless.asked import Files
+from lib_xadapter.headless.generate_command import Files
 from lib_xadapter.headless.lora_names import Lora
 from lib_xadapter.headless.options import read_options
 

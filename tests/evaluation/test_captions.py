@@ -9,9 +9,9 @@ from PIL import Image
 
 from lib_xadapter.errors import WrongArgument, WrongFile
 from lib_xadapter.evaluation.captions import Caption, literal, read_captions
+from lib_xadapter.headless.prompt_grammar import combined_prompts, prompt_schedule
 from lib_xadapter.headless.prompts import split_into_windows
 from lib_xadapter.headless.tokenizers import load_tokenizer
-from lib_xadapter.headless.words import combined_prompts, prompt_schedule
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class Evaluate:
         found = (path for path in self.out.rglob("pictures/*/*.png"))
         return {path.relative_to(self.out): path.stat().st_mtime_ns for path in found if path.name in FILES}
 
-    def told(self) -> dict:
+    def report(self) -> dict:
         return json.loads((self.out / "figures.json").read_text(encoding="utf-8"))
 
 
@@ -147,7 +147,7 @@ class TestPictures:
             for path in evaluate.pictures()
         }
         assert changed == {"base.png": False, "sdedit-0.8.png": True, "x-adapter-0.8-1.png": True, "sdxl.png": True}
-        assert {figure["name"] for figure in other.told()["figures"]} == {"SSIM, canny", "F1, edges"}
+        assert {figure["name"] for figure in other.report()["figures"]} == {"SSIM, canny", "F1, edges"}
 
 
 class TestTogether:
@@ -192,7 +192,7 @@ class TestTogether:
         more = ("--single-stage", "--weight", "1", "0.5", "--batch", "2", "--metrics", "condition")
         assert evaluate("--controlnet", "small-edges", "--control", "canny", *more) == 0
         single = [f"X-Adapter, single stage, weight {weight}" for weight in ("1", "0.5")]
-        assert [way for way in evaluate.told()["ways"] if "single" in way] == single
+        assert [way for way in evaluate.report()["ways"] if "single" in way] == single
         for folder in (evaluate.out / "pictures").iterdir():
             made = {name: (folder / name).read_bytes() for name in ("single-1.png", "single-0.5.png", "sdxl.png")}
             assert len(set(made.values())) == 3
@@ -201,17 +201,17 @@ class TestTogether:
         more = ("--upgraded-alone", "--batch", "2", "--clip", str(clip_folder), "--metrics", "clip", "style")
         assert evaluate(*more) == 0
         assert {path.name for path in evaluate.pictures()} == {"sdxl.png"}
-        told = evaluate.told()
+        told = evaluate.report()
         assert told["ways"] == ["SDXL"]
         assert told["not_computed"] == {"Style similarity": "there is no picture of SD1.5 to be like."}
 
     def test_another_evaluations_pictures_are_a_row_of_the_table(self, evaluate, whole, clip_folder):
         more = ("--clip", str(clip_folder), "--metrics", "clip", "style", "--batch", "2")
         assert evaluate(*more, "--beside", f"with plugins={whole.out}/x-adapter-0.8-1.png") == 0
-        told = evaluate.told()
+        told = evaluate.report()
         assert told["ways"] == [*WAYS, "with plugins"]
         (score,) = (figure for figure in told["figures"] if figure["name"] == "CLIP score")
-        (theirs,) = (figure for figure in whole.told()["figures"] if figure["name"] == "CLIP score")
+        (theirs,) = (figure for figure in whole.report()["figures"] if figure["name"] == "CLIP score")
         assert score["ways"]["with plugins"]["value"] == pytest.approx(theirs["ways"]["X-Adapter"]["value"])
         assert {"one": "X-Adapter", "other": "with plugins"}.items() <= score["differences"][-2].items()
         row = told["pictures"][0]["pictures"]["with plugins"]
@@ -232,7 +232,7 @@ class TestTogether:
         shutil.copytree(whole.out, evaluate.out)
         more = ("--clip", str(clip_folder), "--fid-features", "clip", "--metrics", "fid")
         assert evaluate(*PLUGINS, "--depth", str(clip_folder), *more) == 0
-        (figure,) = evaluate.told()["figures"]
+        (figure,) = evaluate.report()["figures"]
         assert figure["name"] == "Fréchet, CLIP"
         assert set(figure["ways"]) == set(WAYS) - {"SDXL"}
         assert all(found["value"] > 0 for found in figure["ways"].values())
@@ -388,7 +388,7 @@ class TestProcesses:
 
 class TestReport:
     def test_every_figure_has_an_interval_for_every_way_it_is_for(self, whole):
-        told = whole.told()
+        told = whole.report()
         assert told["sample"] == {"captions": 2, "seeds": 1}
         assert told["not_computed"] == {}
         ways_of = {figure["name"]: tuple(figure["ways"]) for figure in told["figures"]}
@@ -409,7 +409,7 @@ class TestReport:
         from lib_xadapter.evaluation.figures.condition import edge_f1, map_similarity
         from lib_xadapter.evaluation.maps import canny
 
-        told = whole.told()
+        told = whole.report()
         figures = {figure["name"]: figure for figure in told["figures"]}
         found = []
         for row in told["pictures"]:
@@ -438,15 +438,15 @@ class TestReport:
         said = capsys.readouterr().out
         assert "Not computed: FID: --inception names no weights of InceptionV3." in said
         assert f"Not computed: CLIP score: --clip: {depth_folder} holds no CLIP model" in said
-        assert evaluate.told()["not_computed"].keys() == {"FID", "CLIP score", "Style similarity"}
+        assert evaluate.report()["not_computed"].keys() == {"FID", "CLIP score", "Style similarity"}
 
     def test_fid_can_be_measured_against_the_captions_own_pictures(self, whole, tmp_path, inception_file):
         again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
         given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
         assert again(*given, "--fid-against", "captions") == 0
-        (figure,) = again.told()["figures"]
+        (figure,) = again.report()["figures"]
         assert tuple(figure["ways"]) == WAYS
-        assert figure["told"].endswith("from the pictures that the captions came with")
+        assert figure["description"].endswith("from the pictures that the captions came with")
         inception = Inception(inception_file)
         own = [fitted(Image.open(path), (64, 64)) for path in sorted(whole.captions.glob("*.png"))]
         made = [Image.open(path) for path in sorted((again.out / "pictures").glob("*/sdxl.png"))]
@@ -458,10 +458,10 @@ class TestReport:
         given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
         others = Path(shutil.copytree(whole.captions, tmp_path / "others"))
         assert again(*given, "--fid-against", str(others)) == 0
-        (figure,) = again.told()["figures"]
-        assert figure["told"].endswith("from the pictures of the captions in the folder others")
+        (figure,) = again.report()["figures"]
+        assert figure["description"].endswith("from the pictures of the captions in the folder others")
         assert again(*given, "--fid-against", "captions") == 0
-        (own,) = again.told()["figures"]
+        (own,) = again.report()["figures"]
         assert figure["ways"] == own["ways"]
         (others / "moon.png").unlink()
         capsys.readouterr()
@@ -472,14 +472,14 @@ class TestReport:
 
     def test_metrics_takes_some(self, evaluate, clip_folder):
         assert evaluate("--metrics", "clip", "style", "--clip", str(clip_folder), "--limit", "1") == 0
-        told = evaluate.told()
+        told = evaluate.report()
         assert [figure["name"] for figure in told["figures"]] == ["CLIP score", "Style similarity"]
         assert told["not_computed"] == {}
 
     def test_several_weights_and_switch_points_are_ways_of_their_own(self, evaluate, clip_folder):
         more = ["--weight", "0", "1", "1,0.5,0", "--switch-point", "0.8", "0.5"]
         assert evaluate("--limit", "1", "--metrics", "clip", "--clip", str(clip_folder), *more) == 0
-        assert evaluate.told()["ways"] == [
+        assert evaluate.report()["ways"] == [
             "SD1.5",
             "SDEdit + SDXL, switch point 0.8",
             "SDEdit + SDXL, switch point 0.5",
@@ -493,7 +493,7 @@ class TestReport:
     def test_without_an_adapter_there_is_no_such_way(self, evaluate, clip_folder):
         more = ["--adapter", "None", "--metrics", "clip", "--clip", str(clip_folder), "--limit", "1"]
         assert evaluate(*more) == 0
-        assert evaluate.told()["ways"] == ["SD1.5", "SDEdit + SDXL", "SDXL"]
+        assert evaluate.report()["ways"] == ["SD1.5", "SDEdit + SDXL", "SDXL"]
 
     def test_a_broken_picture_is_left_out_by_name_and_the_rest_is_measured(self, evaluate, captioned, tmp_path):
         folder = tmp_path / "captions"
@@ -505,7 +505,7 @@ class TestReport:
         (folder / "b.txt").write_text("no picture at all")
         given = ["--captions", str(folder), "--controlnet", "small-edges", "--control", "canny"]
         assert evaluate(*given, "--metrics", "condition") == 0
-        told = evaluate.told()
+        told = evaluate.report()
         assert told["sample"]["captions"] == 2
         ((name, reason),) = told["left_out"].items()
         assert name.startswith("a-")

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from lib_xadapter.headless.asked import batches_of, read_prompts, styled
+from lib_xadapter.headless.generate_command import batches_of, read_prompts, styled
 from lib_xadapter.headless.options import read_options
 
 

@@ -19,8 +19,8 @@ from lib_xadapter.headless.inversions import read_inversion
 from lib_xadapter.headless.job import open_picture
 from lib_xadapter.headless.loras import load_lora
 from lib_xadapter.headless.model_configs import read_yaml_beside
+from lib_xadapter.headless.prompt_grammar import read_styles
 from lib_xadapter.headless.recipes import OVERRIDES, REST_FIELDS, options_of_job, options_of_png
-from lib_xadapter.headless.words import read_styles
 from tests.test_hostile_files import broken
 from tests.test_hostile_settings import TEXTS, VALUES
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from lib_xadapter.errors import DoesNotFit, WrongArgument, WrongFile
 from lib_xadapter.headless import encode_prompt
-from lib_xadapter.headless.asked import embedding_folders
+from lib_xadapter.headless.generate_command import embedding_folders
 from lib_xadapter.headless.inversions import Inversions, Lookup, bundled_inversions, read_inversion
 from lib_xadapter.headless.model_files import load_base, load_upgraded
 from lib_xadapter.headless.models import Models
-from lib_xadapter.headless.prompts import Wanted, told_to_base, told_to_upgraded
+from lib_xadapter.headless.prompts import PromptPair, encode_for_base, encode_for_upgraded
 
 WIDTH = 64
 
@@ -95,9 +95,13 @@ def test_a_file_is_read_only_where_a_prompt_has_its_name(folder, base):
 
 def test_names_of_sdxl_are_left_out_for_the_base(folder, base, upgraded):
     models = Models(base, upgraded, inversions=Inversions.below(folder))
-    named, without = (told_to_base(models, Wanted(text, "")).conds[0].at(0).tokens for text in ("a cat, glow", "a cat"))
+    named, without = (
+        encode_for_base(models, PromptPair(text, "")).conds[0].at(0).tokens for text in ("a cat, glow", "a cat")
+    )
     assert torch.equal(named, without)
-    named, without = (told_to_upgraded(models, Wanted(text, "")).conds[0].at(0) for text in ("a cat, glow", "a cat"))
+    named, without = (
+        encode_for_upgraded(models, PromptPair(text, "")).conds[0].at(0) for text in ("a cat, glow", "a cat")
+    )
     assert not torch.allclose(named.tokens, without.tokens)
     assert not torch.allclose(named.pooled, without.pooled)
 

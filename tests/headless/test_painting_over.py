@@ -18,6 +18,7 @@ from lib_xadapter.errors import DoesNotFit, WrongArgument
 from lib_xadapter.headless import XAdapterPipeline
 from lib_xadapter.headless.models import noise_schedule_of
 from tests.headless.test_composed import SIZE, differs, latents, seeded
+from tests.pictures import grey_levels_apart
 from tests.small_models import seeded as with_seeded_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,11 +56,11 @@ def test_the_base_paints_the_picture_over_that_its_own_pipeline_paints(pipe, pic
     plain = StableDiffusionImg2ImgPipeline(**pipe.base.components, requires_safety_checker=False)
     start = picture.resize((64, 64), Image.Resampling.LANCZOS)
     theirs = plain("a cat", image=start, strength=0.6, num_inference_steps=4, guidance_scale=5.0, generator=seeded())
-    assert made.base_images[0].tobytes() == theirs.images[0].tobytes()
+    assert grey_levels_apart(made.base_images[0], theirs.images[0]) <= 1
     larger = made.base_images[0].resize((128, 128), Image.Resampling.LANCZOS)
     plain_xl = StableDiffusionXLImg2ImgPipeline(**pipe.upgraded.components, add_watermarker=False)
     over = plain_xl("a cat", image=larger, strength=0.5, num_inference_steps=4, guidance_scale=5.0, generator=seeded())
-    assert made.images[0].tobytes() == over.images[0].tobytes()
+    assert grey_levels_apart(made.images[0], over.images[0]) <= 1
 
 
 def test_with_a_mask_it_is_that_of_its_inpainting_pipeline(pipe, picture, mask):
@@ -68,7 +69,7 @@ def test_with_a_mask_it_is_that_of_its_inpainting_pipeline(pipe, picture, mask):
     plain = StableDiffusionInpaintPipeline(**pipe.base.components, requires_safety_checker=False)
     given = {"image": picture, "mask_image": mask, "strength": 0.6, "num_inference_steps": 4, **BASE_SIZE}
     theirs = plain("a cat", guidance_scale=5.0, generator=seeded(), **given).images[0]
-    assert made.base_images[0].tobytes() == theirs.tobytes()
+    assert grey_levels_apart(made.base_images[0], theirs) <= 1
 
 
 @pytest.mark.parametrize("switch_point", [0.5, 1.0])

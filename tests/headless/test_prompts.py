@@ -18,13 +18,13 @@ from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.prompts import (
     Encoder,
     Part,
-    Wanted,
+    PromptPair,
     arguments_of,
     encode,
+    encode_for_base,
+    encode_for_upgraded,
     read_attention,
     split_into_windows,
-    told_to_base,
-    told_to_upgraded,
 )
 from lib_xadapter.settings import Settings
 from tests.pictures import control_map
@@ -88,9 +88,9 @@ def test_a_window_ends_behind_a_comma_that_is_near(prompt, in_the_first, models)
 
 def test_a_shorter_negative_prompt_keeps_its_meaning(models):
     """Repeated to the prompt's length, it does in the UNet what it does alone."""
-    told = arguments_of(told_to_base(models, Wanted("a" * 80, "b")), images=1, guided=True)
+    told = arguments_of(encode_for_base(models, PromptPair("a" * 80, "b")), images=1, guided=True)
     assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (1, 154, 64)
-    alone = told_to_base(models, Wanted("", "b")).uncond.at(0).tokens
+    alone = encode_for_base(models, PromptPair("", "b")).uncond.at(0).tokens
     latent = torch.ones(1, 4, 8, 8)
     repeated, plain = (
         models.base.unet(latent, 500, tokens).sample for tokens in (told["negative_prompt_embeds"], alone)
@@ -99,7 +99,7 @@ def test_a_shorter_negative_prompt_keeps_its_meaning(models):
 
 
 def test_prompts_of_all_stretches_become_of_one_length(models):
-    told = told_to_base(models, Wanted(f"[a:{'b' * 80}:0.5] AND c BREAK d BREAK e", "", evaluations=4))
+    told = encode_for_base(models, PromptPair(f"[a:{'b' * 80}:0.5] AND c BREAK d BREAK e", "", evaluations=4))
     lengths = {one.encoded.tokens.shape[1] for schedule in (*told.conds, told.uncond) for one in schedule.stretches}
     assert lengths == {462}
     assert not told.is_plain
@@ -126,11 +126,13 @@ def test_clip_skip_is_the_encoder_without_its_last_layers(models):
     layers = getattr(shorter, "text_model", shorter).encoder.layers
     del layers[-1]
     without = encode(["a cat"], Encoder(models.base.tokenizer, shorter))[0].tokens
-    torch.testing.assert_close(told_to_base(models, Wanted("a cat", ""), clip_skip=2).conds[0].at(0).tokens, without)
+    torch.testing.assert_close(
+        encode_for_base(models, PromptPair("a cat", ""), clip_skip=2).conds[0].at(0).tokens, without
+    )
 
 
 def test_sdxl_is_told_what_diffusers_tells_it(models):
-    ours = arguments_of(told_to_upgraded(models, Wanted("a cat", "a dog")), images=1, guided=True)
+    ours = arguments_of(encode_for_upgraded(models, PromptPair("a cat", "a dog")), images=1, guided=True)
     theirs = models.upgraded.encode_prompt(
         "a cat", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="a dog", device="cpu"
     )
@@ -140,13 +142,13 @@ def test_sdxl_is_told_what_diffusers_tells_it(models):
 
 
 def test_an_empty_negative_prompt_is_zeros_for_sdxl(models):
-    uncond = told_to_upgraded(models, Wanted("a cat", "")).uncond.at(0)
+    uncond = encode_for_upgraded(models, PromptPair("a cat", "")).uncond.at(0)
     assert not uncond.tokens.any()
     assert not uncond.pooled.any()
 
 
 def test_without_guidance_there_are_no_unconds(models):
-    told = arguments_of(told_to_upgraded(models, Wanted("a cat", "")), images=2, guided=False)
+    told = arguments_of(encode_for_upgraded(models, PromptPair("a cat", "")), images=2, guided=False)
     assert set(told) == {"prompt_embeds", "pooled_prompt_embeds"}
     assert len(told["prompt_embeds"]) == 2
 

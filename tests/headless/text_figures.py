@@ -24,9 +24,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lib_xadapter.headless.compvis_layout import clip_origin, open_clip_origin, write_compvis
 from lib_xadapter.headless.inversions import Inversions
+from lib_xadapter.headless.prompt_grammar import prompt_schedule
 from lib_xadapter.headless.prompts import encode, encoders_of
 from lib_xadapter.headless.tokenizers import OPEN_CLIP_PADDING, load_tokenizer, read_shipped_table
-from lib_xadapter.headless.words import prompt_schedule
 from tests.small_models import seeded
 from tests.webui.server import Installation
 

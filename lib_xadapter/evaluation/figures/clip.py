@@ -43,14 +43,14 @@ class Clip:
     @torch.no_grad()
     def of_pictures(self, pictures: Sequence[Image.Image]) -> NDArray[numpy.float32]:
         """Embeddings of length 1, (pictures, channels)."""
-        told = self._processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        return _unit(self._model.get_image_features(**told.to(self._device)).pooler_output)
+        inputs = self._processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        return _unit(self._model.get_image_features(**inputs.to(self._device)).pooler_output)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str]) -> NDArray[numpy.float32]:
         """Embeddings of length 1, (texts, channels); what is longer than the model takes is cut off."""
-        told = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
-        return _unit(self._model.get_text_features(**told.to(self._device)).pooler_output)
+        inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
+        return _unit(self._model.get_text_features(**inputs.to(self._device)).pooler_output)
 
 
 def similarity(one: NDArray, other: NDArray) -> NDArray[numpy.float64]:

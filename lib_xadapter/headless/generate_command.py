@@ -1,4 +1,4 @@
-"""What a `generate` command asks for: its files found, its arguments checked, before anything heavy is imported."""
+"""A `generate` command: its files found, its arguments checked, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .job import Job, open_picture
 from .lora_names import Lora, LoraTags, read_lora, take_tags
 from .named_files import find_file
 from .options import SETTINGS_ELSEWHERE
+from .prompt_grammar import read_styles, with_style
 from .sampler_table import sampler_named
-from .words import read_styles, with_style
 
 MOST_CONTROL = 2.0
 JOB_FIELDS = ("width", "height", "steps", "cfg", "sampler", "seed", "batch", "strength", "mask", "clip_skip")
@@ -31,7 +31,7 @@ FIELD = re.compile(r"'([a-z0-9_]+)'")
 
 @dataclass(frozen=True)
 class Usual:
-    """What is taken where nothing is said."""
+    """Defaults of a command."""
 
     steps: int
     cfg_scale: float
@@ -54,8 +54,8 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A command that can be carried out."""
+class GenerateCommand:
+    """A command that can be carried out: its files were found and its arguments are valid."""
 
     files: Files
     jobs: tuple[Job, ...]
@@ -66,7 +66,7 @@ class Asked:
         return sum(job.pictures for job in self.jobs)
 
 
-def read_asked(options: argparse.Namespace) -> Asked:
+def read_generate_command(options: argparse.Namespace) -> GenerateCommand:
     """Raises: XAdapterError: naming the option that is wrong."""
     check_folder(options.out)
     prompt, negative_prompt = styled(options, options.prompt)
@@ -75,7 +75,7 @@ def read_asked(options: argparse.Namespace) -> Asked:
     files = find_files(options, prompts, base_prompts)
     job = replace(read_job(options, files, prompts), negative_prompt=negative_prompt)
     batches = batches_of(options.seed or [0], options.num, options.batch)
-    return Asked(
+    return GenerateCommand(
         files,
         tuple(
             replace(job, prompt=prompt, seed=seed, batch=images)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lib_xadapter.errors import WrongArgument
+from lib_xadapter.headless.prompt_grammar import combined_prompts, prompt_schedule, read_styles, with_style
 from lib_xadapter.headless.prompts import read_attention
-from lib_xadapter.headless.words import combined_prompts, prompt_schedule, read_styles, with_style
 from tests.webui.server import Installation
 
 FIGURES = Path(__file__).parents[1] / "golden" / "webui_words.json"

@@ -1,4 +1,4 @@
-"""What a UNet is told at each step, where a prompt changes on the way or several are combined.
+"""The prompts of each step, where a prompt changes on the way or several are combined.
 
 The pipeline's own loop knows one prompt. Its calls of the UNet, and of the ControlNets beside it, are given the prompts
 of the step; where several are combined, each has rows of its own, and what they give is folded into the one that the
@@ -42,14 +42,14 @@ class EncodedSchedule:
     weight: float = 1.0
 
     def at(self, evaluation: int) -> Encoded:
-        """What is said at a model evaluation, counted from 0; the last stretch is for all that follow."""
+        """The prompt of a model evaluation, counted from 0; the last stretch is for all that follow."""
         found = (stretch for stretch in self.stretches if evaluation <= stretch.last)
         return next(found, self.stretches[-1]).encoded
 
 
 @dataclass(frozen=True)
-class Told:
-    """All that a model is told.
+class Conditioning:
+    """The prompts of one model over a whole sampling.
 
     Attributes:
         conds: the prompts that are combined.
@@ -67,37 +67,41 @@ class Told:
 
     def rows(self, evaluation: int, images: int) -> tuple[Tensor, Tensor | None]:
         """Tokens, and pooled prompts where there are any: the unconds, then each combined prompt, image by image."""
-        said = [self.uncond.at(evaluation), *(cond.at(evaluation) for cond in self.conds)]
-        pooled = [one.pooled.repeat(images, 1) for one in said if one.pooled is not None]
-        return torch.cat([one.tokens.repeat(images, 1, 1) for one in said]), torch.cat(pooled) if pooled else None
+        prompts = [self.uncond.at(evaluation), *(cond.at(evaluation) for cond in self.conds)]
+        pooled = [one.pooled.repeat(images, 1) for one in prompts if one.pooled is not None]
+        return torch.cat([one.tokens.repeat(images, 1, 1) for one in prompts]), torch.cat(pooled) if pooled else None
 
     def folded(self, output: Tensor) -> Tensor:
         """(rows, …) of all prompts to those of unconds and one prompt."""
         uncond, *conds = output.chunk(1 + len(self.conds))
-        sum_of_conds = sum(told.weight * (cond - uncond) for told, cond in zip(self.conds, conds, strict=True))
+        sum_of_conds = sum(prompt.weight * (cond - uncond) for prompt, cond in zip(self.conds, conds, strict=True))
         return torch.cat([uncond, uncond + sum_of_conds])
 
 
 @contextmanager
-def telling(modules: list[nn.Module], told: Told | None, evaluation: Callable[[], int], images: int) -> Iterator[None]:
-    """While open, calls of a pipeline's UNet (the first) and ControlNets are told what stands for the evaluation."""
+def conditioned(
+    modules: list[nn.Module], conditioning: Conditioning | None, evaluation: Callable[[], int], images: int
+) -> Iterator[None]:
+    """While open, calls of a pipeline's UNet (the first) and ControlNets are given the prompts of the evaluation."""
     with ExitStack() as scope:
-        for place, module in enumerate(modules if told is not None else []):
-            scope.enter_context(wrapped(module, "forward", _Teller(told, evaluation, images, is_unet=place == 0)))
+        for place, module in enumerate(modules if conditioning is not None else []):
+            scope.enter_context(
+                wrapped(module, "forward", _ConditionedForward(conditioning, evaluation, images, is_unet=place == 0))
+            )
         yield
 
 
-class _Teller:
+class _ConditionedForward:
     """Wraps the forward of a module."""
 
-    def __init__(self, told: Told, evaluation: Callable[[], int], images: int, is_unet: bool) -> None:
-        self._told = told
+    def __init__(self, conditioning: Conditioning, evaluation: Callable[[], int], images: int, is_unet: bool) -> None:
+        self._conditioning = conditioning
         self._evaluation = evaluation
         self._images = images
         self._is_unet = is_unet
 
     def __call__(self, forward: Callable[..., Any], sample: Tensor, timestep: Any, **named: Any) -> Any:
-        tokens, pooled = self._told.rows(self._evaluation(), self._images)
+        tokens, pooled = self._conditioning.rows(self._evaluation(), self._images)
         named["encoder_hidden_states"] = tokens.to(sample)
         added = named.get("added_cond_kwargs")
         if added and pooled is not None:
@@ -109,9 +113,9 @@ class _Teller:
         if "controlnet_cond" in named:
             named["controlnet_cond"] = self._for_each(named["controlnet_cond"])
         output = forward(self._for_each(sample), timestep, **named)
-        return (self._told.folded(output[0]), *output[1:]) if self._is_unet else output
+        return (self._conditioning.folded(output[0]), *output[1:]) if self._is_unet else output
 
     def _for_each(self, rows: Tensor) -> Tensor:
         """Rows of unconds and one prompt, as many times as there are prompts."""
         uncond, cond = rows.chunk(2)
-        return torch.cat([uncond, *[cond] * len(self._told.conds)])
+        return torch.cat([uncond, *[cond] * len(self._conditioning.conds)])

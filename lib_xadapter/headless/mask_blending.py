@@ -13,8 +13,8 @@ from .samplers import Steps
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A picture that stays where a mask is black.
+class MaskBlending:
+    """Blends a given picture into the latent where a mask is black; this one at the end alone.
 
     Attributes:
         clean: latents of the picture, (images, 4, h, w).
@@ -44,7 +44,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class KeptByNoise(Kept):
+class BlendNoised(MaskBlending):
     """Put back after each step, noised to its level: the rule of diffusers' inpainting pipelines.
 
     Attributes:
@@ -61,7 +61,7 @@ class KeptByNoise(Kept):
 
 
 @dataclass(frozen=True)
-class KeptByPrediction(Kept):
+class BlendPrediction(MaskBlending):
     """Predicted by the model: the rule of the WebUI's samplers on noise levels.
 
     Source: `sd_samplers_cfg_denoiser.py`, `apply_blend` on the denoised latent.
@@ -87,7 +87,7 @@ class KeptByPrediction(Kept):
 
 
 @dataclass(frozen=True)
-class KeptInSight(Kept):
+class BlendBeforeUNet(MaskBlending):
     """Shown to the model as it is, and put back at the end: the rule of the WebUI's samplers on timesteps.
 
     Source: `sd_samplers_cfg_denoiser.py`, `mask_before_denoising`.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import WrongArgument
 from ..wrapping import wrapped
+from .conditioning import Conditioning, conditioned
 from .inversions import Inversions
 from .lora_names import take_tags
 from .models import parts_at_work
-from .prompts import Wanted, arguments_of, told_to
-from .told import Told, telling
+from .prompts import PromptPair, arguments_of, encode_conditioning
 
 
 @dataclass(frozen=True)
@@ -26,29 +26,29 @@ class PromptEmbeddings:
     Attributes:
         prompt_embeds, negative_prompt_embeds: (1, tokens, channels), as long as each other.
         pooled_prompt_embeds, negative_pooled_prompt_embeds: (1, channels), for SDXL; None for SD1.5 and SD2.
-        told: all that is said, where the prompt changes on the way or is combined by `AND`; the embeddings above are
-            then those of the first step and prompt.
+        conditioning: the prompts of all steps, where the prompt changes on the way or is combined by `AND`; the
+            embeddings above are then those of the first step and prompt.
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None
     negative_pooled_prompt_embeds: Tensor | None
-    told: Told
+    conditioning: Conditioning
 
     @property
     def is_plain(self) -> bool:
         """Whether the embeddings say everything: the prompt is the same at each step, and there is only one."""
-        return self.told.is_plain
+        return self.conditioning.is_plain
 
     @property
     def arguments(self) -> dict[str, Tensor]:
         """For a pipeline's own call: `pipeline(**embeddings.arguments, …)`."""
-        return arguments_of(self.told, images=1, guided=True)
+        return arguments_of(self.conditioning, images=1, guided=True)
 
     @contextmanager
     def at_each_step(self, pipeline: Any, images: int = 1) -> Iterator[None]:
-        """While open, the pipeline's UNet and ControlNets are told what stands for the step; for one call.
+        """While open, the pipeline's UNet and ControlNets are given the prompts of the step; for one call.
 
         Args:
             pipeline: called with `arguments` and a guidance above 1.
@@ -66,7 +66,7 @@ class PromptEmbeddings:
             return output
 
         with (
-            telling(parts_at_work(pipeline), self.told, lambda: evaluations, images),
+            conditioned(parts_at_work(pipeline), self.conditioning, lambda: evaluations, images),
             wrapped(pipeline.unet, "forward", counted),
         ):
             yield
@@ -81,7 +81,7 @@ def encode_prompt(
     steps: int = 20,
     embeddings: str | Path | None = None,
 ) -> PromptEmbeddings:
-    """What a pipeline of SD1.5, SD2 or SDXL is told by a prompt in the WebUI's grammar.
+    """A prompt in the WebUI's grammar, encoded for a pipeline of SD1.5, SD2 or SDXL.
 
     Attention weights, `[a:b:0.5]`, `[a|b]`, `AND` with weights, `BREAK`, prompts of any length, and textual inversions
     by name, encoded as the WebUI encodes them.
@@ -100,6 +100,6 @@ def encode_prompt(
     if loras := take_tags(prompt).loras:
         raise WrongArgument(f"prompt: the LoRA '{loras[0].path}' is named, which is to be merged by load_lora.")
     inversions = Inversions.below(Path(embeddings)) if embeddings is not None else None
-    told = told_to(pipeline, Wanted(prompt, negative_prompt, steps), clip_skip, inversions)
-    first, uncond = told.conds[0].at(0), told.uncond.at(0)
-    return PromptEmbeddings(first.tokens, uncond.tokens, first.pooled, uncond.pooled, told)
+    conditioning = encode_conditioning(pipeline, PromptPair(prompt, negative_prompt, steps), clip_skip, inversions)
+    first, uncond = conditioning.conds[0].at(0), conditioning.uncond.at(0)
+    return PromptEmbeddings(first.tokens, uncond.tokens, first.pooled, uncond.pooled, conditioning)

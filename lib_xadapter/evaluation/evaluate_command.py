@@ -1,4 +1,4 @@
-"""What an `evaluate` command asks for, found, read and checked before anything heavy is imported."""
+"""An `evaluate` command, its files found, read and checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from PIL import Image
 
 from ..errors import WrongArgument, WrongFile
 from ..headless.annotator_names import CONTROLS
-from ..headless.asked import MOST_CONTROL, RELEASED_USUAL, USUAL, Files, check_folder, find_files, naming_options
+from ..headless.generate_command import (
+    MOST_CONTROL,
+    RELEASED_USUAL,
+    USUAL,
+    Files,
+    check_folder,
+    find_files,
+    naming_options,
+)
 from ..headless.job import LARGEST_BATCH, Job
 from ..headless.lora_names import LoraTags, take_tags
 from ..headless.named_files import find_file
 from ..headless.options import FID_AGAINST, FID_FEATURES, METRICS, SETTINGS_OF_EVALUATE
+from ..headless.prompt_grammar import with_style
 from ..headless.sampler_table import sampler_named
-from ..headless.words import with_style
 from ..inversion_names import files_below, mentions
 from ..settings import read_settings
 from .captions import Caption, Captions, literal, picture_named, read_captions
@@ -58,11 +66,11 @@ class Reference:
     """Pictures that were there before, one of each caption.
 
     Attributes:
-        told: which they are.
+        description: which they are.
         pictures: of the captions.
     """
 
-    told: str
+    description: str
     pictures: Mapping[Caption, Path]
 
 
@@ -124,7 +132,7 @@ class Evaluation:
         job: what every picture has in common.
         controls: one for each ControlNet of the base.
         upgraded_controls: one for each of the upgraded model itself.
-        base_prompt: what the base is told, `{prompt}` standing for the caption; "" for the caption alone.
+        base_prompt: the prompt of the base, `{prompt}` standing for the caption; "" for the caption alone.
         measures: the figures.
         reference: whether the released pipeline's rules hold.
         out: the folder of everything.
@@ -210,9 +218,9 @@ class Evaluation:
     def _embeddings(self) -> dict[str, str]:
         """Textual inversions that a prompt names."""
         negative = (self.job.negative_prompt, self.job.settings.base_negative_prompt)
-        told = [self.base_prompt, *negative, *(caption.text for caption in self.captions.usable)]
+        texts = [self.base_prompt, *negative, *(caption.text for caption in self.captions.usable)]
         files = files_below(*self.files.embeddings)
-        return {name: _identity(path) for name, path in files.items() if mentions(told, name)}
+        return {name: _identity(path) for name, path in files.items() if mentions(texts, name)}
 
 
 def _identity(path: Path) -> str:

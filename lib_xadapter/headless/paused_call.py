@@ -17,27 +17,27 @@ import torch
 
 from ..errors import XAdapterError
 
-Asked = TypeVar("Asked")
+Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 
-class Unwound(BaseException):
+class CallClosed(BaseException):
     """Nobody asks any more: raised inside the call, so that its context managers close."""
 
 
-class Turns(Generic[Asked, Answer]):
+class PausedCall(Generic[Question, Answer]):
     """Two sides that hand the work to and fro.
 
     The call's side answers what it was asked and takes the next question in one go; the caller's side asks.
     """
 
-    def __init__(self, call: Callable[[Turns[Asked, Answer]], object]) -> None:
+    def __init__(self, call: Callable[[PausedCall[Question, Answer]], object]) -> None:
         self._call = call
-        self._questions: SimpleQueue[tuple[Asked, torch.cuda.Stream | None] | None] = SimpleQueue()
+        self._questions: SimpleQueue[tuple[Question, torch.cuda.Stream | None] | None] = SimpleQueue()
         self._answers: SimpleQueue[Answer | _Ended] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def ask(self, question: Asked) -> Answer:
+    def ask(self, question: Question) -> Answer:
         """The call's answer. Whatever is raised in the call is raised here."""
         if self._thread is None:
             run = _with_state_of_this_thread(self._run)
@@ -49,15 +49,15 @@ class Turns(Generic[Asked, Answer]):
             raise answer.error or XAdapterError("The base's pipeline made fewer model evaluations than it was to make.")
         return answer
 
-    def first(self) -> Asked:
+    def first(self) -> Question:
         """On the call's side: the first question."""
         return self._next()
 
-    def answer(self, answer: Answer) -> Asked:
+    def answer(self, answer: Answer) -> Question:
         """On the call's side: answer, and wait for the next question.
 
         Raises:
-            Unwound: there is none.
+            CallClosed: there is none.
         """
         self._answers.put(answer)
         return self._next()
@@ -68,10 +68,10 @@ class Turns(Generic[Asked, Answer]):
             self._questions.put(None)
             self._thread.join()
 
-    def _next(self) -> Asked:
+    def _next(self) -> Question:
         found = self._questions.get()
         if found is None:
-            raise Unwound
+            raise CallClosed
         question, stream = found
         if stream is not None:
             torch.cuda.set_stream(stream)
@@ -80,7 +80,7 @@ class Turns(Generic[Asked, Answer]):
     def _run(self) -> None:
         try:
             self._call(self)
-        except Unwound:
+        except CallClosed:
             self._answers.put(_Ended(None))
         except BaseException as error:  # it belongs to the caller's thread
             self._answers.put(_Ended(error))
@@ -96,13 +96,13 @@ class _Ended:
 
 
 @contextmanager
-def turns(call: Callable[[Turns[Asked, Answer]], object]) -> Iterator[Turns[Asked, Answer]]:
+def paused_call(call: Callable[[PausedCall[Question, Answer]], object]) -> Iterator[PausedCall[Question, Answer]]:
     """While open, the call can be asked."""
-    taken = Turns(call)
+    paused = PausedCall(call)
     try:
-        yield taken
+        yield paused
     finally:
-        taken.close()
+        paused.close()
 
 
 def _stream() -> torch.cuda.Stream | None:

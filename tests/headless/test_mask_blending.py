@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from lib_xadapter.headless.kept import Kept, KeptByNoise, KeptByPrediction, KeptInSight
+from lib_xadapter.headless.mask_blending import BlendBeforeUNet, BlendNoised, BlendPrediction, MaskBlending
 from lib_xadapter.headless.noise_schedule import NoiseSchedule
 from lib_xadapter.headless.sampler_table import SAMPLERS
 from lib_xadapter.headless.samplers import diffusers_steps, webui_steps
@@ -23,7 +23,7 @@ MASK[..., 2:] = 1
 OUTSIDE, INSIDE = (..., slice(0, 2)), (..., slice(2, 4))
 
 
-def sampled(sampler: str, kept: Kept | None, predicts: str = "epsilon") -> list[tuple[float, torch.Tensor]]:
+def sampled(sampler: str, kept: MaskBlending | None, predicts: str = "epsilon") -> list[tuple[float, torch.Tensor]]:
     """(σ, what the UNet was given) of each step, with a model that knows nothing; last (0, the finished latent)."""
     steps = webui_steps(sampler, SAMPLERS["Euler"].make({**CONFIG, "prediction_type": predicts}), 6, 0.7, "cpu")
     scheduler = GivenSteps(steps, torch.float32, True, kept)
@@ -39,7 +39,7 @@ def sampled(sampler: str, kept: Kept | None, predicts: str = "epsilon") -> list[
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun"])
 def test_what_is_predicted_outside_the_mask_stays_the_picture_at_its_noise_level(sampler, predicts):
-    kept = sampled(sampler, KeptByPrediction(CLEAN, MASK, SCHEDULE, predicts), predicts)
+    kept = sampled(sampler, BlendPrediction(CLEAN, MASK, SCHEDULE, predicts), predicts)
     free = sampled(sampler, None, predicts)
     for (sigma, latent), (_, other) in zip(kept, free, strict=True):
         noised = (CLEAN + sigma * NOISE) / math.sqrt(1 + sigma**2)
@@ -49,7 +49,7 @@ def test_what_is_predicted_outside_the_mask_stays_the_picture_at_its_noise_level
 
 
 def test_on_timesteps_the_model_sees_the_picture_itself():
-    kept, free = sampled("DDIM", KeptInSight(CLEAN, MASK)), sampled("DDIM", None)
+    kept, free = sampled("DDIM", BlendBeforeUNet(CLEAN, MASK)), sampled("DDIM", None)
     for (_, latent), (_, other) in zip(kept, free, strict=True):
         assert torch.equal(latent[OUTSIDE], CLEAN[OUTSIDE])
         assert torch.allclose(latent[INSIDE], other[INSIDE], atol=1e-6)
@@ -57,7 +57,7 @@ def test_on_timesteps_the_model_sees_the_picture_itself():
 
 def test_by_noise_each_step_ends_with_the_picture_at_the_next_level():
     steps = diffusers_steps(None, EulerDiscreteScheduler(**CONFIG), 4, None, "cpu")
-    kept = KeptByNoise(CLEAN, MASK, NOISE)
+    kept = BlendNoised(CLEAN, MASK, NOISE)
     for place in range(4):
         latent = kept.stepped(torch.zeros(2, 4, 4, 4), steps, place)
         level = float(steps.scheduler.sigmas[place + 1])
