@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
+from benchmarks import curves
 from benchmarks.mapping_layers import Case, operations
 from benchmarks.random_adapter import RELEASED, random_adapter
 from benchmarks.timing import Spread, Times
@@ -108,3 +109,17 @@ def test_operations_grow_with_rows_and_pixels():
 def test_ratios_are_taken_round_by_round():
     """A machine that is slow for a while is slow for both."""
     assert Times((2.0, 20.0, 6.0)).over(Times((1.0, 10.0, 3.0))) == Spread(2.0, 2.0, 2.0)
+
+
+def test_ways_that_differ_in_their_switch_point_become_a_curve(tmp_path):
+    ways = {"SDXL": 0.3, "X-Adapter, switch point 0.4": 0.2, "X-Adapter, switch point 1": 0.1, "SD1.5": 0.9}
+    figures = [{"name": name, "ways": {way: {"value": value} for way, value in ways.items()}} for name in ("F1", "FID")]
+    (tmp_path / "figures.json").write_text(json.dumps({"ways": list(ways), "figures": figures}))
+    found = curves.curves_of([json.loads((tmp_path / "figures.json").read_text())], "FID", "F1", ["SD1.5"])
+    assert found == {
+        "SDXL": [curves.Point("", 0.3, 0.3)],
+        "X-Adapter, by switch point": [curves.Point("0.4", 0.2, 0.2), curves.Point("1", 0.1, 0.1)],
+    }
+    named = ["--across", "FID", "--up", "F1", "--out", str(tmp_path / "curves.png")]
+    curves.main([str(tmp_path / "figures.json"), *named])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
