@@ -19,7 +19,7 @@ from .errors import UnplannedLevel
 from .evaluations import Evaluation
 from .feature_sources import FeatureSource, RowFeatures
 from .memory import free_ram
-from .passage import Passage
+from .pinned_transfer import PinnedTransfer
 from .taps import TAPS, BaseFeatures, Taps, base_modules, base_strides, output_channels
 from .trajectory import same_level
 
@@ -84,7 +84,7 @@ class Recorder:
         self._levels = [evaluation.sigma for evaluation in _distinct(evaluations)]
         self._has_room, self._time_embedding = has_room, time_embedding
         self._steps: list[RecordedStep] = []
-        self._passage: Passage | None = None
+        self._transfer: PinnedTransfer | None = None
 
     def at(self, evaluation: Evaluation) -> RowFeatures:
         """The source's features, as they are."""
@@ -98,8 +98,8 @@ class Recorder:
         """What was copied; None where that is not every level."""
         if len(self._steps) != len(self._levels):
             return None
-        if self._passage is not None:
-            self._passage.finish()
+        if self._transfer is not None:
+            self._transfer.finish()
         return Recording(tuple(self._steps))
 
     def _is_next(self, sigma: float) -> bool:
@@ -108,12 +108,12 @@ class Recorder:
 
     def _copy(self, sigma: float, found: RowFeatures) -> None:
         features = found.features
-        if self._passage is None:
+        if self._transfer is None:
             if not self._has_room(len(self._levels) * _size(features)):
                 return
-            self._passage = Passage(features.levels[0].device)
-        with self._passage.step():
-            self._steps.append(RecordedStep(sigma, RowFeatures(_moved(features, self._passage.to_host), found.rows)))
+            self._transfer = PinnedTransfer(features.levels[0].device)
+        with self._transfer.step():
+            self._steps.append(RecordedStep(sigma, RowFeatures(_moved(features, self._transfer.to_host), found.rows)))
 
 
 def record(
@@ -164,7 +164,7 @@ class Playback:
 
     def __init__(self, recording: Recording, device: torch.device | str) -> None:
         self._steps = iter(recording.steps)
-        self._passage = Passage(torch.device(device))
+        self._transfer = PinnedTransfer(torch.device(device))
         self._latest: tuple[float, RowFeatures] | None = None
 
     def at(self, evaluation: Evaluation) -> RowFeatures:
@@ -182,8 +182,8 @@ class Playback:
                 f"the sampler asks for the noise level {sigma:g}, where "
                 f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded"
             )
-        with self._passage.step():
-            features = _moved(step.found.features, self._passage.to_device)
+        with self._transfer.step():
+            features = _moved(step.found.features, self._transfer.to_device)
         self._latest = (sigma, RowFeatures(features, step.found.rows))
         return self._latest[1]
 

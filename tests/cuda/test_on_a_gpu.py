@@ -13,7 +13,7 @@ from torch.nn import functional
 from lib_xadapter.cuda_mapping import ChannelsLastMapping, CudaMapping, nvrtc, obstacle
 from lib_xadapter.mapping_choice import ACCURACY, CheckedMapping, choose_mapping_path
 from lib_xadapter.mapping_paths import EagerMapping
-from lib_xadapter.passage import Passage
+from lib_xadapter.pinned_transfer import PinnedTransfer
 from tests.cuda.mappings import SHAPES, base_feature, relative_error, released, upgraded_feature
 from tests.small_adapter import AdapterPlan
 
@@ -232,7 +232,7 @@ def test_memory_that_is_short_in_passing_costs_one_step(adapter, dtype, caplog):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_features_pass_to_ordinary_memory_and_back_to_the_bit(steps, dtype):
-    there, back = Passage(torch.device("cuda")), Passage(torch.device("cuda"))
+    there, back = PinnedTransfer(torch.device("cuda")), PinnedTransfer(torch.device("cuda"))
     features = [on_the_gpu(2, (2, 32, 32), dtype) + step for step in range(steps)]
     recorded = []
     for feature in features:

@@ -19,7 +19,7 @@ from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
 from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_choice import CheckedMapping
 from lib_xadapter.mapping_paths import EagerMapping
-from lib_xadapter.passage import CudaQueue
+from lib_xadapter.pinned_transfer import CudaQueue
 from lib_xadapter.recording import Playback, Recording, record
 from lib_xadapter.rows import Row, batch_rows
 from lib_xadapter.taps import read_features

@@ -15,8 +15,8 @@ from ...errors import WrongArgument, WrongFile
 from ...families import BASE_FAMILIES
 from ...lora_files import detect_lora_base
 from ..known_files import found_in_file
+from .attribute_overlay import with_attributes
 from .host_state import lora_extension
-from .overlaid import overlaid
 
 LORA_TAGS = ("lora", "lyco")
 MODEL_ARGUMENT = "model"
@@ -174,8 +174,8 @@ def no_added_network() -> Iterator[None]:
     if extension is None:
         yield
         return
-    options = overlaid(shared.opts, **{ADDED_NETWORK: "None"})
-    with patch.object(extension, "shared", overlaid(shared, opts=options)):
+    options = with_attributes(shared.opts, **{ADDED_NETWORK: "None"})
+    with patch.object(extension, "shared", with_attributes(shared, opts=options)):
         yield
 
 

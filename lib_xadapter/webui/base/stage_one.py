@@ -24,12 +24,12 @@ from ..sampling.mask_blending import MaskBlending
 from ..sampling.sampling_plan import noise_levels
 from ..sampling.seeded import blank_conditioning, each_from_its_seed, seeded
 from . import plugins
+from .attribute_overlay import with_attributes
 from .base_model import BaseModel
 from .base_processing import JUST_RESIZE, size_of
 from .base_units import BaseUnits
 from .hooked_units import HookedUnits
 from .host_state import count_steps_anew
-from .overlaid import overlaid
 
 
 def base_noise(job: StableDiffusionProcessing, seeds: Sequence[int]) -> rng.ImageRNG:
@@ -152,7 +152,7 @@ def set_up_img2img(job: StableDiffusionProcessingImg2Img) -> None:
 
     It encodes by torch's own generator, and would save the given picture a second time.
     """
-    not_saved = overlaid(shared.opts, save_init_img=False)
+    not_saved = with_attributes(shared.opts, save_init_img=False)
     with patch.object(processing, "opts", not_saved), seeded(job.seeds[0]):
         job.init(job.all_prompts, job.all_seeds, job.all_subseeds)
 

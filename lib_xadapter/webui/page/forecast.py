@@ -29,7 +29,7 @@ NOT_TICKED = "X-Adapter is not ticked: the picture is the WebUI's own."
 
 
 @dataclass(frozen=True)
-class Asked:
+class TabRequest:
     """What a tab is about to ask for. Names are those of the WebUI's own requests where it has the same thing.
 
     Attributes:
@@ -119,7 +119,7 @@ class Forecast:
     settings: Settings
 
     @classmethod
-    def of(cls, asked: Asked, settings: Settings) -> Forecast:
+    def of(cls, asked: TabRequest, settings: Settings) -> Forecast:
         """Of what a tab asks for.
 
         Raises:
@@ -152,7 +152,7 @@ class Forecast:
             yield f"{base_name} runs at one in {settings.refresh_every} of them."
 
 
-def memory_mode(models: Models, asked: Asked, settings: Settings) -> str:
+def memory_mode(models: Models, asked: TabRequest, settings: Settings) -> str:
     """Lockstep or recorded, by what is free now.
 
     Raises:
@@ -164,7 +164,7 @@ def memory_mode(models: Models, asked: Asked, settings: Settings) -> str:
     return RECORDED if models.is_sequential(settings.memory, info, path, work) else LOCKSTEP
 
 
-def _processing(asked: Asked) -> StableDiffusionProcessing:
+def _processing(asked: TabRequest) -> StableDiffusionProcessing:
     """What the WebUI would process, as far as sizes and steps depend on it; it is thrown away."""
     common = {"steps": asked.steps, "denoising_strength": asked.denoising_strength}
     if asked.tab == IMG2IMG:

@@ -19,7 +19,7 @@ from ...pairs import Pair
 from ...settings import Settings, json_schema, read_settings
 from .. import model_files
 from . import panel, routing
-from .forecast import NOT_TICKED, Asked, Forecast, memory_mode
+from .forecast import NOT_TICKED, Forecast, TabRequest, memory_mode
 
 PREFIX = "/xadapter/v1"
 
@@ -36,7 +36,7 @@ def add_routes(_: gr.Blocks, app: FastAPI) -> None:
     add("/models", _models)
 
 
-def _plan(asked: Asked) -> dict[str, Any]:
+def _plan(asked: TabRequest) -> dict[str, Any]:
     """What a tab is about to do, and which plugin would go to which model: in data, and each in one line."""
     try:
         settings = read_settings(panel.read_controls(asked.args))
@@ -52,7 +52,7 @@ def _plan(asked: Asked) -> dict[str, Any]:
     return {"base": FAMILY_NAMES[family], **_forecast(asked, settings, family), **plugins}
 
 
-def _forecast(asked: Asked, settings: Settings, family: str) -> dict[str, Any]:
+def _forecast(asked: TabRequest, settings: Settings, family: str) -> dict[str, Any]:
     # whoever leaves X-Adapter unticked does not wait for what it is made of
     from ..base.models import loaded_models
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def overlaid(below: Any, **own: Any) -> Any:
-    """An object with some attributes that differ from those of another."""
-    return _Overlaid(below, own)
+def with_attributes(below: Any, **own: Any) -> Any:
+    """An object like another, with some attributes of its own."""
+    return _Overlay(below, own)
 
 
-class _Overlaid:
+class _Overlay:
     def __init__(self, below: Any, own: dict[str, Any]) -> None:
         self.__dict__.update(own)
         self._below = below

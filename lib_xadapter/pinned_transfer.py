@@ -90,7 +90,7 @@ class Slot:
         self.leaving.clear()
 
 
-class Passage:
+class PinnedTransfer:
     """Brings tensors from or to a device, step by step.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from lib_xadapter.passage import Passage
+from lib_xadapter.pinned_transfer import PinnedTransfer
 
 SHAPES = ((2, 8, 4, 4), (2, 4, 8, 8), (2, 16))
 
@@ -56,23 +56,23 @@ def features(step: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_what_leaves_the_gpu_arrives_to_the_bit(gpu, steps):
-    passage = Passage(torch.device("cuda"), gpu)
+    transfer = PinnedTransfer(torch.device("cuda"), gpu)
     arrived = []
     for step in range(steps):
-        with passage.step():
-            arrived.append([passage.to_host(tensor) for tensor in features(step)])
-    passage.finish()
+        with transfer.step():
+            arrived.append([transfer.to_host(tensor) for tensor in features(step)])
+    transfer.finish()
     for step, tensors in enumerate(arrived):
         assert all(torch.equal(one, other) for one, other in zip(tensors, features(step), strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_what_comes_to_the_gpu_arrives_to_the_bit(gpu, steps):
-    passage = Passage(torch.device("cuda"), gpu)
+    transfer = PinnedTransfer(torch.device("cuda"), gpu)
     arrived = []
     for step in range(steps):
-        with passage.step():
-            arrived.append([passage.to_device(tensor) for tensor in features(step)])
+        with transfer.step():
+            arrived.append([transfer.to_device(tensor) for tensor in features(step)])
     gpu.event().synchronize()
     for step, tensors in enumerate(arrived):
         assert all(torch.equal(one, other) for one, other in zip(tensors, features(step), strict=True))
@@ -80,29 +80,29 @@ def test_what_comes_to_the_gpu_arrives_to_the_bit(gpu, steps):
 
 @pytest.mark.parametrize("direction", ["to_host", "to_device"])
 def test_two_steps_are_pinned_and_no_more(gpu, direction):
-    passage = Passage(torch.device("cuda"), gpu)
+    transfer = PinnedTransfer(torch.device("cuda"), gpu)
     for step in range(9):
-        with passage.step():
+        with transfer.step():
             for tensor in features(step):
-                getattr(passage, direction)(tensor)
+                getattr(transfer, direction)(tensor)
     assert len(gpu.pinned) == 2 * len(SHAPES)
 
 
 def test_without_a_gpu_nothing_is_pinned():
-    passage = Passage(torch.device("cpu"))
+    transfer = PinnedTransfer(torch.device("cpu"))
     tensor = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
-    with passage.step():
-        arrived = passage.to_host(tensor)
+    with transfer.step():
+        arrived = transfer.to_host(tensor)
     assert torch.equal(arrived, tensor)
     assert arrived.stride() == tensor.stride()
     assert arrived.data_ptr() != tensor.data_ptr()
 
 
 def test_features_of_another_size_get_memory_of_their_own(gpu):
-    passage = Passage(torch.device("cuda"), gpu)
+    transfer = PinnedTransfer(torch.device("cuda"), gpu)
     arrived = []
     for size in (2, 2, 3, 3, 3):
-        with passage.step():
-            arrived.append(passage.to_host(torch.full((size,), float(size))))
-    passage.finish()
+        with transfer.step():
+            arrived.append(transfer.to_host(torch.full((size,), float(size))))
+    transfer.finish()
     assert [tensor.tolist() for tensor in arrived] == [[float(size)] * size for size in (2, 2, 3, 3, 3)]
