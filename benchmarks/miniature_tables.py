@@ -154,12 +154,16 @@ SINGLE_RUNS: Mapping[str, Run] = {
     "switch-points": Run(
         "Switch point, edges", (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1"), like="edges", compares=True
     ),
-    "switch-points-uncond-0": Run(
-        "Switch point, edges, unconds without the adapter",
-        (*EDGES, "--uncond-weight", "0", "--switch-point", "0.4", "0.6", "0.8"),
-        beside=(Beside("by the recipe at 0.8", "edges"), Beside("own ControlNet", "native-edges", "sdxl.png")),
-        like="switch-points",
-    ),
+    **{
+        f"switch-points-uncond-0{suffix}": Run(
+            f"Switch point, edges, unconds without the adapter, {ADAPTERS[adapter].title}",
+            (*EDGES, "--uncond-weight", "0", "--switch-point", "0.4", "0.6", "0.8"),
+            adapter,
+            (Beside("by the recipe at 0.8", "edges"), Beside("own ControlNet", "native-edges", "sdxl.png")),
+            like="switch-points",
+        )
+        for suffix, adapter in (("", SHIPPED), ("-controlled", "controlled"))
+    },
     "weights": Run("Weight, edges", (*EDGES, "--weight", "0.5", "1", "1.5", "2"), like="edges", compares=True),
     "two": Run(
         "Edges and depth at once",
