@@ -111,15 +111,26 @@ def test_ratios_are_taken_round_by_round():
     assert Times((2.0, 20.0, 6.0)).over(Times((1.0, 10.0, 3.0))) == Spread(2.0, 2.0, 2.0)
 
 
+def figures_of(**ways: float) -> dict:
+    names = {way.replace("_", " "): value for way, value in ways.items()}
+    figures = [
+        {"name": name, "ways": {way: {"value": value} for way, value in names.items()}} for name in ("F1", "FID")
+    ]
+    return {"ways": list(names), "figures": figures}
+
+
 def test_ways_that_differ_in_their_switch_point_become_a_curve(tmp_path):
-    ways = {"SDXL": 0.3, "X-Adapter, switch point 0.4": 0.2, "X-Adapter, switch point 1": 0.1, "SD1.5": 0.9}
-    figures = [{"name": name, "ways": {way: {"value": value} for way, value in ways.items()}} for name in ("F1", "FID")]
-    (tmp_path / "figures.json").write_text(json.dumps({"ways": list(ways), "figures": figures}))
-    found = curves.curves_of([json.loads((tmp_path / "figures.json").read_text())], "FID", "F1", ["SD1.5"])
+    first = figures_of(SDXL=0.3, **{"X-Adapter, switch point 0.4": 0.2, "X-Adapter, switch point 1": 0.1, "SD1.5": 0.9})
+    other = figures_of(SDXL=0.3, **{"X-Adapter, switch point 0.4": 0.4})
+    found = curves.together(
+        [("", curves.curves_of(first, "FID", "F1", ["SD1.5"])), ("amplified", curves.curves_of(other, "FID", "F1"))]
+    )
     assert found == {
         "SDXL": [curves.Point("", 0.3, 0.3)],
         "X-Adapter, by switch point": [curves.Point("0.4", 0.2, 0.2), curves.Point("1", 0.1, 0.1)],
+        "X-Adapter, by switch point, amplified": [curves.Point("0.4", 0.4, 0.4)],
     }
+    (tmp_path / "figures.json").write_text(json.dumps(first))
     named = ["--across", "FID", "--up", "F1", "--out", str(tmp_path / "curves.png")]
     curves.main([str(tmp_path / "figures.json"), *named])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
