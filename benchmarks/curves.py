@@ -53,12 +53,12 @@ def curves_of(figures: Mapping[str, Any], across: str, up: str, without: Sequenc
 
 
 def together(named: Sequence[tuple[str, Curves]]) -> Curves:
-    """The curves of several files; one that a file before has, too, is there once."""
+    """The curves of several named files; one that a file before has, too, is there once."""
     found: Curves = {}
     for file, curves in named:
         for curve, points in curves.items():
             if not set(points) <= set(found.get(curve, ())):
-                found[f"{curve}, {file}" if file else curve] = points
+                found[f"{curve}, {file}" if curve in found else curve] = points
     return found
 
 
