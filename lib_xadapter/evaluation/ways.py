@@ -149,7 +149,7 @@ def _pictures(out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Missing:
-    """What is wanted of an item.
+    """What an item still lacks.
 
     Attributes:
         folder: of its pictures.
