@@ -13,11 +13,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib_xadapter.miniature.captions import BETWEEN, Facts, parse
 from lib_xadapter.miniature.drawing import base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
 from lib_xadapter.miniature.making import write_held_out, write_pictures
@@ -40,7 +41,9 @@ PICTURES_OF_ADAPTERS = 4_000_000
 ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH = 6144, 600, 16
 OF_THE_UPGRADED = ("sdxl.png",)
 """What runs without plugins of SDXL have in common."""
-OF_THE_BASE = ("base.png", "base.safetensors", "sdedit-*.png", "sdxl.png", "source.png", "map-*.png")
+OF_THE_BASE_ALONE = ("base.png", "base.safetensors", "source.png", "map-*.png")
+"""What runs with one base and its plugins have in common, whatever SDXL is told."""
+OF_THE_BASE = (*OF_THE_BASE_ALONE, "sdedit-*.png", "sdxl.png")
 """What runs with one base, its plugins and its switch points have in common."""
 OF_THE_ADAPTER = "x-adapter-*.png"
 """What runs have in common that differ in nothing but the rows beside them."""
@@ -100,6 +103,7 @@ class Run:
         idea: of `miniature_ideas`; "" for none.
         fine_tuned: whether the base is one that was trained on in a style.
         shapes: that are in the captions' scenes.
+        upgraded_caption: what SDXL is told in the place of a caption; None for the caption.
     """
 
     title: str
@@ -111,11 +115,29 @@ class Run:
     idea: str = ""
     fine_tuned: bool = False
     shapes: tuple[str, ...] = SHAPES
+    upgraded_caption: Callable[[Facts], str] | None = None
 
     @property
-    def of_upgraded(self) -> bool:
-        """Whether SDXL has plugins of its own in it."""
-        return any("upgraded" in option for option in self.options)
+    def has_plain_upgraded(self) -> bool:
+        """Whether its plain SDXL is that of the captions, without plugins of its own."""
+        plugins = any("upgraded" in option for option in self.options)
+        return self.adapter is not None and not plugins and self.shapes == SHAPES and self.upgraded_caption is None
+
+    def shared_with(self, other: Run) -> tuple[str, ...]:
+        """The pictures that it has in common with the run that it is like."""
+        if self.upgraded_caption is not other.upgraded_caption:
+            return OF_THE_BASE_ALONE
+        return (*OF_THE_BASE, OF_THE_ADAPTER) if self.compares else OF_THE_BASE
+
+
+def colourless_caption_of(facts: Facts) -> str:
+    """A caption without the colours of objects and ground."""
+    objects = BETWEEN.join(f"{one.size} {one.shape} {one.place}" for one in facts.objects)
+    return objects if facts.pattern == "plain" else f"{objects} on {facts.pattern}"
+
+
+def empty_caption_of(_facts: Facts) -> str:
+    return ""
 
 
 EDGES = ("--controlnet", "miniature-edges", "--control", "canny")
@@ -150,6 +172,20 @@ SINGLE_RUNS: Mapping[str, Run] = {
             like=style,
         )
         for style in STYLES
+    },
+    **{
+        f"{style}-{name}{suffix}": Run(
+            f"{style.capitalize()}, SDXL told {description}{of_unconds}",
+            ("--lora", f"miniature-{style}", "--uncond-weight", weight),
+            like=style if not suffix else f"{style}-{name}",
+            upgraded_caption=upgraded_caption,
+        )
+        for style in ("palette", "lines")
+        for name, description, upgraded_caption in (
+            ("colourless", "no colours", colourless_caption_of),
+            ("unprompted", "nothing", empty_caption_of),
+        )
+        for suffix, weight, of_unconds in (("", "1", ""), ("-uncond-0", "0", ", unconds without the adapter"))
     },
     "switch-points": Run(
         "Switch point, edges", (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1"), like="edges", compares=True
@@ -261,9 +297,8 @@ class Tables:
         """By `evaluate`, all on the same captions."""
         run = RUNS[name]
         if run.like:
-            shared = (*OF_THE_BASE, OF_THE_ADAPTER) if run.compares else OF_THE_BASE
-            self._share(self.run(run.like), self.run(name), shared)
-        if name != FIRST and run.adapter is not None and not run.of_upgraded and run.shapes == SHAPES:
+            self._share(self.run(run.like), self.run(name), run.shared_with(RUNS[run.like]))
+        if name != FIRST and run.has_plain_upgraded:
             self._share(self.run(FIRST), self.run(name), OF_THE_UPGRADED)
         captions = self.out / ("captions" if run.shapes == SHAPES else f"captions-{'-'.join(run.shapes)}")
         flat, shaded = write_held_out(captions, self.captions, run.shapes)
@@ -279,8 +314,21 @@ class Tables:
             *("--clip", self.models.clip, "--depth", self.models.depth_estimator),
             *("--fid-features", "clip", "--fid-against", shaded, "--out", self.run(name)),
             *run.options,
+            *(
+                ("--upgraded-captions", self._upgraded_captions(flat, run.upgraded_caption))
+                if run.upgraded_caption
+                else ()
+            ),
             *(("--beside", *beside) if beside else ()),
         )
+
+    def _upgraded_captions(self, captions: Path, upgraded_caption: Callable[[Facts], str]) -> Path:
+        """A folder of texts that SDXL is told, one for each caption."""
+        folder = self.out / upgraded_caption.__name__
+        folder.mkdir(exist_ok=True)
+        for path in captions.glob("*.txt"):
+            (folder / path.name).write_text(upgraded_caption(parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
+        return folder
 
     def _share(self, there: Path, here: Path, patterns: Sequence[str]) -> None:
         """Hard links to what another run has made."""

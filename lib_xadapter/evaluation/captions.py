@@ -86,13 +86,13 @@ def read_captions(source: Path, pictures: Path | None = None, needs_pictures: bo
     return Captions(tuple(usable), {reason: tuple(names) for reason, names in skipped.items()})
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Path, option: str = "--captions") -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise WrongFile(f"--captions: {path} cannot be read: {error.strerror}.") from error
+        raise WrongFile(f"{option}: {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise WrongFile(f"--captions: {path} is no text in UTF-8.") from error
+        raise WrongFile(f"{option}: {path} is no text in UTF-8.") from error
 
 
 def _one_line(text: str) -> str:
@@ -131,6 +131,15 @@ def picture_named(folder: Path, name: str, option: str) -> Path:
     if (found := next(filter(Path.is_file, paths), None)) is None:
         raise WrongFile(f"{option}: {folder} has no picture '{name}'.")
     return found
+
+
+def text_named(folder: Path, name: str) -> str:
+    """The text of a caption's name in another folder, in one line; it can be empty.
+
+    Raises:
+        WrongFile: there is none, or it cannot be read.
+    """
+    return _one_line(_text_of(folder / f"{name}.txt", "--upgraded-captions"))
 
 
 def _of_coco(path: Path, pictures: Path | None) -> Iterator[Caption]:

@@ -30,7 +30,7 @@ from ..headless.prompt_grammar import with_style
 from ..headless.sampler_table import sampler_named
 from ..inversion_names import files_below, mentions
 from ..settings import read_settings
-from .captions import Caption, Captions, literal, picture_named, read_captions
+from .captions import Caption, Captions, literal, picture_named, read_captions, text_named
 
 CANNY, DEPTH = CONTROLS
 FID, CLIP, CONDITION, STYLE = METRICS
@@ -72,6 +72,19 @@ class Reference:
 
     description: str
     pictures: Mapping[Caption, Path]
+
+
+@dataclass(frozen=True)
+class UpgradedCaptions:
+    """What SDXL is told in the place of the captions.
+
+    Attributes:
+        identity: of the folder that they are from.
+        texts: of the captions; "" for an empty prompt.
+    """
+
+    identity: str
+    texts: Mapping[Caption, str]
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,7 @@ class Evaluation:
         controls: one for each ControlNet of the base.
         upgraded_controls: one for each of the upgraded model itself.
         base_prompt: the prompt of the base, `{prompt}` standing for the caption; "" for the caption alone.
+        upgraded_captions: what SDXL is told instead; None for the captions.
         measures: the figures.
         reference: whether the released pipeline's rules hold.
         out: the folder of everything.
@@ -152,6 +166,7 @@ class Evaluation:
     measures: Measures
     reference: bool
     out: Path
+    upgraded_captions: UpgradedCaptions | None = None
     batch: int = 1
     beside: tuple[Beside, ...] = ()
     single_stage: bool = False
@@ -168,15 +183,14 @@ class Evaluation:
 
     def job_of(self, item: Item, maps: tuple[Image.Image, ...], upgraded_maps: tuple[Image.Image, ...] = ()) -> Job:
         """What the base and SDXL are asked for together, at every switch point and weight."""
-        prompt = literal(item.caption.text)
-        settings = dataclasses.replace(
-            self.job.settings, base_prompt=with_style(prompt, self.base_prompt) if self.base_prompt else ""
-        )
+        caption = literal(item.caption.text)
+        base_prompt = with_style(caption, self.base_prompt)
+        prompt = caption if self.upgraded_captions is None else literal(self.upgraded_captions.texts[item.caption])
         return dataclasses.replace(
             self.job,
             prompt=prompt,
             seed=item.seed,
-            settings=settings,
+            settings=dataclasses.replace(self.job.settings, base_prompt="" if base_prompt == prompt else base_prompt),
             control_images=maps,
             control_scales=tuple((control.scale,) for control in self.controls),
             upgraded_maps=upgraded_maps,
@@ -211,6 +225,7 @@ class Evaluation:
             "clip_skip": self.job.clip_skip,
             "negative_prompt": self.job.negative_prompt,
             "base_prompt": self.base_prompt,
+            "upgraded_captions": None if self.upgraded_captions is None else self.upgraded_captions.identity,
             "reference": self.reference,
             **ours,
         }
@@ -218,7 +233,8 @@ class Evaluation:
     def _embeddings(self) -> dict[str, str]:
         """Textual inversions that a prompt names."""
         negative = (self.job.negative_prompt, self.job.settings.base_negative_prompt)
-        texts = [self.base_prompt, *negative, *(caption.text for caption in self.captions.usable)]
+        upgraded = self.upgraded_captions.texts.values() if self.upgraded_captions else ()
+        texts = [self.base_prompt, *negative, *upgraded, *(caption.text for caption in self.captions.usable)]
         files = files_below(*self.files.embeddings)
         return {name: _identity(path) for name, path in files.items() if mentions(texts, name)}
 
@@ -274,6 +290,7 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         ),
         reference=options.reference,
         out=options.out,
+        upgraded_captions=_upgraded_captions(options.upgraded_captions, captions),
         batch=options.batch,
         beside=tuple(Beside.read(given) for given in options.beside),
         single_stage=options.single_stage,
@@ -284,6 +301,16 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
         for seed in seeds:
             evaluation.job_of(Item(captions.usable[0], seed), (Image.new("RGB", (8, 8)),) * len(controls))
     return evaluation
+
+
+def _upgraded_captions(folder: Path | None, captions: Captions) -> UpgradedCaptions | None:
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise WrongFile(f"--upgraded-captions: there is no folder {folder}.")
+    return UpgradedCaptions(
+        _identity(folder), {caption: text_named(folder, caption.name) for caption in captions.usable}
+    )
 
 
 def _fid_against(given: str, captions: Captions) -> Reference | None:

@@ -286,6 +286,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     captions.add_argument("--pictures", type=Path, metavar="DIR", help="where the pictures of COCO's JSON lie")
     captions.add_argument("--limit", type=int, metavar="N", help="the first N captions (default: all)")
+    captions.add_argument(
+        "--upgraded-captions",
+        type=Path,
+        metavar="DIR",
+        help="what SDXL is told instead: a folder of .txt with the captions' names, which can be empty",
+    )
 
     models = _add_models(parser)
     models.add_argument(

@@ -136,6 +136,31 @@ class TestPictures:
         }
         assert changed == {"base.png": True, "sdedit-0.8.png": True, "x-adapter-0.8-1.png": True, "sdxl.png": False}
 
+    def test_sdxl_can_be_told_another_caption_than_the_base(self, evaluate, tmp_path):
+        """Of the base everything stays; SDXL alone makes what it makes of that caption."""
+        given = ("--limit", "1", "--metrics", "condition")
+        told = tmp_path / "told"
+        told.mkdir()
+        (told / "ball.txt").write_text("a green hill", encoding="utf-8")
+        alone = tmp_path / "hill.txt"
+        alone.write_text("a green hill", encoding="utf-8")
+        other = replace(evaluate, out=evaluate.out.with_name("other"))
+        hill = replace(evaluate, out=evaluate.out.with_name("hill"), captions=alone)
+        assert evaluate(*given) == other(*given, "--upgraded-captions", str(told)) == hill(*given) == 1
+
+        def picture(run: Evaluate, name: str) -> bytes:
+            (path,) = run.out.glob(f"pictures/*/{name}")
+            return Image.open(path).tobytes()
+
+        assert [picture(other, name) == picture(evaluate, name) for name in FILES] == [True, False, False, False]
+        assert picture(other, "sdxl.png") == picture(hill, "sdxl.png")
+
+    def test_captions_that_sdxl_is_to_be_told_and_that_are_not_there_are_named(self, evaluate, tmp_path, capsys):
+        assert evaluate("--upgraded-captions", str(tmp_path / "nowhere")) == 2
+        assert "--upgraded-captions: there is no folder" in capsys.readouterr().err
+        assert evaluate("--upgraded-captions", str(tmp_path)) == 2
+        assert "ball.txt cannot be read" in capsys.readouterr().err
+
     def test_a_controlnet_of_sdxl_itself_acts_in_all_pictures_of_sdxl(self, evaluate, own_controlnet):
         given = ["--limit", "1", "--metrics", "condition"]
         assert evaluate(*given) == 1
