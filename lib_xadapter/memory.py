@@ -75,8 +75,10 @@ def missing_from(module: nn.Module, device: torch.device) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that could be given out: what the driver has, and what torch keeps for later."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # torch before 2.5 takes no device without a number here
+    number = torch.cuda.current_device() if device.index is None else device.index
+    free, _ = torch.cuda.mem_get_info(number)
+    return free + torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
 
 
 def free_ram() -> int:

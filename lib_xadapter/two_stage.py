@@ -200,6 +200,9 @@ class Host(Protocol[Samples]):
     def upgraded_to_device(self) -> None:
         """The base leaves the device to the upgraded model."""
 
+    def both_to_device(self) -> None:
+        """Both models are on the device."""
+
     def recording(self, evaluations: int) -> AbstractContextManager[Callable[[], None]]:
         """Around the recording of so many evaluations; what it gives is called before each of them."""
 
@@ -230,17 +233,18 @@ def run(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     try:
         return _as_planned(host, plan, cache)
     except UnplannedLevel as error:
-        told = str(error)
+        reason = str(error)
         traceback.clear_frames(error.__traceback__)
-    host.notify(f"{told}, so memory is 'lockstep' for this picture")
-    return _in_lockstep(host, replace(plan, recorded=False, evaluations=None, keep=False), cache)
+    host.notify(f"{reason}, so memory is 'lockstep' for this picture")
+    unplanned = replace(plan, recorded=False, evaluations=None, keep=False)
+    return _in_lockstep(host, unplanned, cache, Found.for_pass(unplanned, cache))
 
 
 def _as_planned(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     if plan.recorded:
         return _one_after_the_other(host, plan, cache)
     try:
-        return _in_lockstep(host, plan, cache)
+        return _in_lockstep(host, plan, cache, Found.for_pass(plan, cache) if plan.keep else Found())
     except RuntimeError as error:
         if not is_out_of_memory(error) or not plan.may_record or plan.evaluations is None:
             raise
@@ -250,10 +254,10 @@ def _as_planned(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     return _one_after_the_other(host, replace(plan, recorded=True), cache)
 
 
-def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
-    found = Found.for_pass(plan, cache) if plan.keep else Found()
+def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache, found: Found) -> Samples:
     if found.is_all(plan):
         return _without_base(host, plan, found)
+    host.both_to_device()
     with host.base_plugins():
         stage_one = _stage_one(host, found)
         if host.interrupted and stage_one.pictures:

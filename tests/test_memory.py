@@ -52,6 +52,16 @@ def test_on_a_gpu_models_fit_where_there_is_room_to_work_beside_them(model, monk
     assert fits_together([model, None, model], "cuda:0", 1000) == fits
 
 
+@pytest.mark.parametrize(("device", "free"), [("cuda", 1_101), ("cuda:0", 1_100), ("cuda:1", 1_101)])
+def test_what_torch_keeps_for_later_is_free(monkeypatch, device, free):
+    """With a driver that, as that of torch before 2.5, knows GPUs by their number alone."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1_000 + [0, 1][number], 5_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: [300, 300][number])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda number: [200, 200][number])
+    assert memory.free_memory(torch.device(device)) == free
+
+
 class Movable:
     """A module that tells when it goes."""
 

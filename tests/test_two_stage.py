@@ -53,6 +53,7 @@ class SmallHost:
         interrupted_by: the call at which the user wants no more.
         failures: calls that run out of video memory, each once.
         evaluations: of the upgraded model's sampler.
+        base_is_on_device: whether the base can run.
     """
 
     calls: list[str] = field(default_factory=list)
@@ -62,6 +63,7 @@ class SmallHost:
     evaluations: tuple[Evaluation, ...] = EVALUATIONS
     device: str = "cpu"
     overlap: None = None
+    base_is_on_device: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -77,6 +79,7 @@ class SmallHost:
         return nullcontext()
 
     def sample_base(self) -> StageOne:
+        assert self.base_is_on_device
         self._did("stage 1")
         return StageOne(torch.full((1, 4, 2, 2), 0.5), (Image.new("RGB", (4, 2)),))
 
@@ -86,6 +89,7 @@ class SmallHost:
     @contextmanager
     def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         def denoise(latent: Tensor, evaluation: Evaluation) -> BaseStep:
+            assert self.base_is_on_device
             self._did(f"base at {evaluation.sigma:g}")
             feature = latent.repeat(2, 1, 1, 1)
             return BaseStep(BaseFeatures((feature,) * 3, torch.zeros(2, 1)), ROWS, latent / 2)
@@ -108,9 +112,14 @@ class SmallHost:
 
     def base_to_device(self) -> None:
         self._did("base to device")
+        self.base_is_on_device = True
 
     def upgraded_to_device(self) -> None:
         self._did("upgraded to device")
+        self.base_is_on_device = False
+
+    def both_to_device(self) -> None:
+        self.base_is_on_device = True
 
     @contextmanager
     def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
@@ -308,6 +317,14 @@ def test_recorded_at_other_noise_levels_than_planned_the_picture_is_made_in_lock
     assert host.told == [
         "the sampler asks for the noise level 7.2, where 8 was recorded, so memory is 'lockstep' for this picture"
     ]
+
+
+def test_stage_1_of_a_recording_that_could_not_be_used_is_not_made_again(recordings, coupling):
+    changed = tuple(replace(one, sigma=0.9 * one.sigma) for one in EVALUATIONS)
+    host = SmallHost(evaluations=changed)
+    run(host, Pass(coupling, EVALUATIONS, recorded=True, key="a"), recordings)
+    assert host.calls.count("stage 1") == 1
+    assert "found 1 picture" in host.calls
 
 
 def test_a_sampler_that_keeps_to_the_plan_passes():

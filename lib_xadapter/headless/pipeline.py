@@ -739,6 +739,9 @@ class DiffusersHost:
     def upgraded_to_device(self) -> None:
         """It goes there where it is called."""
 
+    def both_to_device(self) -> None:
+        """They go there where they are called."""
+
     @contextmanager
     def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
         done = itertools.count()

@@ -13,41 +13,23 @@ import pytest
 from .asking import arguments, with_xadapter
 from .conftest import PLAIN, same_bytes
 from .server import WebUIServer
+from .spoilt_files import SPOILT_FILES, SpoiltFile, copied
 
 SMALL = {"width": 128, "height": 128, "steps": 2}
 # root may read everything, unless it is told that it may not
 READS_WHAT_IT_MAY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.getuid() == 0 else ()
-COPIES = {
-    "checkpoint": ("Stable-diffusion", "tiny15.safetensors", {"base_checkpoint": "own"}, {}),
-    "adapter": ("X-Adapter", "tiny.safetensors", {"adapter": "own"}, {}),
-    "LoRA": ("Lora", "style15.safetensors", {}, {"prompt": "a cat <lora:own:1>"}),
-}
-"""Kind of file → its folder, a file of it, and what a request says that uses its copy, own.safetensors."""
 
 
-@pytest.fixture(params=COPIES)
-def kind(request) -> str:
-    return request.param
+@pytest.fixture(params=SPOILT_FILES)
+def kind(request) -> SpoiltFile:
+    return SPOILT_FILES[request.param]
 
 
 @pytest.fixture
-def own(server: WebUIServer, models: Path, kind: str) -> Iterator[Path]:
+def own(server: WebUIServer, models: Path, kind: SpoiltFile) -> Iterator[Path]:
     """A copy of a file of that kind, which the WebUI has listed."""
-    folder, name, _, _ = COPIES[kind]
-    source, path = models / "models" / folder / name, server.data / "models" / folder / "own.safetensors"
-    shutil.copy(source, path)
-    if (settings := source.with_suffix(".yaml")).is_file():
-        shutil.copy(settings, path.with_suffix(".yaml"))
-    refresh(server)
-    yield path
-    path.unlink(missing_ok=True)
-    path.with_suffix(".yaml").unlink(missing_ok=True)
-    refresh(server)
-
-
-def refresh(server: WebUIServer) -> None:
-    for route in ("refresh-checkpoints", "refresh-loras"):
-        server.post(f"/sdapi/v1/{route}")
+    with copied(server, models, kind) as path:
+        yield path
 
 
 class TestFullDisk:
@@ -88,14 +70,12 @@ class TestFullDisk:
 
     def test_a_new_file_is_used_or_named_and_used_once_there_is_room(self, server, own, kind, fill):
         """The WebUI and its Lora extension keep something of each file that they load, and may fail to."""
-        _, name, given, request = COPIES[kind]
-        its_own_name = {"prompt": request["prompt"].replace("own", Path(name).stem)} if request else {}
-        usual = with_xadapter(server, **SMALL, **its_own_name).image
+        usual = with_xadapter(server, **SMALL, **kind.usual_request).image
         make_room = fill()
-        answer = server.txt2img(**{**PLAIN, **SMALL, **request}, **arguments(**given))
-        assert same_bytes(answer.image, usual) if answer.status == 200 else "own" in answer.error
+        answer = server.txt2img(**{**PLAIN, **SMALL, **kind.request}, **arguments(**kind.arguments))
+        assert same_bytes(answer.image, usual) if answer.status == 200 else "spoilt" in answer.error
         make_room()
-        assert same_bytes(with_xadapter(server, given, **SMALL, **request).image, usual)
+        assert same_bytes(with_xadapter(server, kind.arguments, **SMALL, **kind.request).image, usual)
 
     def test_a_picture_that_cannot_be_saved_ends_the_job_with_the_reason(self, server, fill):
         usual = with_xadapter(server, **SMALL)
@@ -117,14 +97,13 @@ class TestWithoutPermission:
             yield server
 
     def test_a_file_that_may_not_be_read_is_named_and_used_once_it_may(self, server, own, kind):
-        _, _, given, request = COPIES[kind]
         # the WebUI has listed it: that would list no checkpoint at all beside one that it may not read
         own.chmod(0)
-        answer = server.txt2img(**{**PLAIN, **SMALL, **request}, **arguments(**given))
+        answer = server.txt2img(**{**PLAIN, **SMALL, **kind.request}, **arguments(**kind.arguments))
         assert answer.status in (422, 500)
-        assert "own.safetensors cannot be read: Permission denied" in answer.error
+        assert "spoilt.safetensors cannot be read: Permission denied" in answer.error
         own.chmod(0o600)
-        assert with_xadapter(server, given, **SMALL, **request).status == 200
+        assert with_xadapter(server, kind.arguments, **SMALL, **kind.request).status == 200
 
     @pytest.mark.parametrize("kind", ["adapter"], indirect=True)
     def test_what_lies_in_a_folder_that_may_not_be_entered_is_as_if_it_were_not_there(self, server, own):
@@ -133,9 +112,9 @@ class TestWithoutPermission:
         shutil.move(own, closed)
         closed.chmod(0)
         try:
-            answer = server.txt2img(**{**PLAIN, **SMALL}, **arguments(adapter="closed/own"))
+            answer = server.txt2img(**{**PLAIN, **SMALL}, **arguments(adapter="closed/spoilt"))
             assert answer.status == 422
-            assert "'adapter' is 'closed/own', which is not among" in answer.error
+            assert "'adapter' is 'closed/spoilt', which is not among" in answer.error
             assert with_xadapter(server, **SMALL).status == 200
         finally:
             closed.chmod(0o700)

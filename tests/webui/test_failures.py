@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -20,6 +19,7 @@ from tests.pictures import grey_levels_apart
 from .asking import BASE, TITLE, UPGRADED, arguments, plain, with_xadapter
 from .conftest import PLAIN, same_bytes
 from .server import BASE_CHECKPOINT, EXTENSION_NAME, UPGRADED_CHECKPOINT, WebUIServer
+from .spoilt_files import SPOILT_FILES, SpoiltFile, copied
 
 BAD_REQUEST, SERVER_ERROR = 422, 500
 
@@ -169,53 +169,37 @@ class TestWrongFiles:
         assert "rotten.safetensors" in refused_everywhere(webui, BAD_REQUEST, {}, prompt="a cat <lora:rotten:1>")
 
 
-VANISHING = {
-    "checkpoint": ("Stable-diffusion/tiny15.safetensors", {"base_checkpoint": "vanishing"}, {}),
-    "adapter": ("X-Adapter/tiny.safetensors", {"adapter": "vanishing"}, {}),
-    "LoRA": ("Lora/style15.safetensors", {}, {"prompt": "a cat <lora:vanishing:1>"}),
-}
-"""Kind of file → a file of it, and what a request says that uses its copy."""
-
-
 class TestVanishedFiles:
     """Files that were there when they were listed."""
 
-    @pytest.fixture(params=VANISHING)
-    def kind(self, request):
-        return VANISHING[request.param]
+    @pytest.fixture(params=SPOILT_FILES)
+    def kind(self, request) -> SpoiltFile:
+        return SPOILT_FILES[request.param]
 
     @pytest.fixture
-    def listed(self, webui, models, file, kind):
-        """A copy under another name that the WebUI knows."""
-        source = models / "models" / kind[0]
-        path = file(source.parent.name, f"vanishing{source.suffix}")
-        shutil.copy(source, path)
-        if (settings := source.with_suffix(".yaml")).is_file():
-            shutil.copy(settings, file(source.parent.name, "vanishing.yaml"))
-        for route in ("refresh-checkpoints", "refresh-loras"):
-            webui.post(f"/sdapi/v1/{route}")
-        return path
+    def listed(self, webui, models, kind):
+        """A copy that the WebUI knows."""
+        with copied(webui, models, kind) as path:
+            yield path
 
-    def told(self, server, kind) -> str:
-        _, given, request = kind
-        answer = server.txt2img(**{**PLAIN, **request}, **arguments(**given))
+    def message(self, server, kind: SpoiltFile) -> str:
+        answer = server.txt2img(**{**PLAIN, **kind.request}, **arguments(**kind.arguments))
         assert answer.status in (BAD_REQUEST, SERVER_ERROR), answer.status
         return answer.error
 
     def test_one_that_is_gone_is_named(self, webui, listed, kind):
         listed.unlink()
-        assert "vanishing" in self.told(webui, kind)
+        assert "spoilt" in self.message(webui, kind)
 
     def test_one_that_is_another_after_it_was_used_is_read_again(self, webui, listed, kind):
-        _, given, request = kind
-        usual = with_xadapter(webui, given, **request, steps=2).image
+        usual = with_xadapter(webui, kind.arguments, **kind.request, steps=2).image
         whole = listed.read_bytes()
         listed.write_bytes(whole[: len(whole) // 2])
-        assert "vanishing" in self.told(webui, kind)
+        assert "spoilt" in self.message(webui, kind)
         listed.write_bytes(whole + b"\0" * 4096)
-        assert "vanishing" in self.told(webui, kind)
+        assert "spoilt" in self.message(webui, kind)
         listed.write_bytes(whole)
-        assert same_bytes(with_xadapter(webui, given, **request, steps=2).image, usual)
+        assert same_bytes(with_xadapter(webui, kind.arguments, **kind.request, steps=2).image, usual)
 
 
 class TestFaults:

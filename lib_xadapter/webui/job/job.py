@@ -189,9 +189,6 @@ class Job:
             host_of_batch = WebUIHost(
                 p, self._models, request, planned, batch, self._units, given, call, self.detected_maps
             )
-            if not planned.recorded:
-                # it may have made room for the decoding of an earlier batch
-                request.base.to_gpu()
             samples = run(host_of_batch, self._plan(request, planned, batch), self._models.recordings)
             self.base_pictures += host_of_batch.base_pictures
             make_room_to_decode(request.base, request.work.pixels)

@@ -243,6 +243,9 @@ class WebUIHost:
     def upgraded_to_device(self) -> None:
         upgraded_to_device(self._request.base)
 
+    def both_to_device(self) -> None:
+        self._request.base.to_gpu()
+
     @contextmanager
     def recording(self, evaluations: int) -> Iterator[Callable[[], None]]:
         state = shared.state
