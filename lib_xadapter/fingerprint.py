@@ -40,10 +40,16 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield str(len(value)).encode()
         for item in value:
             yield from _parts(item)
-    elif isinstance(value, (Image.Image, torch.Tensor, numpy.ndarray)):
-        array = value.cpu().numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value)
-        yield f"{array.shape} {array.dtype}".encode()
-        yield array.tobytes()
+    elif isinstance(value, Image.Image):
+        yield f"{value.mode} {value.size}".encode()
+        yield bytes(value.getpalette() or ())
+        yield value.tobytes()
+    elif isinstance(value, torch.Tensor):
+        yield f"{tuple(value.shape)} {value.dtype}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        yield f"{value.shape} {value.dtype}".encode()
+        yield value.tobytes()
     elif isinstance(value, enum.Enum):
         yield value.name.encode()
     elif isinstance(value, (str, bytes, bool, int, float, type(None))):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import WrongArgument
-from .settings import LEVELS, Settings, arguments, checked, defaults, shown
+from .settings import Settings, arguments, checked, defaults, shown
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _read(name: str, text: str, default: Any) -> Any:
         return int(text)
     if name == "weight":
         numbers = tuple(float(part) for part in text.split())
-        return numbers if len(numbers) == LEVELS else numbers[0]
+        return numbers[0] if len(numbers) == 1 else numbers
     if isinstance(default, float):
         return float(text)
     return text

@@ -165,6 +165,8 @@ class JointEvaluation:
     def _fuse_run(self, level: int, feature: Tensor, hidden: Tensor, share: float) -> Tensor:
         coupling = self.base.coupling
         mapping, weight = coupling.mapping, share * coupling.level_weights[level]
+        if weight == 0:
+            return feature
         fusion = mapping.adapter.fusion
         if fusion == "addition" and hidden.shape == feature.shape:
             return mapping.add(level, feature, hidden, weight)

@@ -34,7 +34,7 @@ from .taps import (
     upgraded_modules,
     upgraded_strides,
 )
-from .tensor_files import read_metadata, read_tensor_infos
+from .tensor_files import is_pickled, read_metadata, read_tensor_infos
 
 METADATA = "xadapter."
 """What our keys in a file's metadata begin with."""
@@ -246,8 +246,8 @@ def save_adapter(
     Raises:
         WrongFile: it cannot be written there.
     """
-    told = {**(metadata or {}), METADATA + "fusion": adapter.fusion, METADATA + "positions": adapter.positions}
-    write_tensors(Path(path), adapter.state_dict(), told)
+    kind = {METADATA + "fusion": adapter.fusion, METADATA + "positions": adapter.positions}
+    write_tensors(Path(path), adapter.state_dict(), {**(metadata or {}), **kind})
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def layout_for(
         blocks: ResNet blocks a level.
         positions: one of `taps.POSITIONS`.
         norm: GroupNorm in each block.
-        timestep: each block is told the base's time embedding.
+        timestep: each block adds a projection of the base's time embedding.
 
     Raises:
         DoesNotFit: a residual would have to be smaller than its feature, or more than twice as large.
@@ -338,7 +338,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         WrongFile: the file is missing, cut off or holds something else.
     """
     name = os.path.basename(os.fspath(path))
-    if not name.lower().endswith(".safetensors"):
+    if is_pickled(path):
         weights = read_pickle(path)
     else:
         # it tells better than safetensors does what is wrong
@@ -377,6 +377,13 @@ def read_layout(
             f"which cannot be shared out among {levels} levels."
         )
     per_level = blocks // levels
+    has_norm = any(".norm1." in key for key in shapes)
+    for level in range(levels):
+        channels = shapes[f"zero_out.{level}.weight"][0]
+        if has_norm and channels % NORM_GROUPS:
+            raise WrongFile(
+                f"{name} has GroupNorm in level {level} of {channels} channels, no multiple of {NORM_GROUPS}."
+            )
     return [
         [_read_block(shapes, level, level * per_level + place, first=place == 0) for place in range(per_level)]
         for level in range(levels)
@@ -419,5 +426,6 @@ def _check_weights(weights: Mapping[str, Tensor], layers: MappingLayers, name: s
     for key, value in weights.items():
         if not value.dtype.is_floating_point:
             raise WrongFile(f"{name}: '{key}' holds {value.dtype}, expected floating-point numbers.")
-        if not bool(torch.isfinite(value).all()):
+        # torch compares no numbers of eight bits
+        if not bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all()):
             raise WrongFile(f"{name}: '{key}' holds NaN or infinite values.")

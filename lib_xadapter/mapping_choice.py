@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from .errors import first_line
 from .mapping_paths import EagerMapping, MappingPath
 from .memory import is_out_of_memory
 
@@ -78,7 +79,8 @@ class CheckedMapping:
         return self._eager.residual(level, hidden)
 
     def add(self, level: int, feature: Tensor, hidden: Tensor, weight: float) -> Tensor:
-        key = ("add", level, feature.shape, feature.stride())
+        # beside a feature, a residual of small weight could be wrong unseen
+        key = ("add", level, feature.shape, feature.stride(), weight)
 
         def add(path: MappingPath) -> Tensor:
             # until a path has agreed, it writes into a copy
@@ -116,10 +118,8 @@ class CheckedMapping:
     def _give_up(self, error: Exception) -> None:
         path = self._faster.pop(0)
         self._agreed.clear()
-        reason = str(error).strip().splitlines() or [""]
-        logger.warning(
-            "The mapping layers go on without %s: %s: %s", type(path).__name__, type(error).__name__, reason[0]
-        )
+        name, kind = type(path).__name__, type(error).__name__
+        logger.warning("The mapping layers go on without %s: %s: %s", name, kind, first_line(error))
 
 
 class Disagreement(Exception):

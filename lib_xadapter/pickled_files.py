@@ -12,7 +12,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -145,19 +145,22 @@ def opened(file: BinaryIO, name: str) -> Iterator[PickledFile]:
     """
     start = file.read(len(ZIP_START))
     file.seek(0)
-    with _broken_told(name):
-        if start == ZIP_START:
-            with zipfile.ZipFile(file) as archive:
-                yield _zipped(archive)
-        else:
-            yield _before_zip(file)
+    with ExitStack() as scope:
+        with _as_wrong_file(name):
+            whole = _zipped(scope.enter_context(zipfile.ZipFile(file))) if start == ZIP_START else _before_zip(file)
+
+        def weights(key: str) -> bytes:
+            with _as_wrong_file(name, but=MemoryError):
+                return whole.weights(key)
+
+        yield PickledFile(whole.content, weights)
 
 
 @contextmanager
-def _broken_told(name: str) -> Iterator[None]:
+def _as_wrong_file(name: str, but: type[Exception] = WrongFile) -> Iterator[None]:
     try:
         yield
-    except (OSError, WrongFile):
+    except (OSError, WrongFile, but):
         raise
     except Exception as error:  # a broken pickle can raise anything
         raise WrongFile(f"{name} is cut off or is no PyTorch file of tensors: {first_line(error)}") from error
@@ -190,12 +193,14 @@ def _before_zip(file: BinaryIO) -> PickledFile:
         _Unpickler(file).load()
     reader = _Unpickler(file)
     content = reader.load()
-    begins = file.tell()
+    begins, size = file.tell(), file.seek(0, io.SEEK_END)
 
     def weights(wanted: str) -> bytes:
         file.seek(begins)
         for key in map(str, _Unpickler(file).load()):
             length = int.from_bytes(file.read(LENGTH_BYTES), "little") * BYTES[reader.dtypes[key]]
+            if length > size - file.tell():
+                raise EOFError(f"the weights '{key}' are longer than what is left of the file")
             if key == wanted:
                 return file.read(length)
             file.seek(length, io.SEEK_CUR)
@@ -250,13 +255,21 @@ class _Unpickler(pickle.Unpickler):
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
-    return StoredTensor(storage, storage.dtype, offset, tuple(shape), tuple(stride))
+    return _stored(storage, storage.dtype, offset, shape, stride)
 
 
 def _rebuild_tensor_of_dtype(
     storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
     _requires_grad, _hooks, dtype = rest[:3]
+    return _stored(storage, dtype, offset, shape, stride)
+
+
+def _stored(storage: Storage, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
+    """Raises: pickle.UnpicklingError: an argument is of another type than torch.save writes."""
+    whole = all(isinstance(number, int) for number in (offset, *shape, *stride))
+    if not isinstance(storage, Storage) or not isinstance(dtype, str) or not whole or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor's storage, type or shape is none")
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         raise WrongFile(f"There is no file {path.name}.") from error
     except OSError as error:
         raise WrongFile(f"{path.name} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise WrongFile(f"{path.name} is no PyTorch file of tensors: it holds a list or mapping in itself.") from error
 
 
 class _Weights:
@@ -53,8 +56,10 @@ class _Weights:
     def _tensor(self, stored: StoredTensor) -> Tensor:
         numbers = self._numbers(stored)
         reach = stored.offset + sum((size - 1) * step for size, step in zip(stored.shape, stored.stride, strict=True))
-        sound = all(isinstance(one, int) and one >= 0 for one in (stored.offset, *stored.shape, *stored.stride))
-        if not sound or (0 not in stored.shape and reach >= len(numbers)):
+        negative = min((stored.offset, *stored.shape, *stored.stride)) < 0
+        # with a stride of 0 one number could stand for any number of them
+        more = math.prod(stored.shape) > len(numbers)
+        if negative or more or (0 not in stored.shape and reach >= len(numbers)):
             raise WrongFile(f"{self._name} is cut off: a tensor of shape {stored.shape} goes beyond its weights.")
         return torch.as_strided(numbers, stored.shape, stored.stride, stored.offset)
 
@@ -67,6 +72,9 @@ class _Weights:
             self._storages[storage.key] = self._read(storage.key)
         size = BYTES[storage.dtype]
         part = self._storages[storage.key][storage.begin * size : (storage.begin + storage.numbers) * size]
+        if storage.begin:
+            # torch takes no view of another type from a place that it does not divide
+            part = part.clone()
         whole = len(part) // BYTES[stored.dtype] * BYTES[stored.dtype]
         return part[:whole].view(dtype)
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from .errors import WrongFile, first_line
 
 
-def write_whole(path: Path, write: Callable[[Path], object], survives_the_machine: bool = False) -> Path:
+def write_whole(path: Path, write: Callable[[Path], object], durable: bool = False) -> Path:
     """Let `write` fill a file beside `path`, then put it in its place.
 
     Args:
-        survives_the_machine: whether it is whole or not there where the machine stops, too.
+        durable: whether it is whole or not there where the machine stops, too.
 
     Raises:
         WrongFile: it cannot be written there.
@@ -27,11 +27,11 @@ def write_whole(path: Path, write: Callable[[Path], object], survives_the_machin
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(beside)
-            if survives_the_machine:
-                _reach_the_disk(beside)
+            if durable:
+                _fsync(beside)
             os.replace(beside, path)
-            if survives_the_machine:
-                _reach_the_disk(path.parent)
+            if durable:
+                _fsync(path.parent)
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -56,11 +56,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         # safetensors lets nobody else read what it writes
         beside.chmod(mode)
 
-    return write_whole(path, write, survives_the_machine=True)
+    return write_whole(path, write, durable=True)
 
 
-def _reach_the_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        # Windows opens no folders, and writes only what is open for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,6 +16,11 @@ from .pickled_files import StoredTensor, opened
 PICKLED_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 
 
+def is_pickled(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of torch.save, by its name."""
+    return Path(path).suffix.lower() in PICKLED_SUFFIXES
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file; `dtype` is torch's name without "torch.", such as "float16"."""
@@ -35,7 +40,7 @@ def read_tensor_infos(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         WrongFile: the file is missing, cut off, or neither of the two.
     """
     path = Path(path)
-    if path.suffix.lower() in PICKLED_SUFFIXES:
+    if is_pickled(path):
         return _read(path, _pickled_tensors)
     return _read(path, _safetensors_tensors)
 
@@ -47,7 +52,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         WrongFile: the file is missing, cut off, or no safetensors file.
     """
     path = Path(path)
-    if path.suffix.lower() in PICKLED_SUFFIXES:
+    if is_pickled(path):
         return {}
     return _read(path, _safetensors_metadata)
 

@@ -107,6 +107,15 @@ def test_each_level_has_its_weight(base):
     assert added(at(stage_for(base, (1.0, 0.0, 0.25))), slice(0, 1), 1) == [2.5]
 
 
+def test_at_weight_0_the_output_convolution_does_not_run(base):
+    class Refusing(Doubling):
+        def residual(self, level, hidden):
+            raise AssertionError("a residual that nobody sees")
+
+    joint = stage_for(base, mapping=Refusing(), weights=(0.0, 0.0, 0.0))
+    assert added(at(joint), slice(0, 4), 4) == [0, 0, 0, 0]
+
+
 def test_the_base_runs_once_an_evaluation_at_its_noise_level(base):
     stage = stage_for(base)
     for sigma in (9.0, 4.0, 6.0):

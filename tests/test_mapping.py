@@ -102,6 +102,10 @@ def replaced(key: str, value: torch.Tensor):
         (replaced("body.1.block1.weight", torch.zeros(128, 64, 3, 3)), "'body.1.block1.weight' is 128x64x3x3"),
         (replaced("body.2.block1.bias", torch.full((128,), float("nan"))), "'body.2.block1.bias' holds NaN"),
         (replaced("body.2.block1.bias", torch.full((128,), float("inf"))), "'body.2.block1.bias' holds NaN"),
+        (
+            replaced("body.2.block1.bias", torch.full((128,), float("nan")).to(torch.float8_e4m3fn)),
+            "'body.2.block1.bias' holds NaN",
+        ),
         (replaced("body.2.block1.bias", torch.zeros(128, dtype=torch.int64)), "'body.2.block1.bias' holds torch.int64"),
     ],
 )
@@ -110,6 +114,12 @@ def test_a_wrong_file_is_told_by_its_key(change, sentence, tmp_path):
     change(weights)
     with pytest.raises(WrongFile, match=sentence):
         load_adapter(save(weights, tmp_path / "wrong.safetensors"))
+
+
+def test_group_norms_of_channels_that_they_do_not_fit_are_told(tmp_path):
+    plan = AdapterPlan(out_channels=(128, 128, 33), norm=True)
+    with pytest.raises(WrongFile, match="GroupNorm in level 2 of 33 channels"):
+        load_adapter(save(plan.weights(), tmp_path / "wrong.safetensors"))
 
 
 def test_another_models_file_is_no_adapter(tmp_path):

@@ -191,6 +191,25 @@ def test_an_addition_that_errs_is_given_up_and_the_feature_is_as_it_was(spoil, c
     assert len(lines(caplog)) == 2
 
 
+def test_an_error_too_small_to_be_seen_at_one_weight_is_found_at_another(caplog):
+    """The residual errs by its own size, which beside the feature shows at weight 1 alone."""
+    adapter = released(torch.float16, NARROW)
+
+    class Doubled(ChannelsLastMapping):
+        def add(self, level, feature, hidden, weight):
+            return super().add(level, feature, hidden, 2 * weight)
+
+    path, eager = CheckedMapping([Doubled(adapter)], EagerMapping(adapter)), EagerMapping(adapter)
+    hidden = eager.hidden(0, base_feature(0, SHAPE, NARROW), None)
+    feature = upgraded_feature(hidden)
+    path.add(0, feature.clone(), hidden, 1e-4)
+    assert not lines(caplog)
+    path.add(0, feature.clone(), hidden, 1.0)
+    [(level, sentence)] = lines(caplog)
+    assert level == "WARNING"
+    assert "go on without Doubled" in sentence
+
+
 def test_each_shape_is_checked_once(monkeypatch):
     path, _reference = checked(finish_by_torch)
     seen = []
