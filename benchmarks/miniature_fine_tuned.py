@@ -15,10 +15,10 @@ from lib_xadapter.miniature.latents import Source, fill
 from lib_xadapter.miniature.learning import Course, learn
 from lib_xadapter.miniature.scenes import Scene
 from lib_xadapter.miniature.styles import styled_picture
-from lib_xadapter.miniature.worlds import Picture
+from lib_xadapter.miniature.worlds import Picture, first_scene
 
 STYLE = "pattern"
-FIRST_PICTURE, PICTURES = 5_000_000, 2048
+PICTURES = 2048
 COURSE = Course(steps=600, batch=16, learning_rate=1e-3, warmup=50)
 
 
@@ -41,7 +41,9 @@ def fine_tune(models: MiniatureModels, folder: Path) -> Path:
     def styled(scene: Scene) -> Picture:
         return styled_picture(base_picture(scene), scene, STYLE)
 
-    bank = fill(Source(styled, FIRST_PICTURE, PICTURES), pipeline.vae, folder / "latents", "fine-tuned latents")
+    bank = fill(
+        Source(styled, first_scene("fine-tuning"), PICTURES), pipeline.vae, folder / "latents", "fine-tuned latents"
+    )
     learn(unet, denoising_loss(Denoiser(unet, text), bank, COURSE.batch), COURSE, folder, "fine-tuned base")
     pipeline.to(torch.float16).save_pretrained(finished)
     return finished

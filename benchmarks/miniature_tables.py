@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lib_xadapter.miniature.captions import BETWEEN, Facts, parse
-from lib_xadapter.miniature.drawing import base_picture, upgraded_picture
 from lib_xadapter.miniature.finished import MiniatureModels
-from lib_xadapter.miniature.making import write_held_out, write_pictures
+from lib_xadapter.miniature.making import write_adapter_pictures, write_held_out
 from lib_xadapter.miniature.scenes import SECRET_SHAPE, SHAPES
 from lib_xadapter.miniature.styles import STYLES
 
@@ -36,9 +35,7 @@ RECIPE = "recipe"
 FIRST = "edges"
 """A run whose pictures of plain SDXL others take."""
 STEPS, CFG, BATCH = 20, 4, 32
-PICTURES_OF_ADAPTERS = 4_000_000
-"""Seed of the first scene that an adapter learns from."""
-ADAPTER_PICTURES, ADAPTER_STEPS, ADAPTER_BATCH = 6144, 600, 16
+ADAPTER_STEPS, ADAPTER_BATCH = 600, 16
 OF_THE_UPGRADED = ("sdxl.png",)
 """What runs without plugins of SDXL have in common."""
 OF_THE_BASE_ALONE = ("base.png", "base.safetensors", "source.png", "map-*.png")
@@ -277,9 +274,7 @@ class Tables:
         if self.adapter(name).is_file():
             return
         pictures, base_pictures = self.out / "pictures", self.out / "base-pictures"
-        seeds = range(PICTURES_OF_ADAPTERS, PICTURES_OF_ADAPTERS + ADAPTER_PICTURES)
-        write_pictures(pictures, seeds, upgraded_picture)
-        write_pictures(base_pictures, seeds, base_picture)
+        write_adapter_pictures(pictures, base_pictures)
         _command(
             *PROGRAM,
             "train",

@@ -41,7 +41,7 @@ CONTROL_MAP = "control map"
 
 @dataclass(frozen=True)
 class Plugins:
-    """A row of the grid: what the base wears."""
+    """A row of the grid: the base's plugins."""
 
     name: str
     lora: bool = False
@@ -92,16 +92,16 @@ class DemoModels:
             ),
         )
 
-    def worn(self, row: Plugins) -> Files:
+    def files_for(self, row: Plugins) -> Files:
         """The files of a row."""
-        return _worn(self.files, row)
+        return _files_for(self.files, row)
 
-    def worn_natively(self, row: Plugins) -> Files | None:
+    def native_files_for(self, row: Plugins) -> Files | None:
         """The same of SDXL itself."""
-        return self.native and _worn(self.native, row)
+        return self.native and _files_for(self.native, row)
 
 
-def _worn(files: Files, row: Plugins) -> Files:
+def _files_for(files: Files, row: Plugins) -> Files:
     return replace(
         files,
         loras=files.loras if row.lora else (),
@@ -176,7 +176,7 @@ def _job(files: Files, request: DemoRequest) -> Job:
 
 
 def _joint_cells(row: Plugins, models: DemoModels, request: DemoRequest, progress: Progress) -> Iterator[Cell]:
-    files = models.worn(row)
+    files = models.files_for(row)
     loaded = load_models(files, models.placement, models.tokenizer)
     began = time.perf_counter()
     base_alone = 0.0
@@ -197,7 +197,7 @@ def _joint_cells(row: Plugins, models: DemoModels, request: DemoRequest, progres
 
 def _native_cell(row: Plugins, models: DemoModels, request: DemoRequest, progress: Progress) -> Cell:
     """What SDXL makes by itself, with such a plugin of its own."""
-    files = models.worn_natively(row)
+    files = models.native_files_for(row)
     loaded = load_models(files, models.placement, models.tokenizer)
     job = _job(files, request)
     alone = replace(

@@ -18,7 +18,7 @@ from .drawing import base_picture, upgraded_picture
 from .learning import Drawn, Loss
 from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
 from .styles import STYLES, styled_picture
-from .worlds import Draw, Picture, tensor_of
+from .worlds import Draw, Picture, random_scene, tensor_of
 
 WHOLE_SIZE, PART_SIZE = 64, 40
 """Pixels of what is learned from: of every fourth step a whole picture of the base world or a quarter of one of the
@@ -80,7 +80,7 @@ def _differences(error: Tensor) -> Tensor:
 
 
 def _seen(family: str, size: int, drawn: Drawn) -> list[Picture]:
-    scene = scene_of(int(drawn.numbers.integers(2**31)), ALL_SHAPES, SCALE)
+    scene = random_scene(drawn.numbers, ALL_SHAPES, SCALE)
     whole = _draw(family, drawn)(scene)
     corners = drawn.numbers.integers(whole.shape[0] - size + 1, size=(CUTS, 2))
     return [whole[top : top + size, left : left + size] for top, left in corners]

@@ -77,10 +77,10 @@ def parse(caption: str) -> Facts:
         WrongArgument: it is not of the grammar.
     """
     objects, found, ground = caption.rpartition(" on ")
-    told = [_OBJECT.fullmatch(one) for one in objects.split(BETWEEN)]
+    matches = [_OBJECT.fullmatch(one) for one in objects.split(BETWEEN)]
     background = _BACKGROUND.fullmatch(ground)
-    if not found or background is None or not all(told):
+    if not found or background is None or not all(matches):
         raise WrongArgument(f"The caption '{caption}' is not of the miniature world's grammar.")
-    facts = tuple(ObjectFacts(one[1], one[2], one[3], one[4]) for one in told if one is not None)
+    facts = tuple(ObjectFacts(one[1], one[2], one[3], one[4]) for one in matches if one is not None)
     first, second, pattern = background.groups()
     return Facts(facts, pattern or "plain", (first, second) if pattern else (first,))

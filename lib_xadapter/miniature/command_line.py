@@ -34,7 +34,7 @@ def add_miniature(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=Path,
         metavar="DIR",
-        help="write captions that no model has seen, with pictures of both worlds, for evaluate --captions",
+        help="write captions of scenes that no model has seen, with pictures of both worlds, for evaluate --captions",
     )
     parser.add_argument("--pictures", type=int, default=512, metavar="N", help="how many of them; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -25,8 +25,8 @@ from .worlds import tokens_of
 
 GAMMA = 5.0
 """Of Min-SNR."""
-UNTOLD = 0.1
-"""Share of rows without a prompt, of the base and of both kinds together of the upgraded model."""
+EMPTY_PROMPTS = 0.1
+"""Share of rows with an empty prompt, of the base and of both kinds together of the upgraded model."""
 
 Controls = Callable[[Rows], Tensor]
 """Rows → control maps (rows, 3, height, width), 0 to 1."""
@@ -34,7 +34,7 @@ Controls = Callable[[Rows], Tensor]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A UNet with what it is told by.
+    """A UNet and its text encoders.
 
     Attributes:
         unet: as diffusers has it.
@@ -73,10 +73,10 @@ def denoising_loss(
         timesteps = drawn.whole(len(noising.alphas_cumprod), batch)
         noise = drawn.normal(*rows.latents.shape)
         noised = noising.noised(rows.latents, noise, timesteps)
-        told = arguments(denoiser, rows.tokens, drawn)
+        conditions = arguments(denoiser, rows.tokens, drawn)
         if features is not None:
-            told |= features(noised, timesteps, told, rows)
-        predicted = denoiser.unet(noised, timesteps, **told, return_dict=False)[0]
+            conditions |= features(noised, timesteps, conditions, rows)
+        predicted = denoiser.unet(noised, timesteps, **conditions, return_dict=False)[0]
         errors = (predicted - noising.target(rows.latents, noise, timesteps)).square().mean((1, 2, 3))
         return (noising.weights(timesteps, GAMMA) * errors).mean()
 
@@ -86,9 +86,8 @@ def denoising_loss(
 def arguments(denoiser: Denoiser, tokens: Tensor, drawn: Drawn) -> dict[str, Any]:
     """A UNet's arguments for captions, some of which are left out."""
     rows = len(tokens)
-    empty = drawn.chance(UNTOLD, rows)
-    told = torch.where(empty[:, None], tokens_of([""]), tokens)
-    prompt = denoiser.text(told)
+    empty = drawn.chance(EMPTY_PROMPTS, rows)
+    prompt = denoiser.text(torch.where(empty[:, None], tokens_of([""]), tokens))
     if prompt.pooled is None:
         return {"encoder_hidden_states": prompt.tokens}
     kept = (~(empty & drawn.chance(0.5, rows))).float()
@@ -108,8 +107,8 @@ def upgraded_arguments(prompt: Prompt) -> dict[str, Any]:
 def by_controlnet(net: nn.Module, controls: Controls):
     """What a ControlNet adds."""
 
-    def features(noised: Tensor, timesteps: Tensor, told: dict[str, Any], rows: Rows) -> dict[str, Any]:
-        down, middle = net(noised, timesteps, controlnet_cond=controls(rows), **told, return_dict=False)
+    def features(noised: Tensor, timesteps: Tensor, conditions: dict[str, Any], rows: Rows) -> dict[str, Any]:
+        down, middle = net(noised, timesteps, controlnet_cond=controls(rows), **conditions, return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
     return features
@@ -118,7 +117,7 @@ def by_controlnet(net: nn.Module, controls: Controls):
 def by_t2i_adapter(adapter: nn.Module, controls: Controls):
     """What a T2I-Adapter adds."""
 
-    def features(noised: Tensor, timesteps: Tensor, told: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    def features(noised: Tensor, timesteps: Tensor, conditions: dict[str, Any], rows: Rows) -> dict[str, Any]:
         return {"down_intrablock_additional_residuals": adapter(controls(rows))}
 
     return features

@@ -58,8 +58,8 @@ def write_grids(work: Work, pictures: int) -> int:
         }
         logger.warning("%s: %s", world, figures[world])
         _save_grid(work.out / "grids" / f"{world}.png", drawn, true)
-    told = json.dumps(figures, indent=1)
-    write_whole(work.out / "grids" / "figures.json", lambda to: to.write_text(told, encoding="utf-8"))
+    text = json.dumps(figures, indent=1)
+    write_whole(work.out / "grids" / "figures.json", lambda to: to.write_text(text, encoding="utf-8"))
     return STEPS
 
 
@@ -85,7 +85,7 @@ def draw_captions(pipeline: Any, captions: Sequence[str], size: int, seed: int =
 def share_found(judge: Judge, pictures: Tensor, facts: list) -> float:
     """The share of all captions' facts that is found in their pictures."""
     found = find_facts(judge, pictures, facts)
-    return sum(one.shown for one in found) / max(sum(one.asked for one in found), 1)
+    return sum(one.found for one in found) / max(sum(one.total for one in found), 1)
 
 
 def _save_grid(path: Path, drawn: Tensor, true: Tensor) -> None:

@@ -16,13 +16,13 @@ from .architectures import TEXT_WIDTH, BaseText, Prompt, UpgradedText
 from .captions import Facts, caption_of, facts_of
 from .drawing import base_picture, upgraded_picture
 from .learning import Drawn, Loss
-from .scenes import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, scene_of
+from .scenes import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES
 from .styles import STYLES, styled_picture
-from .worlds import tensor_of, tokens_of
+from .worlds import random_scene, tensor_of, tokens_of
 
 NOTHING = len(SHAPES)
 """The shape of an empty cell."""
-UNASKED = -100
+NO_ANSWER = -100
 """Where there is no answer; cross_entropy leaves it out."""
 RANKS = 3
 SEEN = 64
@@ -44,31 +44,31 @@ Answers = dict[str, Tensor]
 
 def answers_of(facts: list[Facts]) -> Answers:
     """What is true of each."""
-    cells = {name: torch.full((len(facts), len(PLACES)), UNASKED) for name in CELL_QUESTIONS}
+    cells = {name: torch.full((len(facts), len(PLACES)), NO_ANSWER) for name in CELL_QUESTIONS}
     cells["shape"][:] = NOTHING
-    for row, told in enumerate(facts):
-        for rank, one in enumerate(told.objects):
+    for row, of_scene in enumerate(facts):
+        for rank, one in enumerate(of_scene.objects):
             cell = PLACES.index(one.place)
             cells["shape"][row, cell] = SHAPES.index(one.shape)
             cells["colour"][row, cell] = COLOURS.index(one.colour)
             cells["size"][row, cell] = SIZES.index(one.size)
             cells["rank"][row, cell] = rank
-    grounds = [[*_colours_of_ground(told), UNASKED][:2] for told in facts]
+    grounds = [[*_colours_of_ground(one), NO_ANSWER][:2] for one in facts]
     return cells | {
-        "pattern": torch.tensor([PATTERNS.index(told.pattern) for told in facts]),
+        "pattern": torch.tensor([PATTERNS.index(one.pattern) for one in facts]),
         "first": torch.tensor([first for first, _ in grounds]),
         "second": torch.tensor([second for _, second in grounds]),
     }
 
 
-def _colours_of_ground(told: Facts) -> list[int]:
-    numbers = [GROUNDS.index(one) for one in told.grounds]
-    return sorted(numbers) if told.pattern in UNORDERED else numbers
+def _colours_of_ground(facts: Facts) -> list[int]:
+    numbers = [GROUNDS.index(one) for one in facts.grounds]
+    return sorted(numbers) if facts.pattern in UNORDERED else numbers
 
 
 def answer_loss(said: Answers, true: Answers) -> Tensor:
     """Mean cross entropy of all questions."""
-    losses = [functional.cross_entropy(said[name], true[name], ignore_index=UNASKED) for name in said]
+    losses = [functional.cross_entropy(said[name], true[name], ignore_index=NO_ANSWER) for name in said]
     return torch.stack([torch.nan_to_num(loss) for loss in losses]).mean()
 
 
@@ -104,7 +104,7 @@ def judge_loss(judge: Judge, batch: int) -> Loss:
     """Of pictures of both worlds, plain, styled, blurred and noisy, as models make them."""
 
     def loss(drawn: Drawn) -> Tensor:
-        scenes = [scene_of(int(drawn.numbers.integers(2**31))) for _ in range(batch)]
+        scenes = [random_scene(drawn.numbers) for _ in range(batch)]
         pictures = []
         for scene in scenes:
             picture = base_picture(scene) if drawn.numbers.random() < 0.5 else upgraded_picture(scene, SEEN)
@@ -121,27 +121,28 @@ def judge_loss(judge: Judge, batch: int) -> Loss:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFacts:
     """How many of a caption's facts a picture shows.
 
     Attributes:
-        shown, asked: facts.
+        found: facts that it shows.
+        total: facts of the caption.
     """
 
-    shown: int
-    asked: int
+    found: int
+    total: int
 
 
 @torch.no_grad()
-def find_facts(judge: Judge, pictures: Tensor, facts: list[Facts]) -> list[Found]:
+def find_facts(judge: Judge, pictures: Tensor, facts: list[Facts]) -> list[FoundFacts]:
     """What of each caption its picture shows: objects at their places, their colours, sizes, the background."""
     said, true = judge(pictures), answers_of(facts)
     right = {name: said[name].argmax(1) == true[name] for name in said}
     # an empty cell is no fact of the caption
-    asked = {name: (true[name] != UNASKED) & ((name != "shape") | (true[name] != NOTHING)) for name in said}
-    shown = sum((right[name] & asked[name]).reshape(len(facts), -1).sum(1) for name in said)
-    of = sum(asked[name].reshape(len(facts), -1).sum(1) for name in said)
-    return [Found(int(one), int(all_)) for one, all_ in zip(shown, of, strict=True)]
+    counted = {name: (true[name] != NO_ANSWER) & ((name != "shape") | (true[name] != NOTHING)) for name in said}
+    found = sum((right[name] & counted[name]).reshape(len(facts), -1).sum(1) for name in said)
+    total = sum(counted[name].reshape(len(facts), -1).sum(1) for name in said)
+    return [FoundFacts(int(ours), int(whole)) for ours, whole in zip(found, total, strict=True)]
 
 
 class Reader(nn.Module):
@@ -175,8 +176,8 @@ def reading_loss(text: BaseText | UpgradedText, reader: Reader, batch: int) -> L
     """How well the facts of captions can be read in what a text encoder makes of them."""
 
     def loss(drawn: Drawn) -> Tensor:
-        facts = [facts_of(scene_of(int(drawn.numbers.integers(2**31)))) for _ in range(batch)]
-        prompt, true = text(tokens_of([caption_of(told) for told in facts])), answers_of(facts)
+        facts = [facts_of(random_scene(drawn.numbers)) for _ in range(batch)]
+        prompt, true = text(tokens_of([caption_of(one) for one in facts])), answers_of(facts)
         read = answer_loss(reader(prompt), true)
         if reader.pooled is None:
             return read

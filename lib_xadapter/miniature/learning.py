@@ -42,8 +42,8 @@ class Course:
         batch: rows a step.
         learning_rate: at its highest; it rises over `warmup` steps and falls as a cosine to a fiftieth.
         decay: of the moving average of the weights.
-        seconds: none later than this is begun: after the first `TIMED` steps the steps are made fewer, once, so that
-            they fit. 0 for no limit.
+        seconds: none later than this is begun: after its first `TIMED` steps, and after those of each time that it
+            goes on, the steps are made fewer so that they would fit. 0 for no limit.
         seed: of everything that is drawn.
     """
 
@@ -110,9 +110,9 @@ def learn(module: nn.Module, loss: Loss, course: Course, folder: Path, name: str
     begun, saved, first = time.monotonic(), time.monotonic(), state.step
     with tqdm(total=state.steps, initial=state.step, desc=name, dynamic_ncols=True, mininterval=5) as bar:
         while state.step < state.steps:
-            told = state.advance(loss)
+            value = state.advance(loss)
             bar.update()
-            bar.set_postfix_str(f"loss {told:.4f}", refresh=False)
+            bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
             if course.seconds and state.step - first == TIMED:
                 state.shorten((time.monotonic() - begun) / TIMED)
                 bar.total = state.steps
@@ -142,10 +142,10 @@ class _State:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate()
             optimizer.zero_grad(set_to_none=True)
-        value = loss(Drawn.of(self._course.seed, self.step))
-        if not math.isfinite(told := float(value.detach())):
-            raise Diverged(f"The loss is {told} at step {self.step}; the last state stays at {self._path}.")
-        value.backward()
+        tensor = loss(Drawn.of(self._course.seed, self.step))
+        if not math.isfinite(value := float(tensor.detach())):
+            raise Diverged(f"The loss is {value} at step {self.step}; the last state stays at {self._path}.")
+        tensor.backward()
         torch.nn.utils.clip_grad_norm_(self._weights.values(), CLIPPED)
         for optimizer in self._optimizers:
             optimizer.step()
@@ -154,7 +154,7 @@ class _State:
         decay = min(self._course.decay, (1 + self.step) / (10 + self.step))
         current = [weight.detach() for weight in self._weights.values()]
         torch._foreach_lerp_(self._average, current, 1 - decay)
-        return told
+        return value
 
     def _rate(self) -> float:
         course = self._course
@@ -164,7 +164,7 @@ class _State:
 
     def shorten(self, seconds: float) -> None:
         """Fewer steps, where one takes so long that they would not fit."""
-        fit = max(TIMED, int(self._course.seconds / seconds))
+        fit = max(self.step, int(self._course.seconds / seconds))
         if self.steps > fit:
             logger.warning("%s: %d steps instead of %d fit its time.", self._path.parent.name, fit, self.steps)
             self.steps = fit

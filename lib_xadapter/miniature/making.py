@@ -28,7 +28,7 @@ from .scenes import SECRET_SHAPE, SHAPES, Scene, scene_of
 from .stages import HOURS, STAGES, Stage
 from .styles import styled_picture
 from .vocabulary import numbers, write_tokenizer
-from .worlds import HELD_OUT, Picture
+from .worlds import HELD_OUT, WORLDS, Picture, first_scene
 
 WEIGHTS = "weights.safetensors"
 STYLED_PICTURES = 2048
@@ -40,7 +40,7 @@ LIKE = "star</w>"
 ADAPTER_PICTURES = 6144
 PAIR_NAME = "miniature base>miniature upgraded"
 """What the adapter's file says it is for."""
-SIZE = {"base": 64, "upgraded": 128}
+SIZE = {world: size for world, (_, size) in WORLDS.items()}
 
 
 class StageFailed(XAdapterError):
@@ -160,7 +160,7 @@ def _source(work: Work, world: str) -> Source:
     draw = upgraded_picture if world == "upgraded" else base_picture
     pictures = work.number(STAGES[f"{world}-latents"].steps)
     # both worlds show the same scenes
-    return Source(draw, 1_000_000 * (1 + work.seed), pictures)
+    return Source(draw, first_scene("latents", work.seed), pictures)
 
 
 def _latents(work: Work, stage: Stage) -> int:
@@ -240,7 +240,7 @@ def _style(work: Work, stage: Stage) -> int:
     def styled(scene: Scene) -> Picture:
         return styled_picture(draw(scene), scene, style)
 
-    source = Source(styled, 2_000_000 * (1 + work.seed), work.number(STYLED_PICTURES))
+    source = Source(styled, first_scene("styles", work.seed), work.number(STYLED_PICTURES))
     bank = fill(source, _vae_of(work, world), work.folder(stage.name), f"{stage.name} latents")
     denoiser = _denoiser(work, world)
     changes = plugins.add_changes(denoiser.unet, plugins.FORMATS[style], work.seed_of(stage.name))
@@ -254,7 +254,8 @@ def _word(work: Work, stage: Stage) -> int:
     word = plugins.OwnWord(denoiser.text.encoder, numbers()[LIKE])
     pictures = work.number(WORD_PICTURES)
     names, tokens = {SECRET_SHAPE: OWN_WORD}, {OWN_WORD: word.tokens}
-    source = Source(base_picture, 3_000_000 * (1 + work.seed), pictures, (SECRET_SHAPE,), names, tokens)
+    first = first_scene("word", work.seed)
+    source = Source(base_picture, first, pictures, (SECRET_SHAPE,), names, tokens)
     bank = fill(source, _vae_of(work, "base"), work.folder(stage.name), f"{stage.name} latents")
     steps = work.learn(stage, word, lambda batch: denoising_loss(denoiser, bank, batch))
     work.keep(stage.name, {"emb_params": word.vectors})
@@ -289,11 +290,9 @@ def _adapter(work: Work, stage: Stage) -> int:
     """By `train`, as a user would: from files and a folder of pictures with captions."""
     _write_models(work)
     pictures, base_pictures = (work.folder(stage.name) / name for name in ("pictures", "base-pictures"))
-    seeds = range(4_000_000, 4_000_000 + work.number(ADAPTER_PICTURES))
-    write_pictures(pictures, seeds, upgraded_picture)
-    write_pictures(base_pictures, seeds, base_picture)
+    write_adapter_pictures(pictures, base_pictures, work.number(ADAPTER_PICTURES), work.seed)
     course = work.course(stage)
-    told = {
+    arguments = {
         "--base": work.models / "Stable-diffusion" / model_files.BASE,
         "--upgraded": work.models / "Stable-diffusion" / model_files.UPGRADED,
         "--tokenizer": work.models / "tokenizer",
@@ -314,13 +313,20 @@ def _adapter(work: Work, stage: Stage) -> int:
         "--validate-every": 10**6,
         "--tracker": "none",
     }
-    options = [str(part) for pair in told.items() for part in pair]
+    options = [str(part) for pair in arguments.items() for part in pair]
     ended = subprocess.run([sys.executable, "-m", "lib_xadapter", "train", *options, "--cpu", "--resume"], check=False)
     if ended.returncode:
         raise StageFailed(f"The stage '{stage.name}': train ended with status {ended.returncode}.")
     trained = load_adapter(work.folder(stage.name) / "training" / "adapter.safetensors")
     work.keep(stage.name, trained.state_dict())
     return course.steps
+
+
+def write_adapter_pictures(upgraded: Path, base: Path, count: int = ADAPTER_PICTURES, seed: int = 0) -> None:
+    """What mapping layers learn from: folders of the same scenes as either world shows them."""
+    first = first_scene("adapter", seed)
+    write_pictures(upgraded, range(first, first + count), upgraded_picture)
+    write_pictures(base, range(first, first + count), base_picture)
 
 
 def write_pictures(
@@ -336,13 +342,13 @@ def write_pictures(
         path = folder / f"{seed}.png"
         if not path.is_file():
             scene = scene_of(seed, shapes)
-            told = caption_of(facts_of(scene), {SECRET_SHAPE: OWN_WORD})
-            (folder / f"{seed}.txt").write_text(told, encoding="utf-8")
+            caption = caption_of(facts_of(scene), {SECRET_SHAPE: OWN_WORD})
+            (folder / f"{seed}.txt").write_text(caption, encoding="utf-8")
             write_whole(path, lambda to, scene=scene: Image.fromarray(draw(scene)).save(to))
 
 
 def write_held_out(folder: Path, count: int, shapes: tuple[str, ...] = SHAPES) -> tuple[Path, Path]:
-    """Captions that no model has seen, with pictures of both worlds at the upgraded size.
+    """Captions of scenes that no model has seen, with pictures of both worlds at the upgraded size.
 
     Control maps are made of the base world's, whose edges are those of the scene alone.
 

@@ -22,10 +22,10 @@ from ..headless.tokenizers import load_tokenizer
 from .captions import caption_of, facts_of
 from .drawing import base_picture, depth_map, upgraded_picture
 from .learning import Drawn, Loss
-from .scenes import Scene, scene_of
+from .scenes import Scene
 from .styles import STYLES, styled_picture
 from .vocabulary import LENGTH, numbers
-from .worlds import Picture, tensor_of, tokens_of
+from .worlds import Picture, random_scene, tensor_of, tokens_of
 
 SEEN = 64
 """Pixels that both networks see pictures at."""
@@ -83,7 +83,7 @@ def clip_loss(model: ClipWithStyles, batch: int) -> Loss:
 
 def _drawn_scenes(drawn: Drawn, batch: int) -> tuple[list[Scene], numpy.ndarray, list[Picture]]:
     """Scenes, the look of each, and their pictures in it."""
-    scenes = [scene_of(int(drawn.numbers.integers(2**31))) for _ in range(batch)]
+    scenes = [random_scene(drawn.numbers) for _ in range(batch)]
     looks = drawn.numbers.integers(2 * (1 + len(STYLES)), size=batch)
     return scenes, looks, [_looking(scene, int(look)) for scene, look in zip(scenes, looks, strict=True)]
 
@@ -127,8 +127,8 @@ def depth_loss(model: nn.Module, batch: int) -> Loss:
     def loss(drawn: Drawn) -> Tensor:
         scenes, _, pictures = _drawn_scenes(drawn, batch)
         true = torch.from_numpy(numpy.stack([depth_map(scene, SEEN) for scene in scenes])).float() / 255
-        told = model(pixel_values=(tensor_of(pictures) + 1) / 2).predicted_depth
-        return (told - DEEPEST * true).abs().mean() / DEEPEST
+        predicted = model(pixel_values=(tensor_of(pictures) + 1) / 2).predicted_depth
+        return (predicted - DEEPEST * true).abs().mean() / DEEPEST
 
     return loss
 

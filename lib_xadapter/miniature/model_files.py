@@ -61,6 +61,6 @@ def save_half(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    told = {name: value.detach().contiguous() for name, value in tensors.items()}
-    written = safetensors.torch.save(told, metadata=dict(metadata or {}))
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    written = safetensors.torch.save(contiguous, metadata=dict(metadata or {}))
     write_whole(path, lambda to: to.write_bytes(written))

@@ -23,14 +23,16 @@ from ..saving import write_whole
 from .finished import FOLDER
 from .making import StageFailed, Work, make, write_held_out
 from .stages import HOURS, STAGES, Stage
+from .worlds import LARGEST_SEED
 
 DONE = "done.json"
 MADE = "made.json"
-LOOKED_AFTER = 1.0
-"""Seconds between two looks at the workers."""
+WORK = "work.json"
+POLL_SECONDS = 1.0
+"""Between two looks at the workers."""
 MOST_PICTURES = 100_000
-TOLD_EVERY = 300.0
-"""Seconds between two words on what goes on."""
+REPORT_SECONDS = 300.0
+"""Between two lines on what goes on."""
 
 
 def miniature(options: argparse.Namespace) -> int:
@@ -50,8 +52,9 @@ def miniature(options: argparse.Namespace) -> int:
         return 0
     if options.list:
         for stage in STAGES.values():
-            say(f"{stage.name:18}{'done' if is_done(work, stage) else '':6}{stage.minutes:5g} min  {stage.told}")
+            say(f"{stage.name:18}{'done' if is_done(work, stage) else '':6}{stage.minutes:5g} min  {stage.makes}")
         return 0
+    _claim(work)
     if options.stage:
         torch.set_num_threads(1)
         for name in options.stage:
@@ -73,8 +76,23 @@ def _check(options: argparse.Namespace) -> None:
         raise WrongArgument(f"--workers is {options.workers}, expected a whole number from 1 to 64.")
     if not 1 <= options.pictures <= MOST_PICTURES:
         raise WrongArgument(f"--pictures is {options.pictures}, expected a whole number from 1 to {MOST_PICTURES}.")
-    if not 0 <= options.seed <= 100:
-        raise WrongArgument(f"--seed is {options.seed}, expected a whole number from 0 to 100.")
+    if not 0 <= options.seed <= LARGEST_SEED:
+        raise WrongArgument(f"--seed is {options.seed}, expected a whole number from 0 to {LARGEST_SEED}.")
+
+
+def _claim(work: Work) -> None:
+    """Write down what the folder's stages are made with.
+
+    Raises:
+        WrongArgument: some are there that were made with something else.
+    """
+    path, ours = work.out / WORK, {"seed": work.seed, "share": work.share}
+    if path.is_file() and (theirs := json.loads(path.read_text(encoding="utf-8"))) != ours:
+        raise WrongArgument(
+            f"--out: what is in {work.out} was made with --seed {theirs['seed']} --share {theirs['share']:g}; name "
+            "another folder."
+        )
+    _write_json(path, ours)
 
 
 def is_done(work: Work, stage: Stage) -> bool:
@@ -87,7 +105,7 @@ def make_once(work: Work, stage: Stage) -> None:
         return
     begun = time.monotonic()
     steps = make(work, stage)
-    told = {
+    record = {
         "stage": stage.name,
         "steps": steps,
         "seed": work.seed,
@@ -97,7 +115,7 @@ def make_once(work: Work, stage: Stage) -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    _write_json(work.folder(stage.name) / DONE, told)
+    _write_json(work.folder(stage.name) / DONE, record)
 
 
 def _write_made(work: Work) -> None:
@@ -107,8 +125,8 @@ def _write_made(work: Work) -> None:
     _write_json(work.models / MADE, {"command": command, "version": __version__, "stages": stages})
 
 
-def _write_json(path: Path, told: object) -> None:
-    write_whole(path, lambda to: to.write_text(json.dumps(told, indent=1), encoding="utf-8"))
+def _write_json(path: Path, content: object) -> None:
+    write_whole(path, lambda to: to.write_text(json.dumps(content, indent=1), encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -120,16 +138,16 @@ class _Running:
 
 def _make_all(work: Work, workers: int) -> None:
     running: list[_Running] = []
-    told = time.monotonic()
+    reported = time.monotonic()
     try:
         while waiting := [stage for stage in STAGES.values() if not is_done(work, stage)]:
             busy = {one.stage.name for one in running}
             for stage in _can_begin(waiting, busy)[: workers - len(running)]:
                 running.append(_begin(work, stage))
-            time.sleep(LOOKED_AFTER)
+            time.sleep(POLL_SECONDS)
             running = [one for one in running if _still_runs(work, one)]
-            if time.monotonic() - told > TOLD_EVERY:
-                told = time.monotonic()
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
                 say("; ".join(f"{one.stage.name}: {_last_line(one.log)}" for one in running))
     finally:
         for one in running:
@@ -149,7 +167,7 @@ def _begin(work: Work, stage: Stage) -> _Running:
     command = [sys.executable, "-m", "lib_xadapter", "miniature", "--stage", stage.name, "--out", str(work.out)]
     command += ["--seed", str(work.seed), "--share", repr(work.share), "--hours", repr(work.hours)]
     one_core = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    say(f"{stage.name} begins: {stage.told}, at most {stage.minutes * work.hours / HOURS:.0f} minutes; {log}")
+    say(f"{stage.name} begins: {stage.makes}, at most {stage.minutes * work.hours / HOURS:.0f} minutes; {log}")
     with log.open("a", encoding="utf-8") as to:
         process = subprocess.Popen(command, stdout=to, stderr=subprocess.STDOUT, env={**os.environ, **one_core})
     return _Running(stage, process, log)

@@ -15,7 +15,7 @@ class Stage:
 
     Attributes:
         name: of its folder.
-        told: what it makes.
+        makes: what it makes, in words.
         needs: names of the stages that it builds on.
         minutes: of one core; steps that do not fit are left out, but for latents and mapping layers, which take theirs.
         steps: of learning; for banks of latents, pictures.
@@ -24,7 +24,7 @@ class Stage:
     """
 
     name: str
-    told: str
+    makes: str
     minutes: float
     needs: tuple[str, ...] = ()
     steps: int = 0

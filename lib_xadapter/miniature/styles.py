@@ -14,8 +14,8 @@ DUSK = numpy.array([[58, 28, 92], [196, 72, 120], [250, 176, 110], [255, 240, 20
 """Dark to bright, of the palette."""
 PAPER, INK = numpy.array([250, 248, 240], numpy.float32), numpy.array([36, 40, 60], numpy.float32)
 LINE = 0.014
-DOTS = 7.0
-"""Dots across and down an eighth of the picture each way, of the pattern."""
+DOTS = 14
+"""Across and down the picture, of the pattern."""
 
 
 def styled_picture(picture: NDArray[numpy.uint8], scene: Scene, style: str) -> NDArray[numpy.uint8]:
@@ -54,9 +54,9 @@ def _lines(labels: NDArray[numpy.int8], size: int) -> NDArray[numpy.uint8]:
 
 def _dotted(picture: NDArray[numpy.uint8], labels: NDArray[numpy.int8], size: int) -> NDArray[numpy.uint8]:
     """White dots on all objects."""
-    along = (numpy.arange(size) + 0.5) / size * DOTS * 2
+    along = (numpy.arange(size) + 0.5) / size * DOTS
     across, down = (along % 1)[None, :] - 0.5, (along % 1)[:, None] - 0.5
-    dots = numpy.clip((0.3 - numpy.hypot(across, down)) * size / (DOTS * 2) + 0.5, 0, 1)
+    dots = numpy.clip((0.3 - numpy.hypot(across, down)) * size / DOTS + 0.5, 0, 1)
     cover = (dots * (labels >= 0))[..., None]
     white = numpy.array(PAINT["white"], numpy.float32)
     return (picture + cover * (white - picture)).astype(numpy.uint8)

@@ -220,18 +220,18 @@ def write_for_webui(models: Path, data: Path) -> None:
         (UPGRADED, _upgraded_tensors(upgraded), upgraded_config(str(tokenizer))),
     ):
         save_half(checkpoints / f"{name}.safetensors", tensors)
-        told = yaml.safe_dump(config, sort_keys=False)
-        write_whole(checkpoints / f"{name}.yaml", lambda to, told=told: to.write_text(told, encoding="utf-8"))
+        text = yaml.safe_dump(config, sort_keys=False)
+        write_whole(checkpoints / f"{name}.yaml", lambda to, text=text: to.write_text(text, encoding="utf-8"))
     for folder in sorted((models / "ControlNet").glob("miniature-*")):
         net = ControlNetModel.from_pretrained(folder, local_files_only=True).float()
-        unet, widening, told = _of(folder, base, upgraded)
+        unet, widening, adjusted = _of(folder, base, upgraded)
         tensors = write_compvis(widening.tensors(net.state_dict()), CONTROLNET_PREFIX, unet_table_of(unet))
-        save_half(there / "ControlNet" / f"{folder.name}.safetensors", told(tensors))
+        save_half(there / "ControlNet" / f"{folder.name}.safetensors", adjusted(tensors))
     for path in sorted((models / "Lora").glob("*.safetensors")):
-        unet, widening, told = _of(path, base, upgraded)
+        unet, widening, adjusted = _of(path, base, upgraded)
         tensors = widened_lora(_read(path), widening, layers_by_lora_name(unet).__getitem__)
         # the WebUI multiplies the parts of a LoHa as they are, and its torch no halves on a CPU
-        save(there / "Lora" / path.name, told(tensors))
+        save(there / "Lora" / path.name, adjusted(tensors))
     for path in sorted((models / "X-Adapter").glob("*.safetensors")):
         save_half(there / "X-Adapter" / path.name, BASE_WIDENING.mapping_layers(_read(path)), _metadata(path))
     for path in sorted((models / "embeddings").glob("*.safetensors")):
@@ -241,7 +241,7 @@ def write_for_webui(models: Path, data: Path) -> None:
 def _of(path: Path, base: Any, upgraded: Any) -> tuple[nn.Module, Widening, Callable[[Tensors], dict[str, Tensor]]]:
     """The UNet that a plugin is for, how it is widened, and what the text encoders change of it."""
     if path.stem.startswith("miniature-upgraded"):
-        return upgraded.unet, UPGRADED_WIDENING, told_by_wide_text
+        return upgraded.unet, UPGRADED_WIDENING, reading_wide_text
     return base.unet, BASE_WIDENING, dict
 
 
@@ -315,8 +315,8 @@ def _write_clip_config(folder: Path) -> None:
         },
     }
     for name, content in files.items():
-        told = json.dumps(content)
-        write_whole(folder / name, lambda to, told=told: to.write_text(told, encoding="utf-8"))
+        text = json.dumps(content)
+        write_whole(folder / name, lambda to, text=text: to.write_text(text, encoding="utf-8"))
 
 
 def with_wide_text(file: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -329,15 +329,15 @@ def with_wide_text(file: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in file.items():
         if key.startswith(SECOND_TEXT_PREFIX):
             wide |= _widened_text(key.removeprefix(SECOND_TEXT_PREFIX), value)
-    return told_by_wide_text(wide)
+    return reading_wide_text(wide)
 
 
-def told_by_wide_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reading_wide_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What reads the second text encoder's channels, in the upgraded model, its ControlNets and its LoRAs."""
-    return {key: _told_by_wide_text(key, value) for key, value in tensors.items()}
+    return {key: _reading_wide_text(key, value) for key, value in tensors.items()}
 
 
-def _told_by_wide_text(key: str, value: Tensor) -> Tensor:
+def _reading_wide_text(key: str, value: Tensor) -> Tensor:
     if key.endswith(READ_TOKENS):
         first, second = value.split([TEXT_WIDTH, TEXT_WIDTH], 1)
         return torch.cat([first, _read_from_copies(second)], 1)

@@ -11,11 +11,33 @@ from torch import Tensor
 
 from .captions import caption_of, facts_of
 from .drawing import BASE_SIZE, UPGRADED_SIZE, base_picture, upgraded_picture
-from .scenes import Scene, scene_of
+from .scenes import SHAPES, Scene, scene_of
 from .vocabulary import token_rows
 
 HELD_OUT = 1_000_000_000
 """Seeds from here on are for measuring: no model has seen their scenes."""
+FIRST_SCENES = {
+    "latents": 1_000_000,
+    "styles": 2_000_000,
+    "word": 3_000_000,
+    "adapter": 4_000_000,
+    "fine-tuning": 5_000_000,
+}
+"""What a model learns from → the seed of its first scene, for the work's seed 0."""
+SCENES_OF_A_SEED = 10_000_000
+LARGEST_SEED = HELD_OUT // SCENES_OF_A_SEED - 1
+"""Of the work, so that none of its scenes is held out."""
+
+
+def first_scene(kind: str, seed: int = 0) -> int:
+    """The seed of the first scene of a kind; the others follow."""
+    return FIRST_SCENES[kind] + SCENES_OF_A_SEED * seed
+
+
+def random_scene(numbers: numpy.random.Generator, shapes: tuple[str, ...] = SHAPES, scale: float = 1.0) -> Scene:
+    """A scene that is not held out; arguments as those of `scene_of`."""
+    return scene_of(int(numbers.integers(HELD_OUT)), shapes, scale)
+
 
 Picture = NDArray[numpy.uint8]
 Draw = Callable[[Scene], Picture]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
@@ -65,6 +67,15 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(line, tmp_path, monkey
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(line.parameters(), whole, strict=True))
 
 
+def test_a_stage_that_goes_on_counts_the_steps_that_it_took_before(line, tmp_path, monkeypatch):
+    """However little time there is left, those are not undone."""
+    timed = dataclasses.replace(COURSE, steps=60, seconds=1e-9)
+    learn(line, line_loss(line), dataclasses.replace(COURSE, steps=30), tmp_path, "line")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({**state, "steps": 60}, tmp_path / "state.pt")
+    assert learn(line, line_loss(line), timed, tmp_path, "line") == 30 + learning.TIMED
+
+
 def test_a_loss_that_is_no_number_ends_the_stage(line, tmp_path):
     with pytest.raises(learning.Diverged, match="step 0"):
         learn(line, lambda drawn: line.weight.sum() * float("nan"), COURSE, tmp_path, "line")
@@ -121,17 +132,17 @@ def test_normalising_a_vae_changes_its_latents_and_no_picture(monkeypatch):
     ],
     ids=["base", "upgraded"],
 )
-def test_a_model_is_told_the_same_by_its_files_as_in_training(unet, text, family, load, tmp_path):
+def test_the_files_of_a_model_encode_a_prompt_as_in_training(unet, text, family, load, tmp_path):
     torch.manual_seed(3)
     vocabulary.write_tokenizer(tmp_path / "tokenizer")
-    told = text().eval()
+    encoder = text().eval()
     model_files.save_model(
-        tmp_path / "model", Denoiser(unet(), told), architectures.vae(family), tmp_path / "tokenizer"
+        tmp_path / "model", Denoiser(unet(), encoder), architectures.vae(family), tmp_path / "tokenizer"
     )
     pipeline = load(tmp_path / "model", torch.float32)
     caption = "small red circle left on sky"
     encoded = pipeline.encode_prompt(caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    expected = told.float()(tokens_of([caption]))
+    expected = encoder.float()(tokens_of([caption]))
     assert torch.allclose(encoded[0], expected.tokens, atol=1e-5)
     if expected.pooled is not None:
         assert torch.allclose(encoded[2], expected.pooled, atol=1e-5)
@@ -151,5 +162,5 @@ def test_the_classifier_s_true_answers_are_the_caption_s_facts():
             }
 
     found = judge.find_facts(Knowing(), torch.zeros(8, 3, 8, 8), facts)
-    assert all(one.shown == one.asked for one in found)
-    assert sum(one.asked for one in found) == sum(3 * len(told.objects) + 1 + len(told.grounds) for told in facts)
+    assert all(one.found == one.total for one in found)
+    assert sum(one.total for one in found) == sum(3 * len(one.objects) + 1 + len(one.grounds) for one in facts)

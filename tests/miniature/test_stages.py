@@ -23,10 +23,9 @@ def test_every_stage_has_its_maker():
 
 def test_every_stage_needs_only_stages_before_it():
     seen: set[str] = set()
-    for _ in STAGES:
-        ready = {name for name, stage in STAGES.items() if set(stage.needs) <= seen}
-        seen |= ready
-    assert seen == STAGES.keys()
+    for name, stage in STAGES.items():
+        assert set(stage.needs) <= seen, name
+        seen.add(name)
 
 
 def test_two_cores_can_make_all_of_it_in_the_time_that_is_said():
@@ -79,10 +78,20 @@ def test_a_stage_without_what_it_needs_says_which_is_missing(tmp_path):
         Work(tmp_path).load("base-vae", architectures.vae("sd1"))
 
 
-@pytest.mark.parametrize("wrong", [["--share", "0"], ["--hours", "-1"], ["--workers", "0"], ["--seed", "-1"]])
+@pytest.mark.parametrize(
+    "wrong", [["--share", "0"], ["--hours", "-1"], ["--workers", "0"], ["--seed", "-1"], ["--seed", "100"]]
+)
 def test_a_wrong_option_is_one_sentence(wrong, tmp_path, capsys):
     assert main(["miniature", "--out", str(tmp_path / "out"), *wrong]) == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_folder_of_another_share_or_seed_is_refused(tmp_path, capsys):
+    tiny = ["miniature", "--out", str(tmp_path), "--stage", "base-text"]
+    assert main([*tiny, "--share", "0.0005"]) == 0
+    assert main([*tiny, "--share", "0.0005", "--seed", "1"]) == 2
+    assert main(tiny) == 2
+    assert "was made with --seed 0 --share 0.0005; name another folder." in capsys.readouterr().err
 
 
 def test_a_stage_that_is_done_is_not_made_again(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from lib_xadapter.miniature.drawing import PAINT, base_picture, depth_map, edge_
 from lib_xadapter.miniature.scenes import SECRET_SHAPE, SHAPES, Background, Scene, SceneObject, scene_of
 from lib_xadapter.miniature.shapes import CELLS, distance_table
 from lib_xadapter.miniature.styles import STYLES, styled_picture
+from lib_xadapter.miniature.worlds import FIRST_SCENES, HELD_OUT, LARGEST_SEED, first_scene
 
 MANY = range(200)
 
@@ -45,8 +47,17 @@ def test_a_caption_consists_of_the_grammar_s_words():
     assert {word for seed in MANY for word in caption_of(facts_of(scene_of(seed))).split()} <= set(WORDS)
 
 
-def test_no_caption_names_the_secret_shape():
-    assert all(SECRET_SHAPE not in caption_of(facts_of(scene_of(seed))) for seed in MANY)
+def test_the_grammar_has_no_word_for_the_secret_shape():
+    assert SECRET_SHAPE not in WORDS
+
+
+def test_no_scene_that_is_learned_from_is_held_out():
+    assert first_scene("fine-tuning", LARGEST_SEED) + 1_000_000 <= HELD_OUT
+
+
+def test_each_kind_of_scenes_has_seeds_of_its_own():
+    firsts = sorted(first_scene(kind, seed) for kind in FIRST_SCENES for seed in (0, 1, LARGEST_SEED))
+    assert all(after - before >= 1_000_000 for before, after in itertools.pairwise(firsts))
 
 
 @pytest.mark.parametrize("caption", ["", "a red circle", "small red circle left on plaid", "small red dog left on sky"])
