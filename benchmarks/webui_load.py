@@ -69,7 +69,7 @@ BAD: tuple[Mapping[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoadJob:
     """A job.
 
     Attributes:
@@ -88,7 +88,7 @@ class Asked:
         return server.img2img(GIVEN, **self.payload) if self.over_picture else server.txt2img(**self.payload)
 
 
-def drawn(number: int, seed: int, has_controlnet: bool) -> Asked:
+def drawn(number: int, seed: int, has_controlnet: bool) -> LoadJob:
     """The job of a number."""
     random_ = random.Random(f"{seed} {number}")
     is_bad, plain = random_.random() < 0.1, random_.random() < 0.15
@@ -119,7 +119,7 @@ def drawn(number: int, seed: int, has_controlnet: bool) -> Asked:
     if not plain or is_bad:
         scripts[TITLE] = {"args": [given]}
     payload["alwayson_scripts"] = scripts
-    return Asked(number, payload, over_picture, is_bad)
+    return LoadJob(number, payload, over_picture, is_bad)
 
 
 def _settings(random_: random.Random, over_picture: bool) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Load:
         self._door, self._asking = threading.Lock(), threading.Semaphore(2)
         self._next = 0
         self._disturbed = 0
-        self._to_repeat: list[tuple[Asked, Answer]] = []
+        self._to_repeat: list[tuple[LoadJob, Answer]] = []
         self.findings = Findings()
 
     def run(self) -> Findings:
@@ -204,6 +204,14 @@ class Load:
         return self.findings
 
     def _client(self) -> None:
+        """Raises nothing: a client that ends too early leaves jobs that nobody asked for, and says why."""
+        try:
+            self._ask()
+        except Exception as error:
+            with self._lock:
+                self.findings.wrong.append(f"a client ended: {type(error).__name__}: {error}")
+
+    def _ask(self) -> None:
         while (number := self._take()) is not None:
             if number and number % RELOAD_EVERY == 0:
                 self._reload()
@@ -226,24 +234,24 @@ class Load:
             self._next += 1
             return self._next - 1
 
-    def _one(self, asked: Asked) -> None:
+    def _one(self, job: LoadJob) -> None:
         before = self._disturbed
         try:
-            answer = asked.ask(self._server)
+            answer = job.ask(self._server)
         except OSError as error:
-            self._wrong(asked, f"no answer: {error}")
+            self._wrong(job, f"no answer: {error}")
             return
         undisturbed = before == self._disturbed
         with self._lock:
             self.findings.jobs += 1
             self.findings.refused += answer.status == REFUSED
             self.findings.interrupted += not undisturbed
-        expected = REFUSED if asked.is_bad else OK
+        expected = REFUSED if job.is_bad else OK
         if answer.status != expected and (undisturbed or answer.status not in (OK, REFUSED)):
-            self._wrong(asked, f"status {answer.status}, expected {expected}: {answer.error[:300]}")
+            self._wrong(job, f"status {answer.status}, expected {expected}: {answer.error[:300]}")
         elif undisturbed and answer.status == OK:
             with self._lock:
-                self._to_repeat.append((asked, answer))
+                self._to_repeat.append((job, answer))
 
     def _again(self) -> None:
         """One of the jobs before, which must come to the same pictures."""
@@ -251,18 +259,18 @@ class Load:
             if not self._to_repeat:
                 return
             place = random.Random(len(self._to_repeat)).randrange(len(self._to_repeat))
-            asked, first = self._to_repeat.pop(place)
+            job, first = self._to_repeat.pop(place)
             self._to_repeat.clear()
         before = self._disturbed
-        second = asked.ask(self._server)
+        second = job.ask(self._server)
         if before != self._disturbed:
             return
         with self._lock:
             self.findings.compared += 1
         if second.status != OK or len(first.images) != len(second.images):
-            self._wrong(asked, f"another answer when asked again: status {second.status} {second.error[:300]}")
+            self._wrong(job, f"another answer when asked again: status {second.status} {second.error[:300]}")
         elif (apart := max(map(grey_levels_apart, first.images, second.images))) > ROUNDED:
-            self._wrong(asked, f"another picture when asked again, by {apart} grey levels")
+            self._wrong(job, f"another picture when asked again, by {apart} grey levels")
 
     def _disturb(self, number: int) -> None:
         """What users do in the midst of jobs."""
@@ -315,10 +323,10 @@ class Load:
             self.findings.megabytes.append(memory / 1e6)
             self.findings.threads.append(self._process.num_threads())
 
-    def _wrong(self, asked: Asked, what: str) -> None:
-        print(f"job {asked.number}: {what}", flush=True)
+    def _wrong(self, job: LoadJob, what: str) -> None:
+        print(f"job {job.number}: {what}", flush=True)
         with self._lock:
-            self.findings.wrong.append(f"job {asked.number}: {what}; {json.dumps(dict(asked.payload))}")
+            self.findings.wrong.append(f"job {job.number}: {what}; {json.dumps(dict(job.payload))}")
 
 
 def report(findings: Findings, seconds: float, seed: int) -> dict[str, Any]:
@@ -356,14 +364,16 @@ def main(given: Sequence[str] | None = None) -> None:
     ):
         findings = Load(server, options.jobs, options.seed, bool(more)).run()
         log = server.log
-    told = report(findings, time.monotonic() - began, options.seed)
+    summary = report(findings, time.monotonic() - began, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "webui_load.json"
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if findings.wrong:
         (options.out / "webui_load.log").write_text(log, encoding="utf-8")
-    shown = {name: value for name, value in told.items() if name not in ("megabytes", "threads", "wrong")}
+    shown = {name: value for name, value in summary.items() if name not in ("megabytes", "threads", "wrong")}
     print(json.dumps(shown, indent=1), f"{len(findings.wrong)} wrong", path, sep="\n")
+    if findings.wrong or findings.jobs != options.jobs:
+        raise SystemExit(f"{findings.jobs} of {options.jobs} jobs were answered, {len(findings.wrong)} wrong.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every benchmark runs, at its smallest, and leaves table, JSON and plot; how long anything takes is not looked at."""
+"""Benchmarks that need no WebUI run at their smallest; how long anything takes is not looked at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
-from benchmarks import curves
+from benchmarks import curves, miniature_tables
 from benchmarks.mapping_layers import Case, operations
 from benchmarks.random_adapter import RELEASED, random_adapter
 from benchmarks.timing import Spread, Times
@@ -109,6 +109,14 @@ def test_operations_grow_with_rows_and_pixels():
 def test_ratios_are_taken_round_by_round():
     """A machine that is slow for a while is slow for both."""
     assert Times((2.0, 20.0, 6.0)).over(Times((1.0, 10.0, 3.0))) == Spread(2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("name", miniature_tables.RUNS)
+def test_a_run_of_the_miniature_tables_comes_after_those_that_it_takes_pictures_of(name):
+    run, before = miniature_tables.RUNS[name], [*miniature_tables.RUNS]
+    before = before[: before.index(name)]
+    assert {*filter(None, [run.like]), *(one.run for one in run.beside)} <= {*before}
+    assert run.adapter is None or run.adapter in miniature_tables.ADAPTERS
 
 
 def figures_of(**ways: float) -> dict:

@@ -250,7 +250,10 @@ def read_models(chosen: Mapping[str, Any], own: DemoModels, options: argparse.Na
         loras=tuple(Lora(find(name, LORA), float(chosen["lora_weight"])) for name in chosen[LORA] or ()),
         controlnets=(find(chosen[CONTROLNET], CONTROLNET),) if chosen[CONTROLNET] else (),
     )
-    if files.upgraded == own.files.upgraded:
+    is_miniature = files.upgraded == own.files.upgraded
+    if is_miniature != (files.base == own.files.base):
+        raise WrongArgument("Choose both models of the miniature pair or neither: no other model has its vocabulary.")
+    if is_miniature:
         weight = float(chosen["lora_weight"])
         native = own.native and replace(own.native, loras=tuple(Lora(lora.path, weight) for lora in own.native.loras))
         return DemoModels(files, own.tokenizer, native=native)

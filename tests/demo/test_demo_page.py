@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 
 import pytest
 from PIL import Image
 
+from tests.browsers import chromium
 from tests.pictures import grey_levels_apart
 
 pytest.importorskip("gradio", reason="demo --ui needs it")
@@ -114,7 +114,7 @@ def test_the_weight_of_the_lora_changes_the_pictures(generate, chosen):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"weights": []}, "Tick at least one weight and one row of plugins."),
         ({LORA: []}, "LoRA: choose a file."),
@@ -122,16 +122,17 @@ def test_the_weight_of_the_lora_changes_the_pictures(generate, chosen):
         ({"rows": ["ControlNet"], "control_image": None}, "The ControlNet needs a control map"),
         ({BASE: "nobody"}, "SD1.5 checkpoint: there is no checkpoint 'nobody'"),
         (
-            {BASE: "small-sdxl"},
+            {UPGRADED: "small-sdxl", BASE: "small-sdxl"},
             "SD1.5 checkpoint: small-sdxl.safetensors is a checkpoint of SDXL, expected SD1.5 or SD2.",
         ),
         ({LORA: [__file__]}, "LoRA: test_demo_page.py"),
+        ({BASE: "small-sd15.safetensors"}, "Choose both models of the miniature pair or neither"),
     ],
 )
-def test_what_is_wrong_is_told_in_the_pages_own_words(generate, chosen, changed, told):
+def test_what_is_wrong_is_told_in_the_pages_own_words(generate, chosen, changed, message):
     with pytest.raises(gradio.Error) as caught:
         generate(chosen | changed)
-    assert str(caught.value.message).startswith(told)
+    assert str(caught.value.message).startswith(message)
 
 
 def test_stop_ends_in_the_midst_of_a_picture_and_keeps_those_that_are_finished(own, options, chosen, tmp_path):
@@ -163,19 +164,13 @@ def test_stop_before_the_first_picture_keeps_nothing(own, options, chosen, tmp_p
 @pytest.fixture
 def opened(own, options):
     """The page in Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs Chromium: install it, or set CHROMIUM to its program")
-    page = make_page(own, options)
-    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
+        page = make_page(own, options)
+        _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
         tab = browser.new_page(viewport={"width": 1400, "height": 1500})
         tab.set_default_timeout(LOOK)
         tab.goto(address)
         yield tab
-        browser.close()
     page.close()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +14,7 @@ from lib_xadapter.evaluation.intervals import MeanOverCaptions, compare
 from lib_xadapter.evaluation.measuring import HIGHER, Figure, Measured
 from lib_xadapter.evaluation.page import page
 from lib_xadapter.evaluation.report import Report, Row
+from tests.browsers import chromium
 
 WAYS = ("SD1.5", "X-Adapter")
 PATIENCE = 90_000
@@ -84,14 +83,8 @@ def test_captions_figures_and_reasons_stand_in_it(written):
 
 @pytest.fixture
 def browser():
-    browsers = pytest.importorskip("playwright.sync_api", reason="needs the extra 'test-webui'")
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs Chromium: install it, or set CHROMIUM to its program")
-    with browsers.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 def test_a_click_shows_a_captions_pictures_in_full_and_zooms_them_together(browser, written):

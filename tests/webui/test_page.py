@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +12,11 @@ import pytest
 from PIL import Image
 
 from lib_xadapter.settings import arguments as arguments_of_the_table
+from tests.browsers import chromium
 from tests.pictures import grey_levels_apart
 
 from .asking import BASE, UPGRADED, over, plain, with_xadapter
 from .conftest import PLAIN
-
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright of the extra 'test-webui'")
 
 ID = "#script_txt2img_xadapter_"
 IMG2IMG = "#script_img2img_xadapter_"
@@ -32,14 +29,8 @@ LOOK = 90_000
 
 @pytest.fixture(scope="module")
 def browser():
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs Chromium: install it, or set CHROMIUM to its program")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=executable, args=flags)
+    with chromium("--disable-background-networking", "--disable-component-update") as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
