@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 
 import pytest
@@ -121,18 +122,29 @@ def test_the_weight_of_the_lora_changes_the_pictures(generate, chosen):
         ({BASE: None}, "SD1.5 checkpoint: choose a file."),
         ({"rows": ["ControlNet"], "control_image": None}, "The ControlNet needs a control map"),
         ({BASE: "nobody"}, "SD1.5 checkpoint: there is no checkpoint 'nobody'"),
-        (
-            {UPGRADED: "small-sdxl", BASE: "small-sdxl"},
-            "SD1.5 checkpoint: small-sdxl.safetensors is a checkpoint of SDXL, expected SD1.5 or SD2.",
-        ),
         ({LORA: [__file__]}, "LoRA: test_demo_page.py"),
-        ({BASE: "small-sd15.safetensors"}, "Choose both models of the miniature pair or neither"),
     ],
 )
 def test_what_is_wrong_is_told_in_the_pages_own_words(generate, chosen, changed, message):
+    assert error_of(generate, chosen | changed).startswith(message)
+
+
+def error_of(generate, chosen) -> str:
     with pytest.raises(gradio.Error) as caught:
-        generate(chosen | changed)
-    assert str(caught.value.message).startswith(message)
+        generate(chosen)
+    return str(caught.value.message)
+
+
+@pytest.mark.parametrize("model", [BASE, UPGRADED])
+def test_half_of_the_miniature_pair_is_refused(generate, chosen, tmp_path, model):
+    other = shutil.copy(chosen[model], tmp_path / "other.safetensors")
+    assert error_of(generate, chosen | {model: str(other)}).startswith("Choose both models of the miniature pair")
+
+
+def test_a_checkpoint_of_sdxl_is_no_base(generate, chosen, tmp_path):
+    other = str(shutil.copy(chosen[UPGRADED], tmp_path / "other.safetensors"))
+    message = error_of(generate, chosen | {UPGRADED: other, BASE: other})
+    assert message.startswith("SD1.5 checkpoint: other.safetensors is a checkpoint of SDXL, expected SD1.5 or SD2.")
 
 
 def test_stop_ends_in_the_midst_of_a_picture_and_keeps_those_that_are_finished(own, options, chosen, tmp_path):
