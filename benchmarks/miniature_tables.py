@@ -184,6 +184,7 @@ SINGLE_RUNS: Mapping[str, Run] = {
         )
         for suffix, weight, of_unconds in (("", "1", ""), ("-uncond-0", "0", ", unconds without the adapter"))
     },
+    "unprompted": Run("No plugin, SDXL told nothing", upgraded_caption=empty_caption_of),
     "switch-points": Run(
         "Switch point, edges", (*EDGES, "--switch-point", "0.4", "0.6", "0.8", "1"), like="edges", compares=True
     ),

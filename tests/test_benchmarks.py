@@ -12,11 +12,13 @@ from torch import nn
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
-from benchmarks import curves, miniature_tables
+from benchmarks import curves, miniature_facts, miniature_tables
 from benchmarks.mapping_layers import Case, operations
 from benchmarks.random_adapter import RELEASED, random_adapter
 from benchmarks.timing import Spread, Times
 from lib_xadapter.mapping import MappingLayers, read_layout
+from lib_xadapter.miniature.drawing import upgraded_picture
+from lib_xadapter.miniature.making import write_pictures
 
 QUICK = ["--small", "--device", "cpu", "--rounds", "1", "--warm-up", "0"]
 
@@ -109,6 +111,19 @@ def test_operations_grow_with_rows_and_pixels():
 def test_ratios_are_taken_round_by_round():
     """A machine that is slow for a while is slow for both."""
     assert Times((2.0, 20.0, 6.0)).over(Times((1.0, 10.0, 3.0))) == Spread(2.0, 2.0, 2.0)
+
+
+def test_true_pictures_show_the_facts_of_their_own_captions_and_others_do_not(tmp_path):
+    write_pictures(tmp_path, range(8), upgraded_picture)
+    captions = [(tmp_path / f"{seed}.txt").read_text() for seed in range(8)]
+    rows = [
+        {"caption": caption, "pictures": {"true": f"{seed}.png", "of another": f"{(seed + 1) % 8}.png"}}
+        for seed, caption in enumerate(captions)
+    ]
+    (tmp_path / "figures.json").write_text(json.dumps({"ways": ["true", "of another"], "pictures": rows}))
+    found = miniature_facts.measured(tmp_path / "figures.json").estimates
+    assert found["true"].value > 0.95
+    assert found["of another"].value < 0.4
 
 
 @pytest.mark.parametrize("name", miniature_tables.RUNS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,7 +19,8 @@ from ..saving import write_whole
 from . import model_files
 from .autoencoders import fidelity
 from .captions import facts_of
-from .judge import Judge, find_facts
+from .finished import MiniatureModels
+from .judge import Judge, find_facts, load_judge
 from .making import SIZE, Work
 from .scenes import scene_of
 from .worlds import HELD_OUT, WORLDS, caption, picture_of, tensor_of
@@ -36,9 +36,7 @@ MOST_SHOWN = 32
 def write_grids(work: Work, pictures: int) -> int:
     """Grids of both models beside the true pictures, and figures.json with the shares of facts."""
     seeds = range(HELD_OUT, HELD_OUT + pictures)
-    judge = Judge()
-    halves = safetensors.torch.load_file(work.models / "measures/judge.safetensors")
-    judge.load_state_dict({name: value.float() for name, value in halves.items()})
+    judge = load_judge(MiniatureModels(work.models).judge)
     figures: dict[str, Any] = {"captions": pictures, "steps": STEPS, "guidance": GUIDANCE}
     for world, name, load in (
         ("base", model_files.BASE, load_base),

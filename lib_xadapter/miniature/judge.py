@@ -7,7 +7,9 @@ text encoders before their UNet comes, so that a caption's words are bound to ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -94,6 +96,13 @@ class Judge(nn.Module):
         ground = self.ground(functional.adaptive_max_pool2d(body, GROUND_LOOKS).flatten(1))
         said = {name: head(looks).flatten(2) for name, head in self.cells.items()}
         return said | {name: head(ground) for name, head in self.grounds.items()}
+
+
+def load_judge(path: Path) -> Judge:
+    """The finished one, in float32."""
+    judge = Judge()
+    judge.load_state_dict({name: value.float() for name, value in safetensors.torch.load_file(path).items()})
+    return judge.eval().requires_grad_(False)
 
 
 def _layer(inner: int, outer: int, stride: int) -> nn.Module:
