@@ -155,6 +155,7 @@ SINGLE_RUNS: Mapping[str, Run] = {
         "Table 1: edges", (*EDGES, "--single-stage"), beside=(Beside("own ControlNet", "native-edges", "sdxl.png"),)
     ),
     "depth": Run("Table 1: depth", DEPTH),
+    "depth-uncond-0": Run("Depth, unconds without the adapter", (*DEPTH, "--uncond-weight", "0"), like="depth"),
     "palette": Run(
         "Table 2: a palette",
         ("--lora", "miniature-palette"),
