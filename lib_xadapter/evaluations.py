@@ -8,6 +8,14 @@ from dataclasses import dataclass
 
 from .settings import Settings
 
+SAME_LEVEL = 1e-6
+"""Relative difference under which two noise levels are one."""
+
+
+def same_level(sigma: float, other: float) -> bool:
+    """Whether two noise levels are one, rounding apart."""
+    return abs(sigma - other) <= SAME_LEVEL * max(sigma, other)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -53,6 +61,15 @@ class GuidanceWindow:
     def base_evaluations(self, evaluations: Iterable[Evaluation]) -> list[Evaluation]:
         """Those at which the base is evaluated, in their order."""
         return [evaluation for evaluation in evaluations if self.runs_base(evaluation)]
+
+
+def distinct_levels(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """The first at each noise level: samplers of second order end a step and begin the next at one level."""
+    found: list[Evaluation] = []
+    for evaluation in evaluations:
+        if not found or not same_level(found[-1].sigma, evaluation.sigma):
+            found.append(evaluation)
+    return found
 
 
 def nearest_level(levels: Sequence[float], sigma: float) -> int:

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .evaluations import Evaluation
+from .evaluations import Evaluation, same_level
 from .rows import Row
 from .taps import BaseFeatures
-from .trajectory import Trajectory, same_level
+from .trajectory import Point, Trajectory
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,28 @@ class Lockstep:
     def __init__(self, base: BaseDenoiser, trajectory: Trajectory) -> None:
         self._base = base
         self._trajectory = trajectory
-        self._latest: tuple[float, BaseStep] | None = None
 
     def at(self, evaluation: Evaluation) -> BaseStep:
-        sigma = evaluation.sigma
-        # samplers of second order end a step and begin the next at one level
-        if self._latest is not None and same_level(self._latest[0], sigma):
-            return self._latest[1]
-        latent = self._trajectory.latent_at(sigma)
+        latent = self._trajectory.latent_at(evaluation.sigma)
         step = self._base(latent, evaluation)
-        self._trajectory.evaluated(sigma, latent, step.denoised)
-        self._latest = (sigma, step)
+        self._trajectory.add(Point(evaluation.sigma, latent, step.denoised))
         return step
+
+
+class OncePerLevel:
+    """A source whose features are used again where two evaluations follow each other at one noise level.
+
+    Samplers of second order end a step and begin the next at one level.
+
+    Args:
+        source: is asked once.
+    """
+
+    def __init__(self, source: FeatureSource) -> None:
+        self._source = source
+        self._latest: tuple[float, RowFeatures] | None = None
+
+    def at(self, evaluation: Evaluation) -> RowFeatures:
+        if self._latest is None or not same_level(self._latest[0], evaluation.sigma):
+            self._latest = (evaluation.sigma, self._source.at(evaluation))
+        return self._latest[1]

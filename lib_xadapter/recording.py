@@ -8,7 +8,7 @@ can be run again without the base: with another weight, another prompt of its ow
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnplannedLevel
-from .evaluations import Evaluation
+from .evaluations import Evaluation, distinct_levels, same_level
 from .feature_sources import FeatureSource, RowFeatures
 from .memory import free_ram
 from .pinned_transfer import PinnedTransfer
 from .taps import TAPS, BaseFeatures, Taps, base_modules, base_strides, output_channels
-from .trajectory import same_level
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Recorder:
         time_embedding: bool = True,
     ) -> None:
         self._source = source
-        self._levels = [evaluation.sigma for evaluation in _distinct(evaluations)]
+        self._levels = [evaluation.sigma for evaluation in distinct_levels(evaluations)]
         self._has_room, self._time_embedding = has_room, time_embedding
         self._steps: list[RecordedStep] = []
         self._transfer: PinnedTransfer | None = None
@@ -132,26 +131,17 @@ def record(
         time_embedding: whether the mapping layers use it, so that it is recorded, too.
         reserve: told, before anything is kept, how many bytes of ordinary memory the recording will fill at most.
     """
-    wanted = _distinct(evaluations)
+    at_levels = distinct_levels(evaluations)
 
     def always(size: int) -> bool:
         reserve(size)
         return True
 
-    recorder = Recorder(source, wanted, always, time_embedding)
-    for evaluation in wanted:
+    recorder = Recorder(source, at_levels, always, time_embedding)
+    for evaluation in at_levels:
         each()
         recorder.at(evaluation)
     return recorder.recording()
-
-
-def _distinct(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Samplers of second order end a step and begin the next at one level."""
-    found: list[Evaluation] = []
-    for evaluation in evaluations:
-        if not found or not same_level(found[-1].sigma, evaluation.sigma):
-            found.append(evaluation)
-    return found
 
 
 class Playback:
@@ -165,7 +155,6 @@ class Playback:
     def __init__(self, recording: Recording, device: torch.device | str) -> None:
         self._steps = iter(recording.steps)
         self._transfer = PinnedTransfer(torch.device(device))
-        self._latest: tuple[float, RowFeatures] | None = None
 
     def at(self, evaluation: Evaluation) -> RowFeatures:
         """The features recorded at this noise level.
@@ -174,8 +163,6 @@ class Playback:
             UnplannedLevel: another level comes next, or none.
         """
         sigma = evaluation.sigma
-        if self._latest is not None and same_level(self._latest[0], sigma):
-            return self._latest[1]
         step = next(self._steps, None)
         if step is None or not same_level(step.sigma, sigma):
             raise UnplannedLevel(
@@ -184,8 +171,7 @@ class Playback:
             )
         with self._transfer.step():
             features = _moved(step.found.features, self._transfer.to_device)
-        self._latest = (sigma, RowFeatures(features, step.found.rows))
-        return self._latest[1]
+        return RowFeatures(features, step.found.rows)
 
 
 class Sized(Protocol):

@@ -7,20 +7,15 @@ The solver is DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2) in λ 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-SAME_LEVEL = 1e-6
-"""Relative difference under which two noise levels are one."""
+from .evaluations import SAME_LEVEL
 
 SHORTEST_HISTORY = 0.1
 """An earlier point nearer than this fraction of the step tells no slope: it would be magnified by its inverse."""
-
-
-def same_level(sigma: float, other: float) -> bool:
-    """Whether two noise levels are one, rounding apart."""
-    return abs(sigma - other) <= SAME_LEVEL * max(sigma, other)
 
 
 @dataclass(frozen=True)
@@ -51,38 +46,42 @@ class Trajectory:
         self._points: list[Point] = []
 
     def latent_at(self, sigma: float) -> Tensor:
-        """The base's latent at a noise level, (images, 4, h, w); what was known below that level is forgotten."""
-        while self._points and self._points[-1].sigma < sigma * (1 - SAME_LEVEL):
-            self._points.pop()
-        if not self._points:
+        """The base's latent at a noise level, (images, 4, h, w), from the points at and above it."""
+        above = [point for point in self._points if point.sigma >= sigma * (1 - SAME_LEVEL)]
+        if not above:
             return self._start(sigma)
-        last = self._points[-1]
+        last = above[-1]
         if last.sigma <= sigma * (1 + SAME_LEVEL):
             return last.latent
-        return self._step(last, sigma)
+        return _step(above, sigma, self._order)
 
-    def evaluated(self, sigma: float, latent: Tensor, denoised: Tensor) -> None:
-        """Take note of what the base predicts at the level it was just brought to."""
-        if self._points and self._points[-1].sigma <= sigma * (1 + SAME_LEVEL):
-            self._points.pop()
-        self._points.append(Point(sigma, latent, denoised))
+    def add(self, point: Point) -> None:
+        """Take note of an evaluation of the base; what was known at its noise level and below is forgotten."""
+        self._points = [other for other in self._points if other.sigma > point.sigma * (1 + SAME_LEVEL)]
+        self._points.append(point)
 
     def _start(self, sigma: float) -> Tensor:
         noised = sigma * self._noise
         return noised if self._clean is None else self._clean + noised
 
-    def _step(self, last: Point, sigma: float) -> Tensor:
-        if sigma == 0:
-            return last.denoised
-        ratio = sigma / last.sigma
-        return ratio * last.latent + (1 - ratio) * self._extrapolated(last, sigma)
 
-    def _extrapolated(self, last: Point, sigma: float) -> Tensor:
-        """The denoised latent half a step on, from the last two points; the last one where there is no other."""
-        step = math.log(last.sigma / sigma)
-        for earlier in reversed(self._points[:-1]):
-            history = math.log(earlier.sigma / last.sigma)
-            if self._order == 2 and history >= SHORTEST_HISTORY * step:
-                slope = step / (2 * history)
-                return (1 + slope) * last.denoised - slope * earlier.denoised
+def _step(points: Sequence[Point], sigma: float, order: int) -> Tensor:
+    """The latent at a level below the last point."""
+    last = points[-1]
+    if sigma == 0:
         return last.denoised
+    ratio = sigma / last.sigma
+    denoised = _extrapolated(points, sigma) if order == 2 else last.denoised
+    return ratio * last.latent + (1 - ratio) * denoised
+
+
+def _extrapolated(points: Sequence[Point], sigma: float) -> Tensor:
+    """The denoised latent half a step on, from the last two points; the last one where there is no other."""
+    last = points[-1]
+    step = math.log(last.sigma / sigma)
+    for earlier in reversed(points[:-1]):
+        history = math.log(earlier.sigma / last.sigma)
+        if history >= SHORTEST_HISTORY * step:
+            slope = step / (2 * history)
+            return (1 + slope) * last.denoised - slope * earlier.denoised
+    return last.denoised

@@ -28,14 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UnplannedLevel, XAdapterError
-from .evaluations import Evaluation
-from .feature_sources import BaseDenoiser, FeatureSource, Lockstep
+from .evaluations import Evaluation, same_level
+from .feature_sources import BaseDenoiser, FeatureSource, Lockstep, OncePerLevel
 from .joint_stage import Coupling, JointStage
 from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
 from .recording import Playback, Recorder, Recording, RecordingCache, record
 from .taps import Taps
-from .trajectory import Trajectory, same_level
+from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ def _from_base(host: Host[Samples], plan: Pass, stage_one: StageOne, recording: 
         return host.samples_of_base(stage_one)
     if plan.coupling is None or recording is None or host.interrupted:
         return host.sample_upgraded(stage_one, None, plan.evaluations)
-    return _joint_stage(host, plan, stage_one, Playback(recording, host.device), None)
+    return _joint_stage(host, plan, stage_one, OncePerLevel(Playback(recording, host.device)), None)
 
 
 def _stage_one(host: Host[Any], found: Found) -> StageOne:
@@ -347,12 +347,12 @@ def _joint_stage(
 
 
 @contextmanager
-def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[Lockstep]:
+def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[FeatureSource]:
     """The base at the start of the joint stage: its finished latents, noised again."""
     with host.base_denoiser(stage_one, plan.taps) as denoiser:
         noise, latents = host.base_noise(), stage_one.latents
         clean = None if latents is None else latents.to(noise.device)
-        yield Lockstep(denoiser, Trajectory(noise, clean, plan.solver_order))
+        yield OncePerLevel(Lockstep(denoiser, Trajectory(noise, clean, plan.solver_order)))
 
 
 def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne, cache: BaseCache) -> Recording | None:

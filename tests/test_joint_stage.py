@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lib_xadapter.evaluations import Evaluation, GuidanceWindow
-from lib_xadapter.feature_sources import BaseStep, Lockstep
+from lib_xadapter.feature_sources import BaseStep, Lockstep, OncePerLevel
 from lib_xadapter.joint_stage import Coupling, JointEvaluation, JointStage
 from lib_xadapter.mapping import BlockLayout, MappingLayers
 from lib_xadapter.mapping_paths import EagerMapping
@@ -67,7 +67,7 @@ class CountingBase:
 
 
 def stage_for(base: CountingBase, weights=(1.0, 1.0, 1.0), overlap=None, **coupling) -> JointStage:
-    source = Lockstep(base, Trajectory(torch.zeros(2, 4, 2, 2)))
+    source = OncePerLevel(Lockstep(base, Trajectory(torch.zeros(2, 4, 2, 2))))
     return JointStage(source, Coupling(coupling.pop("mapping", Doubling()), weights, **coupling), overlap)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lib_xadapter.errors import XAdapterError
 from lib_xadapter.evaluations import Evaluation, GuidanceWindow
-from lib_xadapter.feature_sources import BaseStep, Lockstep
+from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep, OncePerLevel
 from lib_xadapter.recording import Playback, Recording, RecordingCache, record
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import BaseFeatures
@@ -33,8 +33,8 @@ def base(latent: torch.Tensor, evaluation: Evaluation) -> BaseStep:
     return BaseStep(BaseFeatures((feature,) * 3, torch.full((2, 1), sigma)), rows, latent.tanh() / sigma)
 
 
-def lockstep() -> Lockstep:
-    return Lockstep(base, Trajectory(torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(1))))
+def lockstep() -> FeatureSource:
+    return OncePerLevel(Lockstep(base, Trajectory(torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(1)))))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def recording() -> Recording:
 
 
 def test_a_recording_gives_what_the_base_gives_beside_the_upgraded_model(recording):
-    beside, played = lockstep(), Playback(recording, "cpu")
+    beside, played = lockstep(), OncePerLevel(Playback(recording, "cpu"))
     for sigma in LEVELS:
         ours, theirs = played.at(at(sigma)), beside.at(at(sigma))
         assert ours.rows == theirs.rows
@@ -83,7 +83,7 @@ def test_its_size_is_told_before_anything_is_kept():
 
 @pytest.mark.parametrize(("asked", "sentence"), [((8.0,), "8, where 9 was"), ((*LEVELS, 1.0), "1, where nothing")])
 def test_a_level_that_is_not_there_is_told(recording, asked, sentence):
-    played = Playback(recording, "cpu")
+    played = OncePerLevel(Playback(recording, "cpu"))
     with pytest.raises(XAdapterError, match=sentence):
         for sigma in asked:
             played.at(at(sigma))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lib_xadapter.trajectory import Trajectory
+from lib_xadapter.trajectory import Point, Trajectory
 
 SPREAD = 0.7
 """Standard deviation of the data; the ideal denoiser of normal data is known, and so is every path."""
@@ -33,7 +33,7 @@ def noise():
 def walk(trajectory: Trajectory, sigmas: list[float]) -> torch.Tensor:
     for sigma in sigmas:
         latent = trajectory.latent_at(sigma)
-        trajectory.evaluated(sigma, latent, denoise(latent, sigma))
+        trajectory.add(Point(sigma, latent, denoise(latent, sigma)))
     return latent
 
 

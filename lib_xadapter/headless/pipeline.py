@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import XAdapterError
-from ..evaluations import Evaluation, GuidanceWindow
+from ..evaluations import Evaluation, GuidanceWindow, distinct_levels
 from ..feature_sources import BaseDenoiser, BaseStep
 from ..joint_stage import Coupling, JointStage
 from ..mapping_choice import choose_mapping_path
@@ -29,7 +29,6 @@ from ..overlap import SideStream
 from ..recording import RecordingCache
 from ..settings import AUTO, BASE, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import Taps, read_features
-from ..trajectory import same_level
 from ..two_stage import BaseCache, KeptStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
 from .base_steps import BaseSteps
@@ -598,15 +597,6 @@ def prediction_type(pipeline: Any) -> str:
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
 
 
-def one_a_level(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Evaluations one after the other, each noise level once."""
-    found: list[Evaluation] = []
-    for evaluation in evaluations:
-        if not found or not same_level(found[-1].sigma, evaluation.sigma):
-            found.append(evaluation)
-    return found
-
-
 class DiffusersHost:
     """The joint stage's view of a set of pipelines, for one pass; see `two_stage.Host`.
 
@@ -667,7 +657,7 @@ class DiffusersHost:
     def base_denoiser(self, stage_one: StageOne, taps: Taps) -> Iterator[BaseDenoiser]:
         stages, base, request = self._stages, self._stages.models.base, self._request
         evaluations = GuidanceWindow.from_settings(request.settings).base_evaluations(stages.evaluations(self._steps))
-        calls = one_a_level(evaluations)
+        calls = distinct_levels(evaluations)
         levels = [evaluation.sigma for evaluation in calls]
         schedule, predicts, config = noise_schedule_of(base), prediction_type(base), base.scheduler.config
         channels, blending = stages.base_channels(request), stages.base_blending(request, self._finished)

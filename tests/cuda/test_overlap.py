@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_xadapter.evaluations import Evaluation
-from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
+from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep, OncePerLevel
 from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_paths import EagerMapping, MappingPath
 from lib_xadapter.overlap import SideStream
@@ -62,14 +62,14 @@ class SmallModels:
         self.start = torch.randn(1, 4, 32, 32, generator=generator).to(device)
 
     @contextmanager
-    def lockstep(self, scale: float = 1.0) -> Iterator[Lockstep]:
+    def lockstep(self, scale: float = 1.0) -> Iterator[FeatureSource]:
         with read_features(self.base) as reader:
 
             def evaluate(latent: Tensor, evaluation: Evaluation) -> BaseStep:
                 noise = self.base(latent.expand(2, -1, -1, -1), 100 * evaluation.sigma).mean(0, keepdim=True)
                 return BaseStep(reader.take(), ROWS, latent - evaluation.sigma * noise)
 
-            yield Lockstep(evaluate, Trajectory(scale * self.noise))
+            yield OncePerLevel(Lockstep(evaluate, Trajectory(scale * self.noise)))
 
     def sampled(self, source: FeatureSource, overlap: SideStream | None = None) -> list[Tensor]:
         stage = JointStage(source, Coupling(self.mapping, (1.0, 1.0, 1.0)), overlap)
@@ -131,4 +131,4 @@ def test_a_recording_plays_back_what_lockstep_gives(models):
     with models.lockstep() as source:
         recording = record(source, EVALUATIONS)
     assert not any(feature.is_pinned() for step in recording.steps for feature in step.found.features.levels)
-    assert same(serial, models.sampled(Playback(recording, models.device)))
+    assert same(serial, models.sampled(OncePerLevel(Playback(recording, models.device))))

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib_xadapter.cuda_mapping import CudaMapping
 from lib_xadapter.evaluations import Evaluation
-from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
+from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep, OncePerLevel
 from lib_xadapter.joint_stage import Coupling, JointStage
 from lib_xadapter.mapping_choice import CheckedMapping
 from lib_xadapter.mapping_paths import EagerMapping
@@ -113,7 +113,7 @@ class DiffusersHost:
 
 
 @contextmanager
-def lockstep(host) -> Iterator[Lockstep]:
+def lockstep(host) -> Iterator[FeatureSource]:
     with read_features(host.base) as reader:
 
         def evaluate(latent: Tensor, evaluation: Evaluation) -> BaseStep:
@@ -123,7 +123,7 @@ def lockstep(host) -> Iterator[Lockstep]:
                 rows=host.rows,
             )
 
-        yield Lockstep(evaluate, Trajectory(torch.empty(2, 4, 8, 8, device=GPU)))
+        yield OncePerLevel(Lockstep(evaluate, Trajectory(torch.empty(2, 4, 8, 8, device=GPU))))
 
 
 def sampled(host, mapping, source: FeatureSource) -> Tensor:
@@ -161,7 +161,7 @@ def test_recorded_features_lie_in_ordinary_memory_and_only_pinned_copies_pass(st
         with lockstep(host) as source:
             waits.seen.clear()
             recording = record(source, EVALUATIONS, time_embedding=False)
-        latent = sampled(host, mapping, Playback(recording, GPU))
+        latent = sampled(host, mapping, OncePerLevel(Playback(recording, GPU)))
     assert latent.device == GPU
     assert {feature.device.type for feature in features_of(recording)} == {"cpu"}
     assert not any(feature.is_pinned() for feature in features_of(recording))

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lib_xadapter.evaluations import Evaluation
-from lib_xadapter.feature_sources import BaseDenoiser, BaseStep, Lockstep
+from lib_xadapter.feature_sources import BaseDenoiser, BaseStep, Lockstep, OncePerLevel
 from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
 from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
@@ -168,7 +168,7 @@ class CompVisHost:
         clean = self.upgraded_vae.latent(self.base_vae.picture(finished).resize(size, Image.Resampling.BICUBIC))
         with read_features(self.base) as reader:
             trajectory = Trajectory(noise.base_again[None], finished, FIRST_ORDER)
-            source = Lockstep(self._lockstep_base(request, reader), trajectory)
+            source = OncePerLevel(Lockstep(self._lockstep_base(request, reader), trajectory))
             stage = JointStage(source, Coupling(EagerMapping(self.adapter), request.settings.weights))
             model = SamplerModel(lambda x, t, context: self._joint(stage, model, request, x, t, context))
             sampler = DDIMSampler(model)

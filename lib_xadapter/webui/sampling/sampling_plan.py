@@ -23,8 +23,7 @@ from modules.sd_samplers_cfg_denoiser import CFGDenoiser
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
-from ...evaluations import Evaluation
-from ...trajectory import same_level
+from ...evaluations import Evaluation, same_level
 from .samplings import Sampling, Start
 
 logger = logging.getLogger(__name__)
