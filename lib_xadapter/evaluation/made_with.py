@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..headless.file_contents import contents_of, files_of
 from ..headless.options import SETTINGS_OF_EVALUATE
 from ..inversion_names import files_below, mentions
 from .evaluate_command import DEPTH, Evaluation
 
-BLOCKS, BLOCK = 64, 4096
-"""How much of a file is looked at, evenly spaced: models are too large to be read whole at every start."""
 HASH = re.compile(r", [0-9a-f]{16}\)$")
 NOT_SAID_BEFORE = ("dtype", "depth")
 """What files of older versions do not tell; their pictures are taken for what is asked."""
@@ -61,20 +59,8 @@ def difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None
 
 def identity(path: Path) -> str:
     """Name, size and a hash of a file or a folder: another under the same name is found out."""
-    files = [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
-        _look_into(file, digest)
-    return f"{path.name} ({sum(file.stat().st_size for file in files)} bytes, {digest.hexdigest()[:16]})"
-
-
-def _look_into(path: Path, digest: Any) -> None:
-    last = max(path.stat().st_size - BLOCK, 0)
-    with path.open("rb") as file:
-        for place in sorted({last * block // (BLOCKS - 1) for block in range(BLOCKS)}):
-            file.seek(place)
-            digest.update(file.read(BLOCK))
+    size = sum(file.stat().st_size for file in files_of(path))
+    return f"{path.name} ({size} bytes, {contents_of(path)})"
 
 
 def _embeddings(evaluation: Evaluation) -> dict[str, str]:
