@@ -40,7 +40,7 @@ def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
     processes = Processes(options.device)
     try:
         placement = choose_placement(processes.device, options.dtype, options.low_memory)
-        facts = made_with(evaluation, str(placement.dtype).removeprefix("torch.")) if processes.is_first else {}
+        facts = made_with(evaluation, str(placement.dtype).removeprefix("torch."))
         if processes.is_first:
             _claim(evaluation, facts)
         processes.wait()
