@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
         placement = choose_placement(processes.device, options.dtype, options.low_memory)
         facts = made_with(evaluation, str(placement.dtype).removeprefix("torch."))
         if processes.is_first:
-            _claim(evaluation, facts)
+            facts = _claim(evaluation, facts)
         processes.wait()
         _make(evaluation, options, processes, placement)
         processes.wait()
@@ -58,8 +58,8 @@ def _check_rows(evaluation: Evaluation) -> None:
         raise WrongArgument(f"--beside: the table already has a row '{twice}'; choose another name.")
 
 
-def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> None:
-    """Write down what the pictures of the folder are made with.
+def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write down what the pictures of the folder are made with, and give it.
 
     Args:
         asked: that.
@@ -71,6 +71,9 @@ def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> None:
     if path.is_file() and any((evaluation.out / "pictures").glob("*/*.png")):
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
+            if _is_made(evaluation):
+                # what is measured alone may be so on another machine, whose usual type is another
+                asked = {**asked, "dtype": there.get("dtype", asked["dtype"])}
             different = difference(there, asked)
         except (ValueError, AttributeError) as error:
             raise WrongFile(f"{path} is not what evaluate wrote there.") from error
@@ -83,6 +86,13 @@ def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> None:
         if (folder := folder_of(evaluation.out, item)).path.is_dir():
             folder.keep_upgraded_caption(item.caption, evaluation.upgraded_captions[item.caption])
     write_whole(path, lambda to: to.write_text(_json(asked), encoding="utf-8"))
+    return asked
+
+
+def _is_made(evaluation: Evaluation) -> bool:
+    """Whether every picture is there."""
+    ways = ways_of(evaluation)
+    return not any(folder_of(evaluation.out, item).missing(ways) for item in evaluation.items)
 
 
 def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Processes, placement: Placement) -> None:

@@ -364,11 +364,20 @@ class TestGoingOn:
         for more, told in (
             (("--steps", "3"), "were made with 'steps' 2, not 3"),
             (("--lora", "small-style"), "were made with 'lora' [], not [['small-style.safetensors ("),
-            (("--dtype", "bfloat16"), "were made with 'dtype' 'float32', not 'bfloat16'"),
             (("--guidance-end", "0.5"), "were made with 'guidance_end' 1.0, not 0.5"),
         ):
             assert evaluate("--limit", "1", *more) == 2
             assert told in capsys.readouterr().err
+
+    def test_pictures_of_another_type_need_another_folder_unless_all_are_made(self, evaluate, capsys):
+        given = ("--metrics", "condition", "--dtype", "bfloat16")
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
+        before = evaluate.pictures()
+        assert evaluate("--limit", "1", *given) == 1
+        assert evaluate.report()["made_with"]["dtype"] == "float32"
+        assert evaluate(*given) == 2
+        assert "were made with 'dtype' 'float32', not 'bfloat16'" in capsys.readouterr().err
+        assert evaluate.pictures() == before
 
     def test_another_textual_inversion_under_a_name_in_the_captions_needs_another_folder(
         self, evaluate, tmp_path, capsys
