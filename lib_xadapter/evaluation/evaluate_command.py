@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -28,7 +27,6 @@ from ..headless.named_files import find_file
 from ..headless.options import FID_AGAINST, FID_FEATURES, METRICS, SETTINGS_OF_EVALUATE
 from ..headless.prompt_grammar import with_style
 from ..headless.sampler_table import sampler_named
-from ..inversion_names import files_below, mentions
 from ..settings import read_settings
 from .captions import Caption, Captions, literal, picture_named, read_captions, text_named
 
@@ -72,19 +70,6 @@ class Reference:
 
     description: str
     pictures: Mapping[Caption, Path]
-
-
-@dataclass(frozen=True)
-class UpgradedCaptions:
-    """What SDXL is told in the place of the captions.
-
-    Attributes:
-        identity: of the folder that they are from.
-        texts: of the captions; "" for an empty prompt.
-    """
-
-    identity: str
-    texts: Mapping[Caption, str]
 
 
 @dataclass(frozen=True)
@@ -146,7 +131,7 @@ class Evaluation:
         controls: one for each ControlNet of the base.
         upgraded_controls: one for each of the upgraded model itself.
         base_prompt: the prompt of the base, `{prompt}` standing for the caption; "" for the caption alone.
-        upgraded_captions: what SDXL is told instead; None for the captions.
+        upgraded_captions: what SDXL is told in the place of each, "" for an empty prompt; None for the captions.
         measures: the figures.
         reference: whether the released pipeline's rules hold.
         out: the folder of everything.
@@ -166,7 +151,7 @@ class Evaluation:
     measures: Measures
     reference: bool
     out: Path
-    upgraded_captions: UpgradedCaptions | None = None
+    upgraded_captions: Mapping[Caption, str] | None = None
     batch: int = 1
     beside: tuple[Beside, ...] = ()
     single_stage: bool = False
@@ -185,7 +170,7 @@ class Evaluation:
         """What the base and SDXL are asked for together, at every switch point and weight."""
         caption = literal(item.caption.text)
         base_prompt = with_style(caption, self.base_prompt)
-        prompt = caption if self.upgraded_captions is None else literal(self.upgraded_captions.texts[item.caption])
+        prompt = caption if self.upgraded_captions is None else literal(self.upgraded_captions[item.caption])
         return dataclasses.replace(
             self.job,
             prompt=prompt,
@@ -196,53 +181,6 @@ class Evaluation:
             upgraded_maps=upgraded_maps,
             upgraded_map_scales=tuple(control.scale for control in self.upgraded_controls),
         )
-
-    @property
-    def made_with(self) -> Mapping[str, Any]:
-        """All that a picture depends on beside its caption, its seed and its way."""
-        files = self.files
-        loras = {lora.path.name: lora.weight for lora in files.loras}
-        ours = {
-            name: value for name, value in dataclasses.asdict(self.job.settings).items() if name in SETTINGS_OF_EVALUATE
-        }
-        return {
-            "base": _identity(files.base),
-            "upgraded": _identity(files.upgraded),
-            "adapter": _identity(files.adapter) if files.adapter else "None",
-            "lora": loras,
-            "embeddings": self._embeddings(),
-            "controlnet": [_identity(path) for path in files.controlnets],
-            "control": [control.kind for control in self.controls],
-            "control_scale": [control.scale for control in self.controls],
-            "upgraded_controlnet": [_identity(path) for path in files.upgraded_controlnets],
-            "upgraded_control": [control.kind for control in self.upgraded_controls],
-            "upgraded_control_scale": [control.scale for control in self.upgraded_controls],
-            "width": self.job.width,
-            "height": self.job.height,
-            "steps": self.job.steps,
-            "cfg": self.job.cfg_scale,
-            "sampler": self.job.sampler,
-            "clip_skip": self.job.clip_skip,
-            "negative_prompt": self.job.negative_prompt,
-            "base_prompt": self.base_prompt,
-            "upgraded_captions": None if self.upgraded_captions is None else self.upgraded_captions.identity,
-            "reference": self.reference,
-            **ours,
-        }
-
-    def _embeddings(self) -> dict[str, str]:
-        """Textual inversions that a prompt names."""
-        negative = (self.job.negative_prompt, self.job.settings.base_negative_prompt)
-        upgraded = self.upgraded_captions.texts.values() if self.upgraded_captions else ()
-        texts = [self.base_prompt, *negative, *upgraded, *(caption.text for caption in self.captions.usable)]
-        files = files_below(*self.files.embeddings)
-        return {name: _identity(path) for name, path in files.items() if mentions(texts, name)}
-
-
-def _identity(path: Path) -> str:
-    """Name and size: another file under the same name is found out."""
-    files = [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
-    return f"{path.name} ({sum(file.stat().st_size for file in files)} bytes)"
 
 
 def read_evaluation(options: argparse.Namespace) -> Evaluation:
@@ -303,14 +241,12 @@ def read_evaluation(options: argparse.Namespace) -> Evaluation:
     return evaluation
 
 
-def _upgraded_captions(folder: Path | None, captions: Captions) -> UpgradedCaptions | None:
+def _upgraded_captions(folder: Path | None, captions: Captions) -> Mapping[Caption, str] | None:
     if folder is None:
         return None
     if not folder.is_dir():
         raise WrongFile(f"--upgraded-captions: there is no folder {folder}.")
-    return UpgradedCaptions(
-        _identity(folder), {caption: text_named(folder, caption.name) for caption in captions.usable}
-    )
+    return {caption: text_named(folder, caption.name) for caption in captions.usable}
 
 
 def _fid_against(given: str, captions: Captions) -> Reference | None:

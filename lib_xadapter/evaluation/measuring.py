@@ -18,7 +18,7 @@ from ..errors import WrongArgument, XAdapterError, first_line
 from .evaluate_command import CANNY, CLIP, CONDITION, FID, OF_CLIP, STYLE, Evaluation, Item, Measures, Reference
 from .intervals import Compared, MeanOverCaptions, Statistic, compare
 from .maps import Extractor, extractor, fitted
-from .ways import Folder, Kind, Way, folder_of, measured_ways
+from .ways import Folder, Kind, Way, folder_of, measured_ways, ways_of
 
 if TYPE_CHECKING:
     from .figures.clip import Clip
@@ -77,23 +77,27 @@ class Sample:
         items: caption by caption, each with all seeds.
         seeds: of each caption.
         ways: in the order of the table.
+        made: captions that have all pictures of this evaluation itself.
+        lacking: how many of those are left out for want of another evaluation's picture, by its row.
     """
 
     out: Path
     items: tuple[Item, ...]
     seeds: int
     ways: tuple[Way, ...]
+    made: int
+    lacking: Mapping[str, int]
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Sample:
         """As far as the pictures are there."""
-        ways, seeds = measured_ways(evaluation), len(evaluation.seeds)
-        whole = [not folder_of(evaluation.out, item).missing(ways) for item in evaluation.items]
-        items = evaluation.items
-        starts = [start for start in range(0, len(items), seeds) if all(whole[start : start + seeds])]
-        return cls(
-            evaluation.out, tuple(item for start in starts for item in items[start : start + seeds]), seeds, ways
-        )
+        out, ways, seeds = evaluation.out, measured_ways(evaluation), len(evaluation.seeds)
+        others = [way for way in ways if way.kind is Kind.OTHER]
+        captions = [evaluation.items[start : start + seeds] for start in range(0, len(evaluation.items), seeds)]
+        made = [items for items in captions if _have(out, items, ways_of(evaluation))]
+        whole = [items for items in made if _have(out, items, others)]
+        lacking = {way.name: sum(not _have(out, items, [way]) for items in made) for way in others}
+        return cls(out, tuple(item for items in whole for item in items), seeds, ways, len(made), lacking)
 
     @property
     def captions(self) -> int:
@@ -118,6 +122,10 @@ class Sample:
     def _batches(self) -> Iterator[Sequence[Folder]]:
         for start in range(0, len(self.folders), AT_ONCE):
             yield self.folders[start : start + AT_ONCE]
+
+
+def _have(out: Path, items: Sequence[Item], ways: Sequence[Way]) -> bool:
+    return not any(folder_of(out, item).missing(ways) for item in items)
 
 
 def shown(parts: Sequence[Part], description: str) -> Iterator[Part]:
@@ -189,6 +197,9 @@ class Measuring:
                 yield "F1 of edges", self._edge_f1
 
     def _notes(self, figures: Sequence[Figure]) -> Iterator[str]:
+        for name, captions in self._sample.lacking.items():
+            if captions:
+                yield f"Not measured: {captions} of {self._sample.made} captions, of which '{name}' has no picture."
         pictures = len(self._sample.items)
         if pictures < FID_SETTLES and any(figure.name == "FID" for figure in figures):
             yield (

@@ -15,16 +15,18 @@ from typing import Any
 from ..errors import WrongArgument, WrongFile, XAdapterError
 from ..headless.bars import Bars
 from ..headless.generate import choose_placement, load_models
+from ..headless.models import Placement
 from ..headless.options import say
 from ..headless.pipeline import RELEASED_RULES, WEBUI_RULES, no_progress
 from ..saving import write_whole
 from .evaluate_command import Evaluation, Item
+from .made_with import difference, made_with
 from .maps import extractor
 from .measuring import Measured, Measuring, Sample
 from .page import page
 from .processes import Processes
 from .report import Report, Row
-from .ways import Maker, UnusablePicture, folder_of, ways_of
+from .ways import Maker, UnusablePicture, folder_of, measured_ways, ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,30 +36,45 @@ EXIT_NOTHING = 1
 
 def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
     """Make what is missing, measure what was asked for; status 1 where nothing at all could be measured."""
+    _check_rows(evaluation)
     processes = Processes(options.device)
     try:
+        placement = choose_placement(processes.device, options.dtype, options.low_memory)
+        facts = made_with(evaluation, str(placement.dtype).removeprefix("torch."))
         if processes.is_first:
-            _claim(evaluation)
+            facts = _claim(evaluation, facts)
         processes.wait()
-        _make(evaluation, options, processes)
+        _make(evaluation, options, processes, placement)
         processes.wait()
-        return _tell(evaluation, processes.device) if processes.is_first else 0
+        return _tell(evaluation, processes.device, facts) if processes.is_first else 0
     finally:
         processes.leave()
 
 
-def _claim(evaluation: Evaluation) -> None:
-    """Write down what the pictures of the folder are made with.
+def _check_rows(evaluation: Evaluation) -> None:
+    """Raises: WrongArgument: two rows of the table would have one name."""
+    names = [way.name for way in measured_ways(evaluation)]
+    if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
+        raise WrongArgument(f"--beside: the table already has a row '{twice}'; choose another name.")
+
+
+def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write down what the pictures of the folder are made with, and give it.
+
+    Args:
+        asked: that.
 
     Raises:
         WrongArgument: it holds pictures that were made with something else.
     """
     path = evaluation.out / MADE_WITH
-    asked = json.loads(json.dumps(evaluation.made_with))
     if path.is_file() and any((evaluation.out / "pictures").glob("*/*.png")):
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
-            different = next((name for name in asked if there.get(name) != asked[name]), None)
+            if _is_made(evaluation):
+                # what is measured alone may be so on another machine, whose usual type is another
+                asked = {**asked, "dtype": there.get("dtype", asked["dtype"])}
+            different = difference(there, asked)
         except (ValueError, AttributeError) as error:
             raise WrongFile(f"{path} is not what evaluate wrote there.") from error
         if different is not None:
@@ -65,10 +82,20 @@ def _claim(evaluation: Evaluation) -> None:
                 f"--out: the pictures in {evaluation.out} were made with '{different}' {there.get(different)!r}, not "
                 f"{asked[different]!r}; name another folder."
             )
+    for item in evaluation.items if evaluation.upgraded_captions is not None else ():
+        if (folder := folder_of(evaluation.out, item)).path.is_dir():
+            folder.keep_upgraded_caption(item.caption, evaluation.upgraded_captions[item.caption])
     write_whole(path, lambda to: to.write_text(_json(asked), encoding="utf-8"))
+    return asked
 
 
-def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Processes) -> None:
+def _is_made(evaluation: Evaluation) -> bool:
+    """Whether every picture is there."""
+    ways = ways_of(evaluation)
+    return not any(folder_of(evaluation.out, item).missing(ways) for item in evaluation.items)
+
+
+def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Processes, placement: Placement) -> None:
     """The pictures that this process has to make."""
     ways = ways_of(evaluation)
     ours = processes.share(evaluation.items)
@@ -76,7 +103,6 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
     missing = [item for item, pictures in wanted.items() if pictures]
     if not missing:
         return
-    placement = choose_placement(processes.device, options.dtype, options.low_memory)
     models = load_models(evaluation.files, replace(placement, mapping=options.mapping), options.tokenizer)
     extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in evaluation.kinds}
     rules = RELEASED_RULES if evaluation.reference else WEBUI_RULES
@@ -126,18 +152,18 @@ def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> 
     return True
 
 
-def _tell(evaluation: Evaluation, device: str) -> int:
+def _tell(evaluation: Evaluation, device: str, facts: Mapping[str, Any]) -> int:
     """Measure and write the report; gives the exit status."""
     sample = Sample.of(evaluation)
     if not sample.items:
-        raise WrongArgument(f"--captions: no caption has all its pictures; {_some_reason(evaluation)}")
+        raise WrongArgument(_why_nothing(evaluation, sample))
     measured = Measuring(evaluation, sample, device).measured()
     report = Report(
         ways=tuple(way.name for way in sample.ways),
         captions=sample.captions,
         seeds=sample.seeds,
         measured=measured,
-        made_with=evaluation.made_with,
+        made_with=facts,
         left_out=_left_out(evaluation),
         skipped=evaluation.captions.skipped,
         pictures=tuple(_rows(evaluation, sample, measured)),
@@ -184,8 +210,13 @@ def _left_out(evaluation: Evaluation) -> Mapping[str, str]:
     return {item.key: path.read_text(encoding="utf-8") for item, path in found if path.is_file()}
 
 
-def _some_reason(evaluation: Evaluation) -> str:
-    return next((f"{key}: {reason}" for key, reason in _left_out(evaluation).items()), "")
+def _why_nothing(evaluation: Evaluation, sample: Sample) -> str:
+    """Why no caption can be measured."""
+    if any(sample.lacking.values()):
+        lacking = ", ".join(f"'{name}' lacks {captions}" for name, captions in sample.lacking.items())
+        return f"--beside: no caption has a picture in every row: of the {sample.made} that are made, {lacking}."
+    some = next((f"; {key}: {reason}" for key, reason in _left_out(evaluation).items()), ".")
+    return f"--captions: no caption has all its pictures{some}"
 
 
 def _json(value: Any) -> str:

@@ -30,6 +30,7 @@ from ..headless.models import Models
 from ..headless.pipeline import Progress, Rules, no_progress
 from ..saving import write_whole
 from ..settings import NOISE
+from .captions import Caption
 from .evaluate_command import Evaluation, Item
 from .maps import Extractor, fitted
 
@@ -40,6 +41,7 @@ class UnusablePicture(XAdapterError):
 
 BASE_LATENTS = "base.safetensors"
 SOURCE = "source.png"
+UPGRADED_CAPTION = "sdxl-caption.txt"
 
 
 class Kind(Enum):
@@ -133,6 +135,22 @@ class Folder:
     def source(self) -> Path:
         return self.path / SOURCE
 
+    def keep_upgraded_caption(self, caption: Caption, text: str) -> None:
+        """Note what SDXL is told for these pictures.
+
+        Raises:
+            WrongArgument: they were made of another text.
+        """
+        path = self.path / UPGRADED_CAPTION
+        if not path.is_file():
+            # older versions did not note it
+            write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+        elif (there := path.read_text(encoding="utf-8", errors="replace")) != text:
+            raise WrongArgument(
+                f"--upgraded-captions: of '{caption.name}' there are pictures in {self.path} for which SDXL was told "
+                f"'{there}', not '{text}'; name another --out."
+            )
+
     @property
     def left_out(self) -> Path:
         """Says why there are pictures missing, where they could not be made."""
@@ -214,12 +232,16 @@ class Maker:
 
     def _wanted(self, item: Item) -> Missing:
         folder = folder_of(self._evaluation.out, item)
+        if (texts := self._evaluation.upgraded_captions) is not None:
+            folder.keep_upgraded_caption(item.caption, texts[item.caption])
         job = self._evaluation.job_of(item, *self._maps(item, folder))
         return Missing(folder, folder.missing(self._ways), job, _kept_side(folder))
 
     def _make_joint(self, together: Sequence[Missing]) -> None:
         ways = {(way.switch_point, way.weight): way for way in self._ways}
-        there = {text for one in together for text in texts_in(one.folder.path)}
+        # the base's picture comes along with the others, which are made again for it
+        lost = BASE_ALONE in together[0].missing
+        there = set() if lost else {text for one in together for text in texts_in(one.folder.path)}
         for picture in self._pictures([one.job for one in together], there, _sides_of(together)):
             folder, settings = together[picture.job].folder, picture.settings
             if picture.base_image is not None and not folder.of(BASE_ALONE).is_file():

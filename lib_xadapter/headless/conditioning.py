@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import MultiControlNetModel
 from torch import Tensor, nn
 
 from ..wrapping import wrapped
@@ -80,15 +81,23 @@ class Conditioning:
 
 @contextmanager
 def conditioned(
-    modules: list[nn.Module], conditioning: Conditioning | None, evaluation: Callable[[], int], images: int
+    pipeline: Any, conditioning: Conditioning | None, evaluation: Callable[[], int], images: int
 ) -> Iterator[None]:
-    """While open, calls of a pipeline's UNet (the first) and ControlNets are given the prompts of the evaluation."""
+    """While open, calls of a pipeline's UNet and ControlNets are given the prompts of the evaluation."""
     with ExitStack() as scope:
-        for place, module in enumerate(modules if conditioning is not None else []):
+        for module in told_prompts(pipeline) if conditioning is not None else ():
+            is_unet = module is pipeline.unet
             scope.enter_context(
-                wrapped(module, "forward", _ConditionedForward(conditioning, evaluation, images, is_unet=place == 0))
+                wrapped(module, "forward", _ConditionedForward(conditioning, evaluation, images, is_unet))
             )
         yield
+
+
+def told_prompts(pipeline: Any) -> list[nn.Module]:
+    """The UNet, and each ControlNet once, also where it stands among several; T2I-Adapters are told no prompt."""
+    net = getattr(pipeline, "controlnet", None)
+    nets = net.nets if isinstance(net, MultiControlNetModel) else [net]
+    return list(dict.fromkeys([pipeline.unet, *(one for one in nets if isinstance(one, nn.Module))]))
 
 
 class _ConditionedForward:
@@ -112,6 +121,9 @@ class _ConditionedForward:
             }
         if "controlnet_cond" in named:
             named["controlnet_cond"] = self._for_each(named["controlnet_cond"])
+        if (residuals := named.get("down_intrablock_additional_residuals")) is not None:
+            # of T2I-Adapters, which run once before the loop; the UNet takes them off the list
+            named["down_intrablock_additional_residuals"] = [self._for_each(one) for one in residuals]
         output = forward(self._for_each(sample), timestep, **named)
         return (self._conditioning.folded(output[0]), *output[1:]) if self._is_unet else output
 

@@ -12,6 +12,7 @@ from ..settings import Settings
 from .sampler_table import sampler_named
 
 PNG_KEY = "parameters"
+STRENGTH = "Denoising strength"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PictureText:
             "Seed": self.seed,
             "Size": "x".join(map(str, self.size)),
             "Model": self.model,
-            "Denoising strength": "" if self.strength is None else f"{self.strength:g}",
+            STRENGTH: "" if self.strength is None else f"{self.strength:g}",
             "Clip skip": "" if self.clip_skip == 1 else self.clip_skip,
             **{f"ControlNet {place}": unit.written() for place, unit in enumerate(self.controls)},
             **write_infotext(self.settings, __version__),

@@ -162,13 +162,13 @@ def request_of(models: Models, job: Job, settings: Settings, scales: Sequence[fl
     return Request(
         base={
             **arguments_of(base, job.batch, base_guided),
-            **_control_arguments(models.base, job.control_maps or job.control_images, job.base_size, scales),
+            **_control_arguments(models.base, job.control_maps or job.control_images, job.base_size, scales, job.batch),
             "guidance_scale": max(base_cfg_scale, SMALLEST_GUIDANCE) if base_guided else 1.0,
             **_sized(job.base_size),
         },
         upgraded={
             **arguments_of(upgraded, job.batch, guided),
-            **_control_arguments(models.upgraded, job.upgraded_maps, job.size, job.upgraded_map_scales),
+            **_control_arguments(models.upgraded, job.upgraded_maps, job.size, job.upgraded_map_scales, job.batch),
             "guidance_scale": job.cfg_scale,
             **_sized(job.size),
         },
@@ -201,12 +201,16 @@ def _painted(job: Job) -> Painted | None:
 
 
 def _control_arguments(
-    pipeline: Any, given: Sequence[Image.Image], size: tuple[int, int], scales: Sequence[float]
+    pipeline: Any, given: Sequence[Image.Image], size: tuple[int, int], scales: Sequence[float], images: int
 ) -> dict[str, Any]:
     maps = [to_tensor(image.convert("RGB").resize(size)) for image in given]
     if not maps:
         return {}
-    scale = "adapter_conditioning_scale" if hasattr(pipeline, "adapter") else "controlnet_conditioning_scale"
+    scale = "controlnet_conditioning_scale"
+    if hasattr(pipeline, "adapter"):
+        scale = "adapter_conditioning_scale"
+        # its pipeline makes as many features as maps, not as images
+        maps = [one.expand(images, -1, -1, -1) for one in maps]
     if len(maps) == 1:
         return {"image": maps[0], scale: scales[0]}
     return {"image": maps, scale: list(scales)}

@@ -60,6 +60,10 @@ from .tokenizers import OPEN_CLIP_PADDING, load_tokenizer
 
 BASE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 UPGRADED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+EDM_KEYS = frozenset({"edm_mean", "edm_std"})
+"""Of a single file, what its latents are centred by."""
+EDM_CONFIG = "sigma_data"
+"""What every scheduler of EDM's is told, and no other."""
 INPUT_CHANNELS = (4, 9)
 """Of ordinary models and of those for inpainting."""
 
@@ -228,6 +232,7 @@ class _SingleFile:
         self._dtype = dtype
         self._config: YamlConfig = read_yaml_beside(path)
         self._weights = read_checkpoint(path)
+        check_noise_levels(path.name, is_edm=not EDM_KEYS.isdisjoint(self._weights))
         self.shapes = FileShapes(path.name, {key: tuple(value.shape) for key, value in self._weights.items()})
 
     def part(self, make: Callable[[], nn.Module], prefix: str, table: Table, dtype: torch.dtype | None = None) -> Any:
@@ -280,6 +285,15 @@ def check_channels(name: str, channels: int | None) -> None:
         )
 
 
+def check_noise_levels(name: str, is_edm: bool) -> None:
+    """Raises: WrongFile: noise and latents are scaled as in EDM (arXiv 2206.00364), which no timestep stands for."""
+    if is_edm:
+        raise WrongFile(
+            f"{name} was trained by the rules of EDM, as Playground v2.5 was: its noise levels and latents are not "
+            "those of SD1.5 and SDXL, so that they cannot be brought together here."
+        )
+
+
 def _either(families: Sequence[str]) -> str:
     return " or ".join(FAMILY_NAMES[family] for family in families)
 
@@ -327,6 +341,8 @@ def _load_folder(
         raise WrongFile(f"The folder {path} holds a {name}, expected {_either(families)} ({' or '.join(names)}).")
     pipeline = _from_pretrained(kind, path, dtype, **parts)
     check_channels(f"The folder {path}", pipeline.unet.config.in_channels)
+    is_edm = EDM_CONFIG in pipeline.scheduler.config or bool(getattr(pipeline.vae.config, "latents_mean", None))
+    check_noise_levels(f"The folder {path}", is_edm)
     pipeline.vae.to(torch.float32)
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):

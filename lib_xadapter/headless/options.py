@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..settings import RECORDED, Settings, arguments, checked, defaults, expecta
 from ..training.command_line import add_train
 from .annotator_names import ANNOTATORS, CONTROLS
 from .sampler_table import DEFAULT_SAMPLER, SAMPLERS
+
+logger = logging.getLogger(__name__)
 
 EXIT_WRONG = 2
 
@@ -113,6 +116,12 @@ def _taken_over(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     try:
         for path, read in ((options.from_png, options_of_png), (options.job, options_of_job)):
             found |= read(path) if path is not None else {}
+            if read is options_of_png and "strength" in found and options.init_image is None:
+                logger.warning(
+                    "--from-png: %s was painted over another picture, which it does not carry; without --init-image it "
+                    "is made from noise.",
+                    path.name,
+                )
     except WrongArgument as error:
         parser.error(str(error))
     return found

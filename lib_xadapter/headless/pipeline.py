@@ -546,7 +546,7 @@ class TwoStages:
         with (
             self.placement.holding(*parts_at_work(pipeline)),
             scheduled(pipeline, scheduler),
-            conditioned(parts_at_work(pipeline), conditioning, lambda: scheduler.place, len(latents)),
+            conditioned(pipeline, conditioning, lambda: scheduler.place, len(latents)),
             freed_on_failure(pipeline),
         ):
             return pipeline(
@@ -691,7 +691,7 @@ class DiffusersHost:
 
                 with (
                     scheduled(base, scheduler),
-                    conditioned(parts_at_work(base), request.base_conditioning, place, request.images),
+                    conditioned(base, request.base_conditioning, place, request.images),
                 ):
                     base(**arguments, latents=first[0], num_inference_steps=len(levels), output_type="latent")
 

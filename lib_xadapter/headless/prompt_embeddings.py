@@ -15,7 +15,6 @@ from ..wrapping import wrapped
 from .conditioning import Conditioning, conditioned
 from .inversions import Inversions
 from .lora_names import take_tags
-from .models import parts_at_work
 from .prompts import PromptPair, arguments_of, encode_conditioning
 
 
@@ -66,7 +65,7 @@ class PromptEmbeddings:
             return output
 
         with (
-            conditioned(parts_at_work(pipeline), self.conditioning, lambda: evaluations, images),
+            conditioned(pipeline, self.conditioning, lambda: evaluations, images),
             wrapped(pipeline.unet, "forward", counted),
         ):
             yield

@@ -13,12 +13,13 @@ from PIL import Image
 from ..errors import WrongArgument, first_line
 from ..infotext import read_infotext
 from ..settings import read_settings, shown
-from .infotexts import PNG_KEY
+from .infotexts import PNG_KEY, STRENGTH
 from .options import SETTINGS_ELSEWHERE
 
 PAIR = re.compile(r'([^:,]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)')
 NEGATIVE = "Negative prompt: "
 SCRIPT = "X-Adapter"
+HIRES = "Hires "
 
 REST_FIELDS = {
     "prompt": "prompt",
@@ -67,6 +68,7 @@ def options_of_png(path: Path) -> dict[str, Any]:
             "prompt": "\n".join(prompts[:negative]),
             "negative_prompt": "\n".join(prompts[negative:]).removeprefix(NEGATIVE),
             **_numbers(parameters),
+            "strength": _strength(parameters),
             "sampler": parameters["Sampler"],
             "upgraded": parameters.get("Model"),
             **_own(settings),
@@ -86,6 +88,14 @@ def _numbers(parameters: Mapping[str, str]) -> dict[str, Any]:
         "seed": [int(parameters["Seed"])],
         "clip_skip": int(parameters.get("Clip skip", 1)),
     }
+
+
+def _strength(parameters: Mapping[str, str]) -> float | None:
+    """Of painting over another picture; None where it was made from noise."""
+    # the WebUI writes that of Hires. fix under the same key
+    if STRENGTH not in parameters or any(key.startswith(HIRES) for key in parameters):
+        return None
+    return float(parameters[STRENGTH])
 
 
 def options_of_job(path: Path) -> dict[str, Any]:

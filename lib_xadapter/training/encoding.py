@@ -68,10 +68,12 @@ class Control:
     Attributes:
         kind: of the maps.
         extract: picture → map of its size.
+        estimator: what tells the network that makes them from others; "" where none does.
     """
 
     kind: str
     extract: Callable[[Image.Image], Image.Image]
+    estimator: str = ""
 
 
 class Encoder:
@@ -173,7 +175,7 @@ class Encoder:
     def _maps(self, pictures: Pictures, crops: Sequence[Crop]) -> Iterator[Entry]:
         """Of the crops at the base's size."""
         for crop in crops:
-            key = _key("map", self._control.kind, *_seen(self._seen_by_base(pictures), crop))
+            key = _key("map", self._control.kind, self._control.estimator, *_seen(self._seen_by_base(pictures), crop))
             yield self._found(key) or self._kept(key, self._map(pictures, crop))
 
     def _map(self, pictures: Pictures, crop: Crop) -> Entry:
@@ -229,15 +231,7 @@ def posterior(vae: nn.Module, picture: Image.Image) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a picture's latent, (4, h, w) each, as the UNet takes latents."""
     pixels = (2 * to_tensor(picture) - 1).to(device_of(vae))
     found = vae.encode(pixels).latent_dist
-    mean, std = found.mean[0], found.std[0]
-    if getattr(vae.config, "latents_mean", None):
-        # Playground v2.5 centres its latents channel by channel
-        center, spread = (
-            torch.tensor(values, device=mean.device)[:, None, None]
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        mean, std = (mean - center) / spread, std / spread
-    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+    return found.mean[0] * vae.config.scaling_factor, found.std[0] * vae.config.scaling_factor
 
 
 def _seen(pictures: Pictures | BasePictures, crop: Crop) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ from .batches import Batches, Crop
 from .checkpoints import Checkpoint, Checkpoints
 from .encoding import EncodedRows, Encoder
 from .pictures import Pictures
-from .recipe import FLOAT32, Course, Recipe
+from .recipe import FLOAT32, TENSORBOARD, Course, Recipe
 from .state import TrainedState
 from .step import Draws, TrainingStep
 from .validation import Validation
@@ -170,6 +171,8 @@ class Training:
         self.state = TrainedState(layers, recipe, self.steps)
         self._computed = TrainingStep(base, upgraded, layers, recipe, self._autocast, course.checkpointing, controlnet)
         self._done = 0
+        # validation moves and uses the VAEs and text encoders that the next step's pictures are encoded with
+        self._encoding = threading.Lock()
         if course.compile:
             for unet in (base.unet, upgraded.unet):
                 unet.compile_repeated_blocks()
@@ -253,8 +256,8 @@ class Training:
             last = self._checkpoints.last
             kept = f"{last} is untouched" if last is not None else "no checkpoint was written yet"
             raise XAdapterError(
-                f"The {what} of step {self._done + 1} is {value}: a lower --learning-rate, --clip or another "
-                f"--precision may help; {kept}."
+                f"The {what} of step {self._done + 1} is {value}: train again in another --out with a lower "
+                f"--learning-rate, with --clip or another --precision, as --resume keeps these options; {kept}."
             )
 
     def _save(self) -> Path | None:
@@ -279,10 +282,13 @@ class Training:
     def _validate(self) -> None:
         if not self._accelerator.is_main_process:
             return
-        grid = numpy.asarray(self._validation.paint(self.state.averaged, self._done))
+        with self._encoding:
+            grid = numpy.asarray(self._validation.paint(self.state.averaged, self._done))
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": grid[None]}, step=self._done, dataformats="NHWC")
+                # the others pass on what they do not know
+                told = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
+                tracker.log_images({"validation": grid[None]}, step=self._done, **told)
 
     def _log(self, sums: Sums) -> None:
         figures = {"loss": sums.loss, "learning rate": self.state.learning_rate}
@@ -306,7 +312,7 @@ class Training:
 
             def encoded(step: int) -> list[tuple[Part, Future[EncodedRows]]]:
                 parts = self.parts_of(step) if step < self.steps else []
-                return [(part, pool.submit(self._encoder.rows, self._pictures, part.crops)) for part in parts]
+                return [(part, pool.submit(self._rows, part)) for part in parts]
 
             def steps() -> Iterator[list[tuple[Part, Future[EncodedRows]]]]:
                 coming = encoded(self._done)
@@ -318,6 +324,10 @@ class Training:
                 yield steps()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _rows(self, part: Part) -> EncodedRows:
+        with self._encoding:
+            return self._encoder.rows(self._pictures, part.crops)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self._recipe.precision == FLOAT32:

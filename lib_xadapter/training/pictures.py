@@ -28,7 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image, ImageOps
 
 from ..errors import WrongArgument, WrongFile
-from .samples import Place, Sample, files_below, read_bytes, samples_of, source_files
+from .samples import PICTURES, Place, Sample, files_below, read_bytes, samples_of, source_files
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,13 @@ class BasePictures:
 
     @classmethod
     def beside(cls, pictures: Pictures, others: Pictures) -> BasePictures:
-        """Raises: WrongFile: a picture has none of its name."""
-        by_name = {_stem(others.noted(number).name): number for number in range(len(others))}
+        """Raises: WrongFile: a picture has none of its name, or there are two of one."""
+        by_name: dict[str, int] = {}
+        for number in range(len(others)):
+            name = others.noted(number).name
+            before = by_name.setdefault(_stem(name), number)
+            if before != number:
+                raise WrongFile(f"{others.noted(before).name} and {name} have one name, so that neither is meant.")
         names = [pictures.noted(number).name for number in range(len(pictures))]
         if missing := [name for name in names if _stem(name) not in by_name]:
             raise WrongFile(f"there is no picture for the base in the place of {_named(missing)}.")
@@ -189,7 +194,9 @@ class BasePictures:
 
 
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
+    """Without the suffix of a picture file; rows of parquet files have none."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in PICTURES else name
 
 
 def open_pictures(source: str, options: PictureOptions | None = None, cache: Path | None = None) -> Pictures:

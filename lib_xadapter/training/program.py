@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import DoesNotFit, WrongArgument, WrongFile, XAdapterError
 from ..families import FAMILY_OF_CONTEXT_WIDTH
 from ..headless.annotator_names import CONTROLS
+from ..headless.file_contents import contents_of
 from ..headless.generate import naming
 from ..headless.generate_command import check_folder
 from ..headless.lora_names import Lora, read_lora
@@ -39,7 +40,7 @@ from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from .encoding import Control, Encoder
 from .engine import Outcome, Training
 from .pictures import BasePictures, PictureOptions, Pictures, open_pictures
-from .recipe import AUTOMATIC, NO_TRACKER, Course, Recipe, check_same, read, written
+from .recipe import AUTOMATIC, NO_TRACKER, TENSORBOARD, Course, Recipe, check_same, read, written
 from .step import Diffusion
 from .validation import Validation
 
@@ -49,7 +50,6 @@ _, DEPTH = CONTROLS
 EXIT_INTERRUPTED = 130
 ADAPTER, HALF_ADAPTER = "adapter.safetensors", "adapter-fp16.safetensors"
 CHECKPOINTS, GRIDS = "checkpoints", "validation"
-TENSORBOARD = "tensorboard"
 SAMPLED = 16
 """Numbers of each tensor that tell a model from another."""
 
@@ -130,6 +130,9 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
         facts["models"]["controlnet"] = _digest([controlnet])
     if base_pictures is not None:
         facts["base pictures"] = base_pictures.pictures.fingerprint
+    control = None if controlnet is None else _control(options, recipe, accelerator)
+    if control is not None:
+        facts["models"]["depth"] = control.estimator
     if earlier is not None:
         _check_same_sources(earlier, facts)
     training = Training(
@@ -145,7 +148,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Training, AdapterFile]:
             upgraded,
             cache=options.cache,
             upgraded_captions=recipe.empty_prompts < 1,
-            control=None if controlnet is None else _control(options, recipe, accelerator),
+            control=control,
             base_pictures=base_pictures,
         ),
         checkpoints,
@@ -174,12 +177,15 @@ def _earlier(options: argparse.Namespace, recipe: Recipe, checkpoints: Checkpoin
 
 
 def _check_same_sources(earlier: Checkpoint, facts: Mapping[str, Any]) -> None:
+    before, now = earlier.facts["models"], facts["models"]
     for option, one, other in (
-        ("--base", earlier.facts["models"]["base"], facts["models"]["base"]),
-        ("--upgraded", earlier.facts["models"]["upgraded"], facts["models"]["upgraded"]),
+        ("--base", before["base"], now["base"]),
+        ("--upgraded", before["upgraded"], now["upgraded"]),
         ("--data", earlier.facts["pictures"], facts["pictures"]),
         ("--base-data", earlier.facts.get("base pictures"), facts.get("base pictures")),
-        ("--controlnet", earlier.facts["models"].get("controlnet"), facts["models"].get("controlnet")),
+        ("--controlnet", before.get("controlnet"), now.get("controlnet")),
+        # older versions did not note it
+        ("--depth", before.get("depth", now.get("depth")), now.get("depth")),
     ):
         if one != other:
             raise WrongArgument(f"{option} is another than that which the checkpoint was trained with.")
@@ -239,7 +245,8 @@ def _control(options: argparse.Namespace, recipe: Recipe, accelerator: Accelerat
 
     if recipe.control == DEPTH and options.depth is None:
         raise WrongArgument("--control is depth, but --depth names no estimator that makes the maps.")
-    return Control(recipe.control, extractor(recipe.control, options.depth, accelerator.device))
+    extract = extractor(recipe.control, options.depth, accelerator.device)
+    return Control(recipe.control, extract, contents_of(options.depth) if recipe.control == DEPTH else "")
 
 
 def _layers(

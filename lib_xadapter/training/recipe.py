@@ -24,7 +24,7 @@ ADAMW, ADAMW_8BIT, MUON = "adamw", "adamw-8bit", "muon"
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "cosine_with_restarts", "polynomial")
 """Of diffusers.optimization; each with `warmup` steps before it."""
-AUTOMATIC, NO_TRACKER = "auto", "none"
+AUTOMATIC, NO_TRACKER, TENSORBOARD = "auto", "none", "tensorboard"
 
 
 def option(default: Any, tooltip: str, **more: Any) -> Any:

@@ -253,10 +253,32 @@ class TestTogether:
         assert evaluate("--beside", given) == 2
         assert told in capsys.readouterr().err
 
-    def test_the_frechet_distance_can_be_of_clips_features(self, evaluate, whole, clip_folder):
+    def test_two_rows_of_one_name_are_refused(self, evaluate, whole, capsys):
+        pictures = f"{whole.out}/sdxl.png"
+        assert evaluate("--beside", f"X-Adapter={pictures}") == 2
+        told = "--beside: the table already has a row '{}'; choose another name."
+        assert told.format("X-Adapter") in capsys.readouterr().err
+        assert evaluate("--beside", f"other={pictures}", "--beside", f"other={whole.out}/base.png") == 2
+        assert told.format("other") in capsys.readouterr().err
+        assert not evaluate.pictures()
+
+    def test_captions_that_another_evaluation_has_not_are_told(self, evaluate, whole, tmp_path, clip_folder, capsys):
+        other = Path(shutil.copytree(whole.out, tmp_path / "other"))
+        (lost, kept) = sorted(other.glob("pictures/*/sdxl.png"))
+        lost.unlink()
+        given = ("--clip", str(clip_folder), "--metrics", "clip", "--beside", f"other={other}/sdxl.png")
+        assert evaluate(*given) == 0
+        assert evaluate.report()["sample"]["captions"] == 1
+        assert "Not measured: 1 of 2 captions, of which 'other' has no picture." in capsys.readouterr().out
+        kept.parent.rename(kept.parent.with_name("another caption"))
+        assert evaluate(*given) == 2
+        said = capsys.readouterr().err
+        assert "--beside: no caption has a picture in every row: of the 2 that are made, 'other' lacks 2." in said
+
+    def test_the_frechet_distance_can_be_of_clips_features(self, evaluate, whole, clip_folder, depth_folder):
         shutil.copytree(whole.out, evaluate.out)
         more = ("--clip", str(clip_folder), "--fid-features", "clip", "--metrics", "fid")
-        assert evaluate(*PLUGINS, "--depth", str(clip_folder), *more) == 0
+        assert evaluate(*PLUGINS, "--depth", str(depth_folder), *more) == 0
         (figure,) = evaluate.report()["figures"]
         assert figure["name"] == "Fréchet, CLIP"
         assert set(figure["ways"]) == set(WAYS) - {"SDXL"}
@@ -264,12 +286,12 @@ class TestTogether:
 
 
 class TestGoingOn:
-    def test_nothing_is_made_twice_and_no_model_is_loaded_for_nothing(self, whole, monkeypatch, tmp_path):
+    def test_nothing_is_made_twice_and_no_model_is_loaded_for_nothing(self, whole, monkeypatch, tmp_path, depth_folder):
         # another report takes the place of the one that is there
         again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
         before = again.pictures()
         monkeypatch.setattr("lib_xadapter.evaluation.program.load_models", None)
-        assert again(*PLUGINS, "--depth", str(again.models), "--metrics", "fid") == 1
+        assert again(*PLUGINS, "--depth", str(depth_folder), "--metrics", "fid") == 1
         assert again.pictures() == before
 
     @pytest.mark.parametrize("finished", [1, 2, 3, 5])
@@ -341,11 +363,21 @@ class TestGoingOn:
         assert evaluate("--limit", "1", "--metrics", "condition") == 1
         for more, told in (
             (("--steps", "3"), "were made with 'steps' 2, not 3"),
-            (("--lora", "small-style"), "were made with 'lora' {}, not {'small-style.safetensors': 1.0}"),
+            (("--lora", "small-style"), "were made with 'lora' [], not [['small-style.safetensors ("),
             (("--guidance-end", "0.5"), "were made with 'guidance_end' 1.0, not 0.5"),
         ):
             assert evaluate("--limit", "1", *more) == 2
             assert told in capsys.readouterr().err
+
+    def test_pictures_of_another_type_need_another_folder_unless_all_are_made(self, evaluate, capsys):
+        given = ("--metrics", "condition", "--dtype", "bfloat16")
+        assert evaluate("--limit", "1", "--metrics", "condition") == 1
+        before = evaluate.pictures()
+        assert evaluate("--limit", "1", *given) == 1
+        assert evaluate.report()["made_with"]["dtype"] == "float32"
+        assert evaluate(*given) == 2
+        assert "were made with 'dtype' 'float32', not 'bfloat16'" in capsys.readouterr().err
+        assert evaluate.pictures() == before
 
     def test_another_textual_inversion_under_a_name_in_the_captions_needs_another_folder(
         self, evaluate, tmp_path, capsys
@@ -360,6 +392,103 @@ class TestGoingOn:
         save_inversion(folder / "ball.safetensors", 2)
         assert evaluate(*given) == 2
         assert "were made with 'embeddings' {'ball': 'ball.safetensors" in capsys.readouterr().err
+
+    def test_an_adapter_that_was_trained_further_needs_another_folder(self, evaluate, tmp_path, capsys):
+        """Its name and its size are the same."""
+        (released,) = evaluate.models.rglob("small.safetensors")
+        adapter = Path(shutil.copy(released, tmp_path / "adapter.safetensors"))
+        given = ("--limit", "1", "--metrics", "condition", "--adapter", str(adapter))
+        assert evaluate(*given) == 1
+        content = adapter.read_bytes()
+        adapter.write_bytes(content[:-100] + bytes(byte ^ 1 for byte in content[-100:]))
+        assert evaluate(*given) == 2
+        assert "were made with 'adapter' 'adapter.safetensors (" in capsys.readouterr().err
+
+    def test_another_depth_estimator_needs_another_folder_where_there_are_depth_maps(
+        self, evaluate, whole, tmp_path, depth_folder, capsys
+    ):
+        shutil.copytree(whole.out, evaluate.out)
+        other = Path(shutil.copytree(depth_folder, tmp_path / "other"))
+        assert evaluate(*PLUGINS, "--depth", str(other), "--metrics", "fid") == 2
+        assert "were made with 'depth' 'depth" in capsys.readouterr().err
+        assert evaluate("--limit", "1", "--metrics", "fid", "--out", str(tmp_path / "none")) == 1
+        given = ("--limit", "1", "--metrics", "fid", "--out", str(tmp_path / "none"), "--depth", str(other))
+        assert evaluate(*given) == 1
+
+    def test_a_folder_of_an_older_version_goes_on_where_all_that_it_tells_agrees(self, evaluate, tmp_path, capsys):
+        """It told names and sizes of files, of LoRAs but the names, and nothing of types and depth estimators."""
+        given = ("--limit", "1", "--metrics", "condition", "--lora", "small-style:0.5")
+        assert evaluate(*given) == 1
+        path = evaluate.out / "made-with.json"
+        now = path.read_text(encoding="utf-8")
+        told = json.loads(re.sub(r" bytes, [0-9a-f]{16}\)", " bytes)", now))
+        del told["dtype"], told["depth"]
+        told |= {"lora": {"small-style.safetensors": 0.5}, "upgraded_captions": None}
+        path.write_text(json.dumps(told), encoding="utf-8")
+        assert evaluate(*given) == 1
+        assert path.read_text(encoding="utf-8") == now
+        for name, other in (
+            ("base", "small-sd15.safetensors (5 bytes)"),
+            ("lora", {"small-style.safetensors": 0.4}),
+            ("upgraded_captions", "told (5 bytes)"),
+        ):
+            path.write_text(json.dumps(told | {name: other}), encoding="utf-8")
+            assert evaluate(*given) == 2
+            assert f"were made with '{name}' {other!r}, not" in capsys.readouterr().err
+
+    def test_loras_of_one_file_name_are_told_apart(self, evaluate, tmp_path, capsys):
+        (style,) = evaluate.models.rglob("small-style.safetensors")
+        (tmp_path / "other").mkdir()
+        other = shutil.copy(style, tmp_path / "other")
+        given = ("--limit", "1", "--metrics", "condition", "--lora", f"{other}:0.5")
+        assert evaluate(*given, "small-style") == 1
+        assert evaluate(*given) == 2
+        assert "were made with 'lora' [[" in capsys.readouterr().err
+
+    def test_texts_for_sdxl_can_become_more_but_none_another(self, evaluate, tmp_path, capsys):
+        told = tmp_path / "told"
+        told.mkdir()
+        (told / "ball.txt").write_text("a green hill", encoding="utf-8")
+        given = ("--upgraded-captions", str(told), "--metrics", "condition")
+        assert evaluate("--limit", "1", *given) == 1
+        before = evaluate.pictures()
+        (told / "moon.txt").write_text("a red moon", encoding="utf-8")
+        assert evaluate(*given) == 1
+        assert before.items() < evaluate.pictures().items()
+        (told / "ball.txt").write_text("a green hull", encoding="utf-8")
+        assert evaluate(*given) == 2
+        said = capsys.readouterr().err
+        assert "--upgraded-captions: of 'ball' there are pictures" in said
+        assert "SDXL was told 'a green hill', not 'a green hull'" in said
+
+    def test_pictures_of_an_older_version_that_noted_no_texts_for_sdxl_are_taken(self, evaluate, tmp_path):
+        told = tmp_path / "told"
+        told.mkdir()
+        (told / "ball.txt").write_text("a green hill", encoding="utf-8")
+        given = ("--limit", "1", "--upgraded-captions", str(told), "--metrics", "condition")
+        assert evaluate(*given) == 1
+        (note,) = evaluate.out.glob("pictures/*/sdxl-caption.txt")
+        note.unlink()
+        path = evaluate.out / "made-with.json"
+        facts = json.loads(path.read_text(encoding="utf-8")) | {"upgraded_captions": "told (12 bytes)"}
+        path.write_text(json.dumps(facts), encoding="utf-8")
+        before = evaluate.pictures()
+        assert evaluate(*given) == 1
+        assert evaluate.pictures() == before
+        assert note.read_text(encoding="utf-8") == "a green hill"
+
+    def test_without_the_bases_picture_and_latents_all_that_came_of_them_is_made_again(self, evaluate):
+        given = ("--limit", "1", "--metrics", "condition")
+        assert evaluate(*given) == 1
+        before = evaluate.pictures()
+        (folder,) = (evaluate.out / "pictures").iterdir()
+        bytes_before = (folder / "base.png").read_bytes()
+        (folder / "base.png").unlink()
+        (folder / "base.safetensors").unlink()
+        assert evaluate(*given) == 1
+        assert evaluate.pictures().keys() == before.keys()
+        assert (folder / "base.png").read_bytes() == bytes_before
+        assert (folder / "base.safetensors").is_file()
 
     def test_a_folder_without_pictures_belongs_to_nobody(self, evaluate, capsys):
         assert evaluate("--limit", "1", "--base", "small-sdxl") == 2
@@ -465,9 +594,9 @@ class TestReport:
         assert f"Not computed: CLIP score: --clip: {depth_folder} holds no CLIP model" in said
         assert evaluate.report()["not_computed"].keys() == {"FID", "CLIP score", "Style similarity"}
 
-    def test_fid_can_be_measured_against_the_captions_own_pictures(self, whole, tmp_path, inception_file):
+    def test_fid_can_be_measured_against_the_captions_own_pictures(self, whole, tmp_path, inception_file, depth_folder):
         again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
-        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
+        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(depth_folder)]
         assert again(*given, "--fid-against", "captions") == 0
         (figure,) = again.report()["figures"]
         assert tuple(figure["ways"]) == WAYS
@@ -478,9 +607,11 @@ class TestReport:
         distance = FrechetDistance(inception.features(made), inception.features(own))(numpy.ones((1, 2), int))
         assert figure["ways"]["SDXL"]["value"] == pytest.approx(float(distance[0]), rel=1e-4)
 
-    def test_fid_can_be_measured_against_pictures_of_the_captions_names(self, whole, tmp_path, inception_file, capsys):
+    def test_fid_can_be_measured_against_pictures_of_the_captions_names(
+        self, whole, tmp_path, inception_file, depth_folder, capsys
+    ):
         again = replace(whole, out=Path(shutil.copytree(whole.out, tmp_path / "again")))
-        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(again.models)]
+        given = [*PLUGINS, "--metrics", "fid", "--inception", str(inception_file), "--depth", str(depth_folder)]
         others = Path(shutil.copytree(whole.captions, tmp_path / "others"))
         assert again(*given, "--fid-against", str(others)) == 0
         (figure,) = again.report()["figures"]

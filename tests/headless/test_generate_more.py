@@ -7,6 +7,7 @@ import json
 import numpy
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lib_xadapter.headless.generate_command import batches_of, read_prompts, styled
 from lib_xadapter.headless.options import read_options
@@ -146,6 +147,30 @@ class TestInitImage:
         assert (two != three).any()
         assert "Denoising strength: 0.75" in texts(generate)[1]
         assert "Denoising strength" not in texts(generate)[0]
+
+    def test_it_is_painted_over_again_as_strongly_as_is_written(self, generate, picture, caplog):
+        assert generate("--init-image", picture, "--strength", "0.25", width="64", height="64") == 0
+        (first,) = generate.pictures()
+        again = dict.fromkeys(("prompt", "width", "height", "steps", "seed", "upgraded", "base", "adapter"))
+        assert generate("--from-png", str(first), "--init-image", picture, **again) == 0
+        assert not caplog.messages
+        _, second = generate.pictures()
+        assert numpy.array_equal(pixels(first), pixels(second))
+        read_options(generate.words("--from-png", str(first), **again))
+        told = (
+            f"--from-png: {first.name} was painted over another picture, which it does not carry; without --init-image"
+        )
+        assert told in caplog.messages[0]
+
+    def test_the_strength_of_hires_fix_is_none_of_painting_over(self, generate, caplog):
+        assert generate(steps="1", width="64", height="64") == 0
+        (path,) = generate.pictures()
+        text = Image.open(path).info["parameters"] + ", Denoising strength: 0.4, Hires upscale: 2"
+        told = PngInfo()
+        told.add_text("parameters", text)
+        Image.open(path).save(path, pnginfo=told)
+        assert read_options(generate.words("--from-png", str(path))).strength == 0.75
+        assert not caplog.messages
 
     def test_a_mask_takes_part(self, generate, picture, tmp_path):
         mask = tmp_path / "mask.png"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import safetensors.torch
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from lib_xadapter.errors import DoesNotFit, WrongFile
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
@@ -75,6 +76,32 @@ def test_a_folder_of_another_family_is_told(upgraded, tmp_path):
     upgraded.save_config(tmp_path)
     with pytest.raises(WrongFile, match=r"holds a StableDiffusionXLPipeline, expected SD1.5"):
         load_base(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_a_folder_of_a_model_trained_by_other_rules_of_noise_is_told(kind, upgraded, tmp_path):
+    upgraded.save_pretrained(tmp_path / "folder")
+    kind().save_pretrained(tmp_path / "folder" / "scheduler")
+    index = tmp_path / "folder" / "model_index.json"
+    told = json.loads(index.read_text(encoding="utf-8")) | {"scheduler": ["diffusers", kind.__name__]}
+    index.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(WrongFile, match=r"folder was trained by the rules of EDM, as Playground v2.5 was"):
+        load_upgraded(tmp_path / "folder", torch.float32)
+
+
+def test_a_folder_whose_latents_are_centred_is_told(upgraded, tmp_path):
+    upgraded.save_pretrained(tmp_path / "folder")
+    config = tmp_path / "folder" / "vae" / "config.json"
+    told = json.loads(config.read_text(encoding="utf-8")) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    config.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(WrongFile, match=r"folder was trained by the rules of EDM"):
+        load_upgraded(tmp_path / "folder", torch.float32)
+
+
+def test_a_checkpoint_of_a_model_trained_by_other_rules_of_noise_is_told(small, tmp_path):
+    path = changed(small, tmp_path, lambda weights: weights.update(edm_mean=torch.zeros(1, 4, 1, 1)))
+    with pytest.raises(WrongFile, match=r"changed.safetensors was trained by the rules of EDM"):
+        load_base(path, torch.float32, small.tokenizer)
 
 
 def test_a_checkpoint_of_the_wrong_family_is_told(small):

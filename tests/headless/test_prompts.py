@@ -13,7 +13,7 @@ from lib_xadapter.errors import WrongArgument
 from lib_xadapter.headless.job import Job
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_controlnet, load_upgraded
-from lib_xadapter.headless.models import Models, with_controls
+from lib_xadapter.headless.models import Models, parts_at_work, with_controls
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.headless.prompts import (
     Encoder,
@@ -28,6 +28,7 @@ from lib_xadapter.headless.prompts import (
 )
 from lib_xadapter.settings import Settings
 from tests.pictures import control_map
+from tests.small_models import t2i_adapter
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +165,12 @@ def led(small, models) -> Models:
 
 
 def latents(models: Models, prompt: str, **changes) -> torch.Tensor:
-    job = replace(JOB, prompt=prompt, **changes)
-    if hasattr(models.base, "controlnet"):
-        job = replace(job, control_images=(control_map(64),), control_scales=((1.0,),))
-    stages, request = TwoStages(models), request_of(models, job, job.settings, (1.0,))
+    nets = parts_at_work(models.base)[1:]
+    count = len(getattr(nets[0], "nets", nets)) if nets else 0
+    maps = [control_map(64), control_map(64).rotate(90)][:count]
+    job = replace(JOB, prompt=prompt, control_images=tuple(maps), control_scales=((1.0,),) * count)
+    job = replace(job, **changes)
+    stages, request = TwoStages(models), request_of(models, job, job.settings, (1.0,) * count)
     return stages.upgraded_latents(request, stages.base_latents(request))
 
 
@@ -199,6 +202,26 @@ def test_combined_prompts_are_recorded_as_in_lockstep(led):
         for memory in ("lockstep", "recorded")
     )
     assert torch.equal(beside, recorded)
+
+
+@pytest.fixture(scope="module", params=["two ControlNets", "one ControlNet twice", "a T2I-Adapter"])
+def led_otherwise(request, small, models) -> Models:
+    """With what a pipeline calls in other ways than a single ControlNet."""
+    net, other = (load_controlnet(small.controlnet, models.base.unet, torch.float32) for _ in range(2))
+    nets = {"two ControlNets": [net, other], "one ControlNet twice": [net, net], "a T2I-Adapter": [t2i_adapter()]}
+    base = with_controls(models.base, nets[request.param])
+    base.set_progress_bar_config(disable=True)
+    return Models(base, models.upgraded, load_adapter(small.adapter))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [("[a cat:a cat:2]", True), ("a cat AND a dog:0", True), ("[a cat:a dog:1]", False), ("a cat AND a dog", False)],
+)
+def test_prompts_change_and_are_combined_beside_plugins_of_every_kind(prompt, same, led_otherwise):
+    plain, made = (latents(led_otherwise, text, batch=2) for text in ("a cat", prompt))
+    assert bool(torch.isfinite(made).all())
+    assert (float((made - plain).norm() / plain.norm()) < 1e-4) == same
 
 
 def test_combined_prompts_need_guidance(led):

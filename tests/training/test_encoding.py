@@ -124,20 +124,6 @@ def test_latents_are_the_posteriors_of_each_models_own_vae(pair, pictures, crops
     assert getattr(rows, f"{side}_std").min() > 1e-3
 
 
-def test_a_vae_that_centres_its_latents_is_undone(pair, pictures, crops):
-    base, upgraded = pair
-    plain = Encoder(*pair).rows(pictures, crops)
-    centred = small_vae()
-    centred.load_state_dict(upgraded.vae.state_dict())
-    centred.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4, scaling_factor=0.5)
-    parts = SimpleNamespace(**{**upgraded.components, "vae": centred.eval()})
-    rows = Encoder(base, parts).rows(pictures, crops)
-    factor = upgraded.vae.config.scaling_factor
-    means = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None]
-    torch.testing.assert_close(rows.upgraded_mean, (plain.upgraded_mean / factor - means) / 2 * 0.5)
-    torch.testing.assert_close(rows.upgraded_std, plain.upgraded_std / factor / 2 * 0.5)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_captions_are_told_as_diffusers_tells_them(pair, pictures, crops):
     """Brackets are words here, and what is longer than 77 tokens is cut off."""
@@ -289,6 +275,15 @@ def test_texts_are_made_anew_where_what_they_depend_on_has_changed(pair, picture
         upgraded = SimpleNamespace(**{**upgraded.components, "text_encoder_2": other})
     with pytest.raises(AssertionError, match="from the cache"):
         Encoder(*raising((base, upgraded)), cache=tmp_path / "cache").rows(pictures, crops[:1])
+
+
+def test_maps_are_made_anew_where_another_network_makes_them(pair, pictures, crops, tmp_path):
+    def maps(level, estimator):
+        control = Control("depth", lambda picture: Image.new("L", picture.size, level), estimator)
+        return Encoder(*pair, control=control, cache=tmp_path / "cache").rows(pictures, crops[:1]).control
+
+    assert torch.equal(maps(51, "one"), maps(0, "one"))
+    assert not torch.equal(maps(51, "one"), maps(0, "another"))
 
 
 def test_one_entry_is_enough_for_one_picture_under_two_names(pair, pictures, crops, tmp_path):

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lib_xadapter.errors import WrongArgument, WrongFile
-from lib_xadapter.training.pictures import PictureOptions, open_pictures
+from lib_xadapter.training.pictures import BasePictures, PictureOptions, open_pictures
 
 
 def picture(number: int, size=(48, 32)) -> Image.Image:
@@ -75,6 +75,26 @@ def captions(pictures):
 
 def same(first: Image.Image, second: Image.Image) -> bool:
     return first.size == second.size and first.tobytes() == second.tobytes()
+
+
+# --- one picture for each model ---------------------------------------------------------------------------------------
+
+
+def test_the_bases_pictures_in_parquet_files_are_found_by_file_and_row(tmp_path):
+    for name, first in (("data", 0), ("base", 10)):
+        (tmp_path / name).mkdir()
+        rows = [{"caption": "a", "jpg": png(first + number)} for number in range(3)]
+        parquet(tmp_path / name / "a.parquet", rows)
+    pictures, others = (open_pictures(str(tmp_path / name)) for name in ("data", "base"))
+    beside = BasePictures.beside(pictures, others)
+    assert all(same(beside[number].picture, picture(10 + number)) for number in range(3))
+
+
+def test_two_pictures_of_one_name_for_the_base_are_refused(folder, tmp_path):
+    pictures = open_pictures(str(folder))
+    (folder / "a.jpg").write_bytes(png(7))
+    with pytest.raises(WrongFile, match=r"a\.jpg and a\.png have one name"):
+        BasePictures.beside(pictures, open_pictures(str(folder)))
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------

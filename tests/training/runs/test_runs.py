@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import WandBTracker
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from lib_xadapter.evaluation import maps
 from lib_xadapter.headless.cli import main
 from lib_xadapter.headless.inspection import describe
 from lib_xadapter.mapping import BlockLayout, MappingLayers, load_adapter, save_adapter
 from lib_xadapter.training import engine
 from lib_xadapter.training.checkpoints import Checkpoint, Checkpoints, read_checkpoint
+from lib_xadapter.training.encoding import Encoder
 from lib_xadapter.training.engine import Training
 from lib_xadapter.training.recipe import Recipe
 from lib_xadapter.training.state import TrainedState
+from lib_xadapter.training.validation import Validation
 from tests.seeded import fill
 from tests.small_models import make_small_models
 from tests.training.tiny_models import save_pictures
@@ -210,6 +218,64 @@ def test_validation_grids_are_painted_and_change_nothing(train, tmp_path):
     ]
 
 
+class StrictRun:
+    """What `wandb.init` gives: its log takes no options of TensorBoard."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, data: dict, step: int | None = None, commit: bool | None = None) -> None:
+        if "validation" in data:
+            self.steps.append(step)
+
+    def finish(self) -> None:
+        """The training is over."""
+
+
+def test_validation_grids_go_to_wandb(train, monkeypatch):
+    tracker, run = WandBTracker("training"), StrictRun()
+    tracker.run = run
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=Image.fromarray))
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *_, **__: self.trackers.append(tracker))
+    assert (
+        train("--validation-prompt", "a blot", "--validate-every", "1", "--validation-steps", "1", size=64, steps=2)
+        == 0
+    )
+    assert run.steps == [1, 2]
+
+
+def test_a_grid_waits_for_the_pictures_that_are_being_encoded(train, monkeypatch):
+    """Both move and use the same VAEs and text encoders."""
+    validating, encoding, met = threading.Event(), threading.Event(), []
+    validate, paint, rows = Training._validate, Validation.paint, Encoder.rows
+
+    def validated(training):
+        validating.set()
+        validate(training)
+
+    def painted(validation, *given):
+        met.append(encoding.is_set())
+        return paint(validation, *given)
+
+    def encoded(encoder, *given):
+        encoding.set()
+        if started:
+            # the second step's, read ahead in the first
+            validating.wait()
+        started.append(given)
+        found = rows(encoder, *given)
+        encoding.clear()
+        return found
+
+    started: list[object] = []
+    monkeypatch.setattr(Training, "_validate", validated)
+    monkeypatch.setattr(Validation, "paint", painted)
+    monkeypatch.setattr(Encoder, "rows", encoded)
+    told = ("--validation-prompt", "a blot", "--validate-every", "1", "--validation-steps", "1")
+    assert train(*told, size=64, steps=2) == 0
+    assert met == [False, False]
+
+
 def test_a_plugin_in_validation_grids_leaves_the_training_alone(train, tmp_path):
     small = make_small_models(tmp_path / "small")
     models = {"base": small.base, "upgraded": small.upgraded, "tokenizer": small.tokenizer, "size": 64, "batch": 1}
@@ -236,6 +302,20 @@ def test_mapping_layers_learn_with_a_controlnet_of_the_base(train, tiny, tmp_pat
     assert train("--resume", **told, cache=tmp_path / "cache") == 0
     assert same(weights_of(train.out), weights_of(whole))
     assert "  controlnet: net" in describe(train.out / "adapter.safetensors")
+
+
+def test_another_depth_estimator_does_not_go_on(train, tiny, tmp_path, monkeypatch, capsys):
+    base = UNet2DConditionModel.from_pretrained(tiny / "base/unet")
+    fill(ControlNetModel.from_unet(base), "controlnet.").save_pretrained(tmp_path / "net")
+    monkeypatch.setattr(maps, "extractor", lambda *_: lambda picture: picture.convert("L"))
+    for name in ("one", "another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    told = {"controlnet": tmp_path / "net", "controlled": 0.5, "size": 128, "steps": 1, "control": "depth"}
+    assert train(**told, depth=tmp_path / "one") == 0
+    assert train("--resume", **told, depth=(tmp_path / "one").rename(tmp_path / "moved")) == 0
+    assert train("--resume", **told, depth=tmp_path / "another") == 2
+    assert "--depth is another than that" in capsys.readouterr().err
 
 
 def test_the_base_sees_the_pictures_of_its_own_world(train, pictures, tmp_path, capsys):
@@ -305,7 +385,8 @@ class TestNothingLost:
 
         monkeypatch.setattr(Training, "_compute", computed)
         said = self.refused(train, capsys)
-        assert "The loss of step 4 is nan" in said and "step-00000002.safetensors is untouched" in said
+        assert "The loss of step 4 is nan: train again in another --out with a lower --learning-rate" in said
+        assert "step-00000002.safetensors is untouched" in said
         assert read_checkpoint(train.out / "checkpoints/step-00000002.safetensors").step == 2
 
     def test_a_full_disk(self, train, capsys, monkeypatch):
