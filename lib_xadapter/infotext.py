@@ -61,6 +61,7 @@ def key_of(name: str) -> str:
 
 
 VERSION_KEY = key_of("enabled")
+BASE_SEED_KEY = key_of("base_seed")
 PLUGINS_KEY = PREFIX + "plugins"
 """Which plugin went to which model, in words; for the reader only, pasting passes over it."""
 

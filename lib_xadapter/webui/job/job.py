@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import XAdapterError
-from ...infotext import write_infotext
+from ...infotext import BASE_SEED_KEY, write_infotext
 from ...settings import Settings
 from ...tried_versions import difference
 from ...two_stage import Pass, run
@@ -128,7 +128,7 @@ class Job:
             with nothing_drawn():
                 request = decide(p, self._models, self._units, arguments())
             self.settings = request.settings
-            p.extra_generation_params.update(write_infotext(request.settings, __version__))
+            p.extra_generation_params.update(_infotext_of(request.settings))
             if request.sequential:
                 self._scope.callback(upgraded_to_device, request.base)
             with counted(p, request), given_picture(p) as given:
@@ -250,6 +250,30 @@ class Job:
             yield
         finally:
             sd_models.apply_token_merging(model, 0)
+
+
+def _infotext_of(settings: Settings) -> dict[str, str | Callable[..., str]]:
+    """What is written under every image, in the forms in which the WebUI takes it."""
+    written: dict[str, str | Callable[..., str]] = dict(write_infotext(settings, __version__))
+    if BASE_SEED_KEY in written:
+        written[BASE_SEED_KEY] = partial(_base_seed_text, settings)
+    return written
+
+
+def _base_seed_text(
+    settings: Settings,
+    /,
+    p: StableDiffusionProcessing,
+    all_seeds: Sequence[int],
+    index: int,
+    use_main_prompt: bool,
+    **_: Any,
+) -> str:
+    """The base's own seed under an image; arguments are the variables of the WebUI's `create_infotext`."""
+    first = p.all_seeds[0]
+    # under a grid stands what is under the first image
+    seed = first if use_main_prompt else all_seeds[index]
+    return str(settings.of_image(seed, first).base_seed)
 
 
 def _leave(sampler: Sampler) -> None:
