@@ -178,7 +178,7 @@ class Job:
         call = SamplerCall(
             sampler, inspect.signature(host).bind(*args, **kwargs).arguments, partial(host, *args, **kwargs)
         )
-        with self._ends_the_job(request, batch), self._token_merging(request):
+        with self._ends_the_job(request, batch), self._token_merging(request, planned.sampling):
             self._units.check_those_of_sdxl()
             if planned.sampling.is_hires:
                 planned = self._at_hires(request, planned)
@@ -243,9 +243,9 @@ class Job:
             raise
 
     @contextmanager
-    def _token_merging(self, request: Request) -> Iterator[None]:
+    def _token_merging(self, request: Request, sampling: Sampling) -> Iterator[None]:
         model: torch.nn.Module = request.base.model
-        sd_models.apply_token_merging(model, self._p.get_token_merging_ratio())
+        sd_models.apply_token_merging(model, self._p.get_token_merging_ratio(for_hr=sampling.is_hires))
         try:
             yield
         finally:
