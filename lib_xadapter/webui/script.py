@@ -90,6 +90,8 @@ class XAdapter(scripts.Script):
         if job is None:
             return
         job.end()
+        # it holds the processing object and its pictures, and nobody knows when the tab's next one comes
+        self._jobs = [other for other in self._jobs if other is not job]
         if isinstance(p, StableDiffusionProcessingImg2Img) and is_one_of_several(p):
             # the tab's scripts put all that they are given together as one picture
             return
