@@ -95,11 +95,12 @@ class XAdapter(scripts.Script):
         if isinstance(p, StableDiffusionProcessingImg2Img) and is_one_of_several(p):
             # the tab's scripts put all that they are given together as one picture
             return
-        shown = job.base_pictures if job.settings.return_base_image else []
-        for picture in shown:
-            processed.images.append(picture)
-            processed.infotexts.append(picture.info["parameters"])
+        _fill_texts(processed)
+        for picture in job.base_pictures if job.settings.return_base_image else []:
+            processed.images.append(picture.shown())
+            processed.infotexts.append(picture.infotext)
         processed.images += job.detected_maps
+        _fill_texts(processed)
 
 
 def is_enabled(given: Sequence[Any], told: Mapping[str, Any]) -> bool:
@@ -114,6 +115,15 @@ def is_enabled(given: Sequence[Any], told: Mapping[str, Any]) -> bool:
     first = given[0] if given else False
     enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
     return enabled is not None and enabled is not False
+
+
+def _fill_texts(processed: Processed) -> None:
+    """Give the first picture's text to what stands behind the last text, such as maps and masks.
+
+    The WebUI finds a picture's text by the picture's place.
+    """
+    missing = len(processed.images) - len(processed.infotexts)
+    processed.infotexts += [processed.infotexts[processed.index_of_first_image]] * missing
 
 
 def _job_of(p: StableDiffusionProcessing) -> Job | None:

@@ -31,6 +31,7 @@ from ...tried_versions import difference
 from ...two_stage import Pass, run
 from ...wrapping import copied_as_it_was, wrapped
 from ..base import plugins
+from ..base.base_infotext import BasePicture
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
 from ..base.models import Models, make_room_to_decode, upgraded_to_device
@@ -66,7 +67,7 @@ class Job:
         arguments: Callable[[], Mapping[str, Any]],
         is_inner: bool = False,
     ) -> None:
-        self.base_pictures: list[Image.Image] = []
+        self.base_pictures: list[BasePicture] = []
         self.detected_maps: list[Image.Image] = []
         """What the base's ControlNet units show beside the pictures."""
         self.settings = Settings()
