@@ -4,8 +4,8 @@
 
     const TABS = ["txt2img", "img2img"];
     const PAUSE = 400; // milliseconds without a change before the server is asked
+    const NOTHING_KNOWN = {line: ""};
     const asked = {};
-    const answers = {};
     let timer;
 
     function find(id) {
@@ -23,6 +23,11 @@
 
     function text(id) {
         return find(id)?.querySelector("textarea")?.value ?? "";
+    }
+
+    // Those that are selected, as the dropdown shows them.
+    function styles(tab) {
+        return Array.from(find(`${tab}_styles`)?.querySelectorAll(".token > span") ?? [], (name) => name.textContent);
     }
 
     function chosen(id) {
@@ -80,6 +85,8 @@
             hr_resize_x: number("txt2img_hr_resize_x"),
             hr_resize_y: number("txt2img_hr_resize_y"),
             hr_second_pass_steps: number("txt2img_hires_steps"),
+            hr_prompt: text("hires_prompt"),
+            hr_negative_prompt: text("hires_neg_prompt"),
         };
     }
 
@@ -102,6 +109,7 @@
             args: argumentsOf(tab),
             prompt: text(`${tab}_prompt`),
             negative_prompt: text(`${tab}_neg_prompt`),
+            styles: styles(tab),
             units: units(tab),
             width: number(`${tab}_width`),
             height: number(`${tab}_height`),
@@ -117,21 +125,33 @@
     }
 
     // The page's own login (--gradio-auth) is enough; the API's password (--api-auth) is not needed.
-    async function ask(tab, body) {
+    async function answerTo(body) {
         const answer = await fetch("./xadapter/v1/plan", {
             method: "POST",
             headers: {"Content-Type": "application/json"},
             credentials: "same-origin",
             body: body,
         });
-        if (answer.ok && body === asked[tab]) {
-            answers[tab] = await answer.json();
-            show(tab);
+        if (!answer.ok) {
+            throw new Error(`no forecast: status ${answer.status}`);
+        }
+        return answer.json();
+    }
+
+    async function ask(tab, body) {
+        const answer = await answerTo(body).catch((problem) => {
+            console.warn("X-Adapter:", problem);
+            return null;
+        });
+        // another question may have been asked meanwhile
+        if (body === asked[tab]) {
+            // what got no answer is asked again when the page next changes
+            asked[tab] = answer && body;
+            show(tab, answer ?? NOTHING_KNOWN);
         }
     }
 
-    function show(tab) {
-        const {line: told, problem, base, summary} = answers[tab];
+    function show(tab, {line: told, problem, base, summary}) {
         line(tab, "forecast").textContent = told;
         line(tab, "forecast").classList.toggle("xadapter-problem", problem === true);
         line(tab, "plugins").textContent = summary ? `Plugins: ${summary}.` : "";
@@ -164,7 +184,7 @@
             const body = JSON.stringify(wanted);
             if (body !== asked[tab] && isWhole(wanted)) {
                 asked[tab] = body;
-                ask(tab, body).catch((problem) => console.warn("X-Adapter:", problem));
+                ask(tab, body);
             }
         }
     }

@@ -61,8 +61,11 @@ def key_of(name: str) -> str:
 
 
 VERSION_KEY = key_of("enabled")
+BASE_SEED_KEY = key_of("base_seed")
 PLUGINS_KEY = PREFIX + "plugins"
 """Which plugin went to which model, in words; for the reader only, pasting passes over it."""
+HIRES_PLUGINS_KEY = PREFIX + "hires plugins"
+"""The same of the second pass of Hires. fix, where it is not as in the first."""
 
 
 def write_infotext(settings: Settings, version: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,8 @@ AUTO, LOCKSTEP, RECORDED = "auto", "lockstep", "recorded"
 """How the base runs in the joint stage."""
 SAME_SEED = -1
 """A base seed that means SDXL's own."""
+SEEDS = 2**32
+"""How many there are; after the last one comes 0."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Settings:
         "base seed",
         "Seed of the SD1.5 model. -1: the seed above. With a seed of its own, SDXL can vary over one SD1.5 picture.",
         minimum=SAME_SEED,
-        maximum=2**32 - 1,
+        maximum=SEEDS - 1,
         step=1,
     )
     base_start: str = argument(
@@ -250,6 +252,22 @@ class Settings:
     def has_adapter(self) -> bool:
         """Whether an adapter acts at all: "None" asks for the SDEdit + SDXL baseline."""
         return self.adapter.lower() != "none"
+
+    def of_image(self, seed: int, first: int) -> Settings:
+        """Those that make an image of a job by itself: the base's own seed counts on as SDXL's do.
+
+        Args:
+            seed: SDXL's of the image.
+            first: SDXL's of the job's first image.
+        """
+        if self.base_seed == SAME_SEED:
+            return self
+        return dataclasses.replace(self, base_seed=(self.base_seed + seed - first) % SEEDS)
+
+    def base_seeds(self, seeds: Sequence[int], first: int) -> list[int]:
+        """The base's seed for each image, from SDXL's seeds and that of the job's first image."""
+        own = (self.of_image(seed, first).base_seed for seed in seeds)
+        return [seed if base == SAME_SEED else base for seed, base in zip(seeds, own, strict=True)]
 
 
 def half(size: int) -> int:

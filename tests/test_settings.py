@@ -24,6 +24,27 @@ def test_the_weight_is_one_number_or_one_a_level():
     assert read_settings({"weight": [1, 0.5, 0]}).weights == (1.0, 0.5, 0.0)
 
 
+class TestBaseSeeds:
+    """The base's own count on from image to image as SDXL's do, to which the job's first one belongs."""
+
+    def test_without_one_they_are_sdxls(self):
+        assert Settings().base_seeds([7, 8], 7) == [7, 8]
+        assert Settings().of_image(8, 7) == Settings()
+
+    def test_its_own_counts_on_over_all_batches(self):
+        assert Settings(base_seed=40).base_seeds([9, 10], 7) == [42, 43]
+
+    def test_where_all_seeds_are_alike_its_are_alike(self):
+        assert Settings(base_seed=40).base_seeds([7, 7], 7) == [40, 40]
+
+    def test_each_image_alone_has_the_seed_that_it_has_among_others(self):
+        alone = Settings(base_seed=40).of_image(9, 7)
+        assert alone.base_seeds([9], 9) == [42]
+
+    def test_after_the_last_seed_comes_the_first(self):
+        assert Settings(base_seed=2**32 - 1).base_seeds([7, 8], 7) == [2**32 - 1, 0]
+
+
 @pytest.mark.parametrize("name", ["None", "none"])
 def test_the_adapter_none_is_the_baseline(name):
     assert not read_settings({"adapter": name}).has_adapter

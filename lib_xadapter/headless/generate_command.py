@@ -78,9 +78,9 @@ def read_generate_command(options: argparse.Namespace) -> GenerateCommand:
     return GenerateCommand(
         files,
         tuple(
-            replace(job, prompt=prompt, seed=seed, batch=images)
+            replace(job, prompt=prompt, seed=seed + done, batch=images, settings=job.settings.of_image(done, 0))
             for prompt in read_prompts(options, prompts.prompt)
-            for seed, images in batches
+            for seed, done, images in batches
         ),
     )
 
@@ -107,8 +107,8 @@ def styled(options: argparse.Namespace, prompt: str) -> tuple[str, str]:
     )
 
 
-def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int]]:
-    """First seed and images of each batch: `num` pictures from each seed on, at most `batch` at once.
+def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[int, int, int]]:
+    """Seed, images before it and images of each batch: `num` pictures from each seed on, at most `batch` at once.
 
     Raises:
         WrongArgument: `num` is out of range.
@@ -116,7 +116,7 @@ def batches_of(seeds: Sequence[int], num: int | None, batch: int) -> list[tuple[
     count = batch if num is None else num
     if count < 1:
         raise WrongArgument(f"--num is {count}, expected a whole number from 1.")
-    return [(seed + done, min(batch, count - done)) for seed in seeds for done in range(0, count, max(batch, 1))]
+    return [(seed, done, min(batch, count - done)) for seed in seeds for done in range(0, count, max(batch, 1))]
 
 
 def read_prompts(options: argparse.Namespace, prompt: str) -> list[str]:

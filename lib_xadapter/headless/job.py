@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import WrongArgument
-from ..settings import CONTROL_IMAGE, NOISE, PICTURE, SAME_SEED, Settings, half
+from ..settings import CONTROL_IMAGE, NOISE, PICTURE, Settings, half
 from .annotator_names import Annotator
 
 LATENT_PIXEL = 8
@@ -128,10 +129,9 @@ class Job:
         return range(self.seed, self.seed + self.batch)
 
     @property
-    def base_seeds(self) -> range:
+    def base_seeds(self) -> Sequence[int]:
         """The base's own seeds, where `settings` gives it one, else the same."""
-        own = self.settings.base_seed
-        return self.seeds if own == SAME_SEED else range(own, own + self.batch)
+        return self.settings.base_seeds(self.seeds, self.seed)
 
     @property
     def pictures(self) -> int:

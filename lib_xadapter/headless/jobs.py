@@ -118,7 +118,7 @@ def _made(
     base_images: list[Any] = [None] * len(rows)
     for switch_point, weight in itertools.product(jobs[0].switch_points, jobs[0].weights):
         chosen = {"switch_point": switch_point, "weight": weight}
-        settings = [dataclasses.replace(job.settings, **chosen) for _, job, _ in rows]
+        settings = [dataclasses.replace(job.settings.of_image(seed, job.seed), **chosen) for _, job, seed in rows]
         texts = [_text(job, own, scales, seed) for (_, job, seed), own in zip(rows, settings, strict=True)]
         if set(texts) <= set(there):
             continue

@@ -54,20 +54,15 @@ class XAdapter(scripts.Script):
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
         try:
-            self._begin_job(p, *values)
+            given, told = with_cell(p, values), told_by_finished_picture(p)
+            if is_enabled(given, told):
+                self._begin_job(p, given, told)
         except Exception as error:
             # the WebUI would swallow it and make a picture without X-Adapter
-            if values and values[0]:
-                end_at_once(p, error)
+            end_at_once(p, error)
             raise
 
-    def _begin_job(self, p: StableDiffusionProcessing, *values: Any) -> None:
-        values = with_cell(p, values)
-        # arguments are read in the job itself, where what is wrong with them ends it
-        first, told = values[0] if values else None, told_by_finished_picture(p)
-        enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
-        if enabled is None or enabled is False:
-            return
+    def _begin_job(self, p: StableDiffusionProcessing, given: Sequence[Any], told: Mapping[str, Any]) -> None:
         # whoever leaves X-Adapter unticked does not wait for what it is made of
         from .base.models import loaded_models
         from .job.job import Job
@@ -75,7 +70,7 @@ class XAdapter(scripts.Script):
         outer = jobs_under_way()
         self._end_others(outer)
         p.extra_generation_params = own_infotext(p)
-        job = Job(p, loaded_models(), lambda: {**panel.read_controls(values), **told}, is_inner=bool(outer))
+        job = Job(p, loaded_models(), lambda: {**panel.read_controls(given), **told}, is_inner=bool(outer))
         self._jobs.append(job)
         setattr(p, ATTRIBUTE, job)
 
@@ -95,14 +90,40 @@ class XAdapter(scripts.Script):
         if job is None:
             return
         job.end()
+        # it holds the processing object and its pictures, and nobody knows when the tab's next one comes
+        self._jobs = [other for other in self._jobs if other is not job]
         if isinstance(p, StableDiffusionProcessingImg2Img) and is_one_of_several(p):
             # the tab's scripts put all that they are given together as one picture
             return
-        shown = job.base_pictures if job.settings.return_base_image else []
-        for picture in shown:
-            processed.images.append(picture)
-            processed.infotexts.append(picture.info["parameters"])
+        _fill_texts(processed)
+        for picture in job.base_pictures if job.settings.return_base_image else []:
+            processed.images.append(picture.shown())
+            processed.infotexts.append(picture.infotext)
         processed.images += job.detected_maps
+        _fill_texts(processed)
+
+
+def is_enabled(given: Sequence[Any], told: Mapping[str, Any]) -> bool:
+    """Whether a picture is to be made with X-Adapter.
+
+    Whatever else is wrong with the arguments ends the job when that reads them.
+
+    Args:
+        given: what the page, the request or a plot's cell gives the script.
+        told: what a finished picture says, which goes before.
+    """
+    first = given[0] if given else False
+    enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
+    return enabled is not None and enabled is not False
+
+
+def _fill_texts(processed: Processed) -> None:
+    """Give the first picture's text to what stands behind the last text, such as maps and masks.
+
+    The WebUI finds a picture's text by the picture's place.
+    """
+    missing = len(processed.images) - len(processed.infotexts)
+    processed.infotexts += [processed.infotexts[processed.index_of_first_image]] * missing
 
 
 def _job_of(p: StableDiffusionProcessing) -> Job | None:

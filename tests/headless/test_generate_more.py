@@ -28,10 +28,10 @@ def pixels(path) -> numpy.ndarray:
 @pytest.mark.parametrize(
     ("given", "batches"),
     [
-        (([5], None, 2), [(5, 2)]),
-        (([5], 3, 2), [(5, 2), (7, 1)]),
-        (([5, 9], None, 1), [(5, 1), (9, 1)]),
-        (([5, 9], 2, 4), [(5, 2), (9, 2)]),
+        (([5], None, 2), [(5, 0, 2)]),
+        (([5], 3, 2), [(5, 0, 2), (5, 2, 1)]),
+        (([5, 9], None, 1), [(5, 0, 1), (9, 0, 1)]),
+        (([5, 9], 2, 4), [(5, 0, 2), (9, 0, 2)]),
     ],
     ids=str,
 )
@@ -65,6 +65,17 @@ def test_a_picture_is_made_again_from_what_is_written_in_it(generate):
     _, second = generate.pictures()
     assert numpy.array_equal(pixels(first), pixels(second))
     assert len(set(texts(generate))) == 1
+
+
+@pytest.mark.parametrize("images", [("--batch", "2"), ("--num", "2")], ids=" ".join)
+def test_every_image_of_several_is_made_again_from_what_is_written_in_it(generate, images):
+    assert generate("--base-seed", "8", *images, width="64") == 0
+    _, second = generate.pictures()
+    again = dict.fromkeys(("prompt", "width", "height", "steps", "seed", "upgraded", "base", "adapter"))
+    assert generate("--from-png", str(second), **again) == 0
+    *_, alone = generate.pictures()
+    assert "X-Adapter base seed: 9" in Image.open(second).text["parameters"]
+    assert numpy.abs(pixels(second) - pixels(alone)).max() <= 1
 
 
 def test_styles_are_put_around_the_prompt(generate, tmp_path):

@@ -374,6 +374,10 @@ class WebUIServer:
         """Bytes that recordings of the base fill."""
         return self.probed(self.get("/probe/recordings"))
 
+    def kept_jobs(self) -> int:
+        """How many of X-Adapter's jobs are kept."""
+        return self.probed(self.get("/probe/jobs"))
+
     def changed_tensors(self) -> list[str]:
         """Names of the base's tensors that are not, to the bit, those of its checkpoint's file."""
         return self.probed(self.get("/probe/changed"))

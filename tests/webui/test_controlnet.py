@@ -179,6 +179,7 @@ class TestWhatCannotWork:
             ([{**LINES_XL, "image": None}], ["unit 0", T2I_OF_SDXL, "no image"]),
             ([T2I, unit("odd_sdxl")], ["unit 1", "odd_sdxl", "SDXL", "log"]),
             ([{**T2I, "mask": encode_image(mask(64, 64))}], ["unit 0", "not aligned"]),
+            ([{**T2I, "input_mode": "merge"}], ["unit 0", T2I_ADAPTER, "merges a list of images"]),
         ],
         ids=[
             "image",
@@ -191,6 +192,7 @@ class TestWhatCannotWork:
             "image for SDXL alone",
             "wrong shapes for SDXL",
             "mask of another size",
+            "no list to merge",
         ],
     )
     def test_it_is_told(self, webui, units, named):
@@ -212,6 +214,14 @@ class TestWhatCannotWork:
         answer = ask(webui, [{**T2I, **given}], SMALL)
         assert answer.status != 200
         assert named in answer.error
+
+    def test_what_the_user_has_no_part_in_is_an_error_whose_place_the_log_tells(self, webui):
+        told = webui.log.count("in read_units")
+        with webui.pretending("another ControlNet"):
+            answer = ask(webui, [T2I], SMALL)
+        assert answer.status == 500
+        assert "args_from" in answer.error
+        assert webui.log.count("in read_units") > told
 
     def test_the_next_job_works(self, webui):
         without = final(webui, [], SMALL)

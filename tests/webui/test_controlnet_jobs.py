@@ -33,6 +33,11 @@ class TestOneProcessingObject:
         again = final(webui, units, SMALL, **STEPS, script_name="Twice")
         assert same_bytes(again, once)
 
+    def test_the_second_picture_has_the_same_text(self, webui):
+        once = made(ask(webui, [LINES, LINES_XL], SMALL, **STEPS))
+        again = made(ask(webui, [LINES, LINES_XL], SMALL, **STEPS, script_name="Twice"))
+        assert again.infotexts[0] == once.infotexts[0]
+
     def test_twice_without_xadapter(self, webui):
         """The WebUI and the extension alone do not fail in this, or the tests above would tell nothing."""
         once = final(webui, [LINES_XL], None, **STEPS)

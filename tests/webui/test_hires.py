@@ -101,6 +101,15 @@ def test_a_lora_of_the_hires_prompt_acts_on_the_base_in_the_second_pass_alone(se
     assert same_bytes(enlarged(server, OFF, **styled).image, enlarged(server, OFF).image)
 
 
+def test_tokens_of_both_models_are_merged_by_each_pass_own_ratio(server):
+    ratios = {"token_merging_ratio": 0.1, "token_merging_ratio_hr": 0.4}
+    with server.recorded() as calls:
+        enlarged(server, MEMORY[0], override_settings=ratios)
+    first, second = calls[: -2 * STEPS], calls[-2 * STEPS :]
+    assert {(call["model"], call["merged"]) for call in first} == {(BASE, 0.1), (UPGRADED, 0.1)}
+    assert {(call["model"], call["merged"]) for call in second} == {(BASE, 0.4), (UPGRADED, 0.4)}
+
+
 @pytest.mark.parametrize("how", ["interrupt", "skip"])
 @pytest.mark.parametrize("memory", MEMORY, ids=json.dumps)
 @pytest.mark.parametrize(

@@ -123,6 +123,21 @@ class TestInfotext:
         for one, other in zip(first.images, again.images, strict=True):
             assert grey_levels_apart(one, other) <= 1
 
+    @pytest.mark.parametrize(
+        "request_", [{}, {"subseed": 3, "subseed_strength": 0.5}], ids=["seeds count on", "variation seeds count on"]
+    )
+    def test_with_a_base_seed_each_image_of_a_job_is_made_again_by_its_own_text(self, webui, request_):
+        # there is a grid among pictures that are saved alone
+        both = {"batch_size": 2, "n_iter": 2, "save_images": True}
+        whole = with_xadapter(webui, {"base_seed": 40, "base_prompt": "a dog"}, **both, **request_)
+        assert len(whole.images) == 5
+        # the grid has the text of the first image
+        assert whole.infotexts[0].split("X-Adapter")[1:] == whole.infotexts[1].split("X-Adapter")[1:]
+        for image, infotext in zip(whole.images[1:], whole.infotexts[1:], strict=True):
+            again = made(webui.txt2img(infotext=infotext))
+            assert again.infotexts[0] == infotext
+            assert grey_levels_apart(again.image, image) <= 1
+
     def test_an_object_wins_over_the_infotext(self, webui):
         infotext = with_xadapter(webui, {"switch_point": 0.5, "base_prompt": "a dog"}).infotexts[0]
         again = made(webui.txt2img(infotext=infotext, **arguments(switch_point=0.25)))

@@ -57,6 +57,22 @@ class TestKeeping:
         bases = [model for model in webui.state()["live_models"] if model.startswith("LatentDiffusion")]
         assert len(bases) == (0 if keeping == "Unload after each job" else 1)
 
+    def test_a_gpu_with_room_for_one_model_holds_them_one_after_the_other_wherever_the_adapter_is(self, webui):
+        """The adapter is loaded as the base is, and on the GPU as little."""
+        asked = {"width": 1024, "height": 1024}
+        for loaded in ("tiny.safetensors", "tiny.bin"):
+            with_xadapter(webui, {"adapter": loaded}, steps=1)
+            with webui.pretending("a GPU with room for the base alone"):
+                plans = [
+                    webui.post("/xadapter/v1/plan", {**asked, "args": [{"adapter": adapter}]}).content
+                    for adapter in ("tiny.safetensors", "None")
+                ]
+            assert [plan["memory"] for plan in plans] == ["recorded", "lockstep"]
+
+    def test_nothing_of_a_job_is_kept_but_the_models(self, webui):
+        with_xadapter(webui)
+        assert webui.kept_jobs() == 0
+
 
 def test_adapters_are_found_in_the_folder_of_the_settings(webui, models, tmp_path):
     (tmp_path / "mine").mkdir()

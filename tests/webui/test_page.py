@@ -218,6 +218,20 @@ def test_the_page_says_where_each_plugin_will_go_and_where_it_went(page):
     assert f"X-Adapter: {split}; textual inversion base15 to SD1.5." in log
 
 
+def test_plugins_of_styles_and_of_the_hires_prompt_are_among_them(browser, start_webui):
+    with start_webui("hires-prompt", options={"hires_fix_show_prompts": True}) as server:
+        page = browser.new_page(viewport={"width": 1400, "height": 1600})
+        open_page(page, server)
+        enable(page)
+        choose(page, "#txt2img_styles", "boat")
+        wait_for_line(page, "Plugins: textual inversion base15 to SD1.5.", f"{ID}plugins")
+        page.locator("#txt2img_hr .label-wrap").first.click()
+        page.wait_for_selector("#hires_prompt", state="visible")
+        fill(page, "#hires_prompt", "a cat <lora:style15:1>")
+        wait_for_line(page, "LoRA style15 to SD1.5", f"{ID}plugins")
+        page.close()
+
+
 def test_the_line_needs_the_pages_login_and_no_api_password(browser, start_webui):
     flags = ["--gradio-auth", "me:mine"]
     with start_webui("page-login", credentials="user:secret", flags=flags) as server, browser.new_context() as context:
@@ -279,6 +293,23 @@ class TestTheLine:
         page.locator("#img2img_tabs_resize > .tab-nav button", has_text="Resize by").click()
         fill(page, "#img2img_scale", 2)
         wait_for_line(page, "SD1.5 (400×320) and SDXL (800×640)", line)
+
+    def test_where_the_server_has_no_answer_nothing_is_said_and_it_is_asked_again(self, page):
+        ask_for(page)
+        fill(page, "#txt2img_prompt", "a cat <lora:style15:1>")
+        enable(page)
+        wait_for_line(page, "LoRA style15 to SD1.5", f"{ID}plugins")
+        for answer in (lambda route: route.fulfill(status=500), lambda route: route.abort()):
+            page.route("**/xadapter/v1/plan", answer)
+            fill(page, f"{ID}switch_point", 0.5)
+            for line in ("forecast", "plugins"):
+                page.wait_for_function(f"document.querySelector('{ID}{line}').textContent === ''")
+            page.unroute("**/xadapter/v1/plan")
+            # what the page asks for is the same as before
+            page.locator(f"{ID}more .label-wrap").first.click()
+            wait_for_line(page, "(switch point 0.5)")
+            fill(page, f"{ID}switch_point", 0.8)
+            wait_for_line(page, "(switch point 0.8)")
 
     def test_it_says_when_the_accordion_is_open_and_not_ticked(self, page):
         enable(page)

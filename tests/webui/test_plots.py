@@ -107,6 +107,13 @@ class TestCells:
         pictures, _ = cells(plot(webui, (WEIGHT, "0.5, 1")))
         assert same_bytes(pictures[1], with_xadapter(webui).image)
 
+    def test_a_cell_whose_job_cannot_begin_is_not_made_without_xadapter(self, webui):
+        """The plot leaves it blank and goes on."""
+        with webui.pretending("jobs cannot begin"), webui.recorded() as calls:
+            made(plot(webui, (WEIGHT, "0.5, 1")))
+        assert calls == []
+        assert "no job begins, says the probe" in webui.log
+
     def test_with_and_without(self, webui):
         pictures, infotexts = cells(plot(webui, (ENABLED, "true, false"), given={"weight": 0.5}))
         assert same_bytes(pictures[0], with_xadapter(webui, {"weight": 0.5}).image)

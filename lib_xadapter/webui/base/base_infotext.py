@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
-from modules import sd_hijack, sd_vae
+from modules import sd_hijack, sd_vae, shared
 from modules.processing import StableDiffusionProcessing, create_infotext
+from PIL import Image
 
 from .base_model import BaseModel
 from .plugins import MODEL_ARGUMENT, NetworkData
+
+
+@dataclass(frozen=True, eq=False)
+class BasePicture:
+    """A finished picture of stage 1, and what stands under it."""
+
+    image: Image.Image
+    infotext: str
+
+    def shown(self) -> Image.Image:
+        """As the WebUI shows its own: with the text in the file, unless the user's settings leave that out."""
+        image = self.image.copy()
+        if shared.opts.enable_pnginfo:
+            image.info["parameters"] = self.infotext
+        return image
 
 
 def base_infotexts(base_p: StableDiffusionProcessing, base: BaseModel, networks: NetworkData) -> list[str]:

@@ -278,7 +278,7 @@ def _shared(
     )
     job.sampler_noise_scheduler_override = p.sampler_noise_scheduler_override
     job.seed = p.seed if settings.base_seed == SAME_SEED else settings.base_seed
-    job.seeds = job.all_seeds = base_seeds(p, settings)
+    job.seeds = job.all_seeds = settings.base_seeds(p.seeds, p.all_seeds[0])
     job.subseeds = job.all_subseeds = list(p.subseeds)
     set_prompts(job, prompts)
     job.fill_fields_from_opts()
@@ -291,14 +291,6 @@ def set_prompts(job: StableDiffusionProcessing, prompts: Prompts) -> None:
     job.negative_prompts = job.all_negative_prompts = prompts.negative
     if getattr(job, "is_hr_pass", False) or getattr(job, "enable_hr", False):
         job.hr_prompts, job.hr_negative_prompts = prompts.positive, prompts.negative
-
-
-def base_seeds(p: StableDiffusionProcessing, settings: Settings) -> list[int]:
-    """The base's seed for each image of the batch under way; its own count on from image to image, as SDXL's do."""
-    if settings.base_seed == SAME_SEED:
-        return list(p.seeds)
-    first = settings.base_seed + p.iteration * p.batch_size
-    return list(range(first, first + len(p.seeds)))
 
 
 def seen_by_controlnet(

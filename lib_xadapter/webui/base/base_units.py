@@ -13,7 +13,7 @@ from PIL import Image
 from ...errors import DoesNotFit, WrongArgument, XAdapterError
 from ...families import FAMILY_NAMES
 from .base_model import BaseModel
-from .controlnet_units import Unit, extension, one_line, read_unit
+from .controlnet_units import Unit, extension, read_unit
 from .hooked_units import HookedUnits, hooked
 
 ENABLED = "control_net_enabled"
@@ -119,25 +119,29 @@ class BaseUnits:
 
 
 def read_units(p: StableDiffusionProcessing) -> BaseUnits:
-    """The units of a processing object, before any script's `process`. Raises nothing: `check` tells what is wrong."""
+    """The units of a processing object, before any script's `process`. What is wrong with them, `check` raises."""
     external = extension()
     script = external.find_cn_script(p.scripts) if external else None
     if script is None:
         return BaseUnits(p)
     try:
-        infotext = _infotext(p, script)
-        return BaseUnits(p, script, tuple(_enabled(p, script)), infotext)
+        # each of them is looked at before the extension takes them all
+        enabled = tuple(_enabled(p, script))
+        return BaseUnits(p, script, enabled, _infotext(p, script))
     except XAdapterError as problem:
         return BaseUnits(p, script, problem=problem)
-    except Exception as error:
-        return BaseUnits(p, script, problem=WrongArgument(f"The ControlNet units cannot be read: {one_line(error)}"))
 
 
 def _infotext(p: StableDiffusionProcessing, script: Any) -> dict[str, str]:
     """What the extension writes for all units, as if SDXL had them."""
-    before = set(p.extra_generation_params)
-    type(script).get_enabled_units(p)
-    return {key: text for key, text in p.extra_generation_params.items() if key not in before}
+    written = p.extra_generation_params
+    # of an earlier picture of the same processing object the same may stand there already
+    p.extra_generation_params = {}
+    try:
+        type(script).get_enabled_units(p)
+        return p.extra_generation_params
+    finally:
+        p.extra_generation_params = written
 
 
 def _enabled(p: StableDiffusionProcessing, script: Any) -> Iterator[Unit]:

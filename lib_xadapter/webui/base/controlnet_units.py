@@ -90,6 +90,13 @@ class Unit:
             raise WrongArgument(f"{self} has an image that cannot be read: {one_line(error)}") from error
         if images is None and not is_img2img:
             raise WrongArgument(f"{self} is enabled and has no image.")
+        if self._is_merged and not isinstance(self.settings.image, list):
+            raise WrongArgument(f"{self} merges a list of images, and has none.")
+
+    @property
+    def _is_merged(self) -> bool:
+        """Whether the extension takes its images for a unit each."""
+        return self.settings.input_mode.name == "MERGE" and not self.settings.accepts_multiple_inputs
 
     @property
     def _needs_no_model(self) -> bool:

@@ -99,8 +99,8 @@ class Models:
             return False
         loaded = self._base.model if self._is_loaded(info) else None
         missing = _size_of_file(info) if loaded is None else missing_from(loaded, devices.device)
-        if adapter is not None and self._mapping is None:
-            missing += os.path.getsize(adapter)
+        if adapter is not None:
+            missing += self._missing_of_mapping(adapter)
         missing += work.controlnets * CONTROLNET * _bytes_per_parameter()
         return missing + work.memory(overlapped=False) > free_memory(devices.device)
 
@@ -125,6 +125,12 @@ class Models:
     def side_stream(self) -> SideStream | None:
         """Where the base runs beside SDXL; one for all pictures, as torch keeps memory for each stream."""
         return SideStream(devices.device) if devices.device.type == "cuda" else None
+
+    def _missing_of_mapping(self, path: Path) -> int:
+        """Bytes of an adapter that are not on the GPU yet."""
+        if self._mapping is not None and self._mapping[0].path == path:
+            return missing_from(self._mapping[1].adapter, devices.device)
+        return os.path.getsize(path)
 
     def _is_loaded(self, info: sd_models.CheckpointInfo) -> bool:
         return self._base is not None and self._base.file == file_state(info.filename)

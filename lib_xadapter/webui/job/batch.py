@@ -9,7 +9,7 @@ from modules import devices, extra_networks, sd_hijack, sd_models, sd_vae
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
 from ...families import FAMILY_NAMES
-from ...infotext import PLUGINS_KEY
+from ...infotext import HIRES_PLUGINS_KEY, PLUGINS_KEY
 from ...inversion_names import without_names
 from ...settings import Settings
 from ..base import plugins
@@ -61,7 +61,7 @@ class Encoding:
 def share_out(p: StableDiffusionProcessing, request: Request, given: GivenPicture | None) -> Mapping[Sampling, Batch]:
     """The base's part in each sampling of the batch whose prompts were just parsed.
 
-    SDXL's extra networks are left without the base's LoRAs.
+    SDXL's extra networks are left without the base's LoRAs, and the infotext without the plugins of an earlier batch.
 
     Args:
         p: SDXL's processing object.
@@ -72,6 +72,8 @@ def share_out(p: StableDiffusionProcessing, request: Request, given: GivenPictur
         WrongArgument: a prompt names a LoRA that is in no folder, or for the wrong model.
         WrongFile: a LoRA's file cannot be read.
     """
+    for key in (PLUGINS_KEY, HIRES_PLUGINS_KEY):
+        p.extra_generation_params.pop(key, None)
     added = None if p.disable_extra_networks else plugins.network_of_the_settings()
     if added is not None:
         _write_into_prompts(p, added)
@@ -172,17 +174,29 @@ def report_plugins(
     encoding: Encoding,
     upgraded_embeddings: Collection[str],
 ) -> None:
-    """Say in the infotext and under the picture which plugin went to which model."""
+    """Say in the infotext and under the picture which plugin went to which model in the sampling under way."""
     in_force = not batch.base_p.disable_extra_networks
-    loras = routing.taken_loras(batch.networks, p.extra_network_data) if in_force else []
+    is_hires = getattr(p, "is_hr_pass", False)
+    networks = p.hr_extra_network_data if is_hires else p.extra_network_data
+    prompts = (p.hr_prompts, p.hr_negative_prompts) if is_hires else (p.prompts, p.negative_prompts)
+    loras = routing.taken_loras(batch.networks, networks) if in_force else []
     base_texts = [*batch.base_p.all_prompts, *batch.base_p.all_negative_prompts]
-    texts = {routing.BASE: base_texts, routing.UPGRADED: [*p.prompts, *p.negative_prompts]}
+    texts = {routing.BASE: base_texts, routing.UPGRADED: [text for part in prompts for text in part]}
     known = {routing.BASE: encoding.embeddings, routing.UPGRADED: upgraded_embeddings, "": encoding.unusable}
     routes = [*loras, *routing.taken_embeddings(texts, known), *map(routing.unit_route, units.enabled)]
-    if told := routing.sentence(routes, base.family):
-        p.extra_generation_params[PLUGINS_KEY] = told
-        p.comment(f"X-Adapter: {told}.")
+    _tell_plugins(p, routing.sentence(routes, base.family), is_hires)
     p.lora_hashes = {**getattr(p, "lora_hashes", {}), **encoding.lora_hashes}
     if p.lora_hashes:
         hashes = ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items())
         p.extra_generation_params["Lora hashes"] = hashes
+
+
+def _tell_plugins(p: StableDiffusionProcessing, told: str, is_hires: bool) -> None:
+    """A sentence, "" for no plugins; of the second pass of Hires. fix where it is another than the first one's."""
+    written = p.extra_generation_params
+    if is_hires and told != written.get(PLUGINS_KEY, ""):
+        written[HIRES_PLUGINS_KEY] = told or "none"
+        p.comment(f"X-Adapter, Hires. fix: {told or 'no plugins'}.")
+    elif told and not is_hires:
+        written[PLUGINS_KEY] = told
+        p.comment(f"X-Adapter: {told}.")

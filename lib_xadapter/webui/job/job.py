@@ -25,12 +25,13 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import XAdapterError
-from ...infotext import write_infotext
+from ...infotext import BASE_SEED_KEY, write_infotext
 from ...settings import Settings
 from ...tried_versions import difference
 from ...two_stage import Pass, run
 from ...wrapping import copied_as_it_was, wrapped
 from ..base import plugins
+from ..base.base_infotext import BasePicture
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
 from ..base.base_units import read_units
 from ..base.models import Models, make_room_to_decode, upgraded_to_device
@@ -66,7 +67,7 @@ class Job:
         arguments: Callable[[], Mapping[str, Any]],
         is_inner: bool = False,
     ) -> None:
-        self.base_pictures: list[Image.Image] = []
+        self.base_pictures: list[BasePicture] = []
         self.detected_maps: list[Image.Image] = []
         """What the base's ControlNet units show beside the pictures."""
         self.settings = Settings()
@@ -128,7 +129,7 @@ class Job:
             with nothing_drawn():
                 request = decide(p, self._models, self._units, arguments())
             self.settings = request.settings
-            p.extra_generation_params.update(write_infotext(request.settings, __version__))
+            p.extra_generation_params.update(_infotext_of(request.settings))
             if request.sequential:
                 self._scope.callback(upgraded_to_device, request.base)
             with counted(p, request), given_picture(p) as given:
@@ -178,7 +179,7 @@ class Job:
         call = SamplerCall(
             sampler, inspect.signature(host).bind(*args, **kwargs).arguments, partial(host, *args, **kwargs)
         )
-        with self._ends_the_job(request, batch), self._token_merging(request):
+        with self._ends_the_job(request, batch), self._token_merging(request, planned.sampling):
             self._units.check_those_of_sdxl()
             if planned.sampling.is_hires:
                 planned = self._at_hires(request, planned)
@@ -243,13 +244,37 @@ class Job:
             raise
 
     @contextmanager
-    def _token_merging(self, request: Request) -> Iterator[None]:
+    def _token_merging(self, request: Request, sampling: Sampling) -> Iterator[None]:
         model: torch.nn.Module = request.base.model
-        sd_models.apply_token_merging(model, self._p.get_token_merging_ratio())
+        sd_models.apply_token_merging(model, self._p.get_token_merging_ratio(for_hr=sampling.is_hires))
         try:
             yield
         finally:
             sd_models.apply_token_merging(model, 0)
+
+
+def _infotext_of(settings: Settings) -> dict[str, str | Callable[..., str]]:
+    """What is written under every image, in the forms in which the WebUI takes it."""
+    written: dict[str, str | Callable[..., str]] = dict(write_infotext(settings, __version__))
+    if BASE_SEED_KEY in written:
+        written[BASE_SEED_KEY] = partial(_base_seed_text, settings)
+    return written
+
+
+def _base_seed_text(
+    settings: Settings,
+    /,
+    p: StableDiffusionProcessing,
+    all_seeds: Sequence[int],
+    index: int,
+    use_main_prompt: bool,
+    **_: Any,
+) -> str:
+    """The base's own seed under an image; arguments are the variables of the WebUI's `create_infotext`."""
+    first = p.all_seeds[0]
+    # under a grid stands what is under the first image
+    seed = first if use_main_prompt else all_seeds[index]
+    return str(settings.of_image(seed, first).base_seed)
 
 
 def _leave(sampler: Sampler) -> None:

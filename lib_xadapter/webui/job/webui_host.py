@@ -23,7 +23,7 @@ from ...settings import BASE_NOISE_SEED
 from ...taps import Taps, read_features
 from ...two_stage import KeptStageOne, StageOne
 from ..base.base_evaluation import BaseEvaluation
-from ..base.base_infotext import base_infotexts
+from ..base.base_infotext import BasePicture, base_infotexts
 from ..base.base_processing import GivenPicture, seen_by_controlnet
 from ..base.base_units import BaseUnits
 from ..base.hooked_units import HookedUnits
@@ -43,7 +43,7 @@ class Remarks:
     """What a recording keeps: what its prompts hold, the pictures of stage 1 as they are shown, ControlNets' maps."""
 
     encoding: Encoding
-    base_pictures: tuple[Image.Image, ...]
+    base_pictures: tuple[BasePicture, ...]
     detected_maps: tuple[Image.Image, ...] = ()
 
 
@@ -111,7 +111,7 @@ class WebUIHost:
         self._blending = MaskBlending(p)
         self._detected_maps = detected_maps
         self._hooked = HookedUnits()
-        self.base_pictures: list[Image.Image] = []
+        self.base_pictures: list[BasePicture] = []
         self._encodings: list[Encoding] = []
         self._random_state = RandomState.capture(p)
         # the embeddings of SDXL as long as it is the current model
@@ -150,10 +150,8 @@ class WebUIHost:
         base, base_p = self._request.base, self._batch.base_p
         made = sample_base(base, base_p, self._units, self._hooked, start, self._blending)
         # a second attempt, where memory did not suffice for the first, takes the place of its pictures
-        self.base_pictures[:] = finished(base_p, made.pictures)
-        texts = base_infotexts(base_p, base, self._batch.networks)
-        for picture, text in zip(self.base_pictures, texts, strict=True):
-            picture.info["parameters"] = text
+        pictures, texts = finished(base_p, made.pictures), base_infotexts(base_p, base, self._batch.networks)
+        self.base_pictures[:] = [BasePicture(*both) for both in zip(pictures, texts, strict=True)]
         if not self.interrupted:
             shared.state.nextjob()
         return made

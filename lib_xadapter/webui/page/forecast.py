@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from modules import shared
 from modules.processing import (
     StableDiffusionProcessing,
     StableDiffusionProcessingImg2Img,
@@ -44,6 +45,7 @@ class TabRequest:
     args: list[Any] = field(default_factory=lambda: [{}])
     prompt: str = ""
     negative_prompt: str = ""
+    styles: list[str] = field(default_factory=list)
     units: list[dict[str, Any]] = field(default_factory=list)
     width: int = 512
     height: int = 512
@@ -54,9 +56,28 @@ class TabRequest:
     hr_resize_x: int = 0
     hr_resize_y: int = 0
     hr_second_pass_steps: int = 0
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
     scale_by: float | None = None
     source_width: int = 0
     source_height: int = 0
+
+    def prompts(self, hires: bool) -> Iterator[tuple[str, str]]:
+        """Prompt and negative prompt, with the styles put in, of each pass that the base has a part in.
+
+        Args:
+            hires: whether it has one in the second pass of Hires. fix.
+        """
+        yield self._styled(self.prompt, self.negative_prompt)
+        if hires and self.enable_hr:
+            yield self._styled(self.hr_prompt or self.prompt, self.hr_negative_prompt or self.negative_prompt)
+
+    def _styled(self, prompt: str, negative_prompt: str) -> tuple[str, str]:
+        known = shared.prompt_styles
+        return (
+            known.apply_styles_to_prompt(prompt, self.styles),
+            known.apply_negative_styles_to_prompt(negative_prompt, self.styles),
+        )
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def _plan(asked: TabRequest) -> dict[str, Any]:
     if not settings.enabled:
         return {"line": NOT_TICKED}
     family = model_files.expected_base_family(settings.base_checkpoint)
-    prompts = asked.prompt, asked.negative_prompt, settings.base_prompt, settings.base_negative_prompt
-    expected = [*routing.expected(*prompts), *routing.expected_units(asked.units)]
+    prompts = [(*both, settings.base_prompt, settings.base_negative_prompt) for both in asked.prompts(settings.hires)]
+    expected = [*routing.expected(prompts), *routing.expected_units(asked.units)]
     routes = [routing.with_base(route, family) for route in expected]
     plugins = {"plugins": [asdict(route) for route in routes], "summary": routing.sentence(routes, family)}
     return {"base": FAMILY_NAMES[family], **_forecast(asked, settings, family), **plugins}

@@ -106,8 +106,17 @@ def unit_route(unit: Unit) -> Route:
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str) -> list[Route]:
-    """Where the plugins of these prompts will go, from the files and without any model."""
+def expected(prompts: Iterable[tuple[str, str, str, str]]) -> list[Route]:
+    """Where the plugins of these prompts will go, from the files and without any model.
+
+    Args:
+        prompts: of each pass prompt and negative prompt, and the base's own.
+    """
+    return _joined(route for of_a_pass in prompts for route in _expected(*of_a_pass))
+
+
+def _expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_prompt: str) -> Iterator[Route]:
+    """Those of one pass, a plugin of both models twice."""
     text, networks = extra_networks.parse_prompt(prompt)
     base_text, base_networks = extra_networks.parse_prompt(base_prompt)
     added = plugins.network_of_the_settings()
@@ -123,8 +132,9 @@ def expected(prompt: str, negative_prompt: str, base_prompt: str, base_negative_
         UPGRADED: [text, negative_prompt],
         BASE: [base_text or text, base_negative_prompt or negative_prompt],
     }
-    own_loras = [_expected_lora(tag, _own_model) for tag in own_tags]
-    return _joined([*loras, *own_loras, *_expected_embeddings(texts)])
+    yield from loras
+    yield from (_expected_lora(tag, _own_model) for tag in own_tags)
+    yield from _expected_embeddings(texts)
 
 
 def _expected_lora(

@@ -144,8 +144,7 @@ class Comparison:
                 name = job.settings.base_checkpoint
                 self._family = self._family or FAMILY_NAMES[model_files.expected_base_family(name)]
                 if given.get("return_base_image") and job.base_pictures:
-                    picture = job.base_pictures[0]
-                    row.base = Made(picture, picture.info.get("parameters", processed.infotexts[0]))
+                    row.base = Made(job.base_pictures[0].shown(), job.base_pictures[0].infotext)
             row.processed.append(processed)
             first = processed.index_of_first_image
             return Made(processed.images[first], processed.infotexts[first])

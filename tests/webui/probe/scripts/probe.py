@@ -15,12 +15,14 @@ An extension for tests only. While it neither records nor holds an armed fault, 
     POST /probe/pretend {"what": one of `pretences`, null for nothing any more}
     GET  /probe/axes    of the X/Y/Z plot, in its order
     POST /probe/parsed  what the WebUI reads from the infotext of {"written": parameters, "prompt": text}
+    GET  /probe/jobs    how many of X-Adapter's jobs are kept
     GET  /probe/changed which tensors of the base are not, to the bit, those of its file
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -58,6 +60,8 @@ from safetensors.torch import load_file
 BASE = "LatentDiffusion"  # the class of SD1.x and SD2.x models
 UPGRADED = "DiffusionEngine"  # the class of SDXL models
 ANOTHER_CHECKPOINT = "tiny15"
+CONTROLNET = "internal_controlnet.external_code"
+FLOAT = torch.float32
 WATCHER = "exit with the tests"
 MEDVRAM = ": modules.lowvram."  # where the WebUI's own hooks for --medvram and --lowvram come from
 
@@ -106,13 +110,37 @@ ERRORS = {
 }
 
 
-def pretences() -> dict[str, tuple[Any, str, Any]]:
-    """What can be otherwise than it is: owner, name and value."""
+def pretences() -> dict[str, list[tuple[Any, str, Any]]]:
+    """What can be otherwise than it is: owner, name and value of each thing that is another one then."""
     infotext = sys.modules["lib_xadapter.infotext"]
+    known_files = sys.modules["lib_xadapter.webui.known_files"]
+    controlnet = sys.modules.get(CONTROLNET, SimpleNamespace(find_cn_script=None))
     return {
-        "no free RAM": (psutil, "virtual_memory", lambda: SimpleNamespace(available=0)),
-        "a later default": (infotext, "CHANGES", (infotext.Change("99.0", "switch_point", before=0.35),)),
+        "no free RAM": [(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))],
+        "a later default": [(infotext, "CHANGES", (infotext.Change("99.0", "switch_point", before=0.35),))],
+        "a later version": [(known_files, "__version__", "99.0")],
+        "jobs cannot begin": [(ours("webui.job.job"), "read_units", cannot_begin)],
+        "another ControlNet": [(controlnet, "find_cn_script", lambda _: SimpleNamespace())],
+        "a GPU with room for the base alone": [
+            (ours("webui.base.models"), "devices", SimpleNamespace(device=torch.device("cuda"), dtype_unet=FLOAT)),
+            (ours("webui.base.models"), "free_memory", lambda _: room_for_the_base()),
+        ],
     }
+
+
+def ours(name: str) -> Any:
+    """A module of X-Adapter, imported where it was not yet."""
+    return importlib.import_module(f"lib_xadapter.{name}")
+
+
+def cannot_begin(_: object) -> None:
+    raise RuntimeError("no job begins, says the probe")
+
+
+def room_for_the_base() -> int:
+    """Bytes for the loaded base and a picture's work beside it, and for a part of the adapter."""
+    memory, (base,) = ours("memory"), [model for model in live_models() if type(model).__name__ == BASE]
+    return memory.size_of(base) + memory.ONE_PICTURE.memory(overlapped=False) + 1
 
 
 @dataclass
@@ -163,7 +191,8 @@ class Probe:
     def pretend(self, what: str | None) -> None:
         self.pretended.close()
         if what is not None:
-            self.pretended.enter_context(patch.object(*pretences()[what]))
+            for other in pretences()[what]:
+                self.pretended.enter_context(patch.object(*other))
 
     def record(self, on: bool) -> None:
         self.recording = on
@@ -237,7 +266,14 @@ def describe_unet_call(place: str, unet: torch.nn.Module, x: torch.Tensor, times
         "timestep": first if all(other == first for other in others) else None,
         "height": x.shape[2],
         "width": x.shape[3],
+        "merged": merged_tokens(unet),
     }
+
+
+def merged_tokens(unet: torch.nn.Module) -> float:
+    """The share of a UNet's tokens that are merged, by "Token merging ratio"."""
+    merging = [module for module in unet.modules() if type(module).__name__ == "ToMeBlock"]
+    return merging[0]._tome_info["args"]["ratio"] if merging else 0.0
 
 
 def live_models() -> list[torch.nn.Module]:
@@ -371,6 +407,7 @@ def add_routes(_: object, app: fastapi.FastAPI) -> None:
     app.get("/probe/state")(state)
     app.get("/probe/memory")(memory)
     app.get("/probe/recordings")(recordings)
+    app.get("/probe/jobs")(jobs)
     app.get("/probe/axes")(axes)
     app.get("/probe/changed")(changed_tensors)
     app.get("/probe/imported")(imported)
@@ -396,6 +433,12 @@ def parsed(given: Infotext) -> dict[str, Any]:
 def imported() -> list[str]:
     """X-Adapter's modules that have been imported so far."""
     return sorted(name for name in sys.modules if name.split(".")[0] == "lib_xadapter")
+
+
+def jobs() -> int:
+    """How many of X-Adapter's jobs are kept, once garbage is collected."""
+    gc.collect()
+    return sum(type(thing).__module__ == "lib_xadapter.webui.job.job" for thing in gc.get_objects())
 
 
 def memory() -> int:
