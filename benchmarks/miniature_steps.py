@@ -67,8 +67,8 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in options.stages or [name for name, stage in STAGES.items() if stage.steps and name != "adapter"]:
         seconds = seconds_of(Work(options.folder), name)
         stage = STAGES[name]
-        told = {"stage": name, "batch": stage.batch, "seconds a step": round(seconds, 4)}
-        print(json.dumps({**told, "minutes": round(seconds * stage.steps / 60, 1)}), flush=True)
+        row = {"stage": name, "batch": stage.batch, "seconds a step": round(seconds, 4)}
+        print(json.dumps({**row, "minutes": round(seconds * stage.steps / 60, 1)}), flush=True)
 
 
 if __name__ == "__main__":

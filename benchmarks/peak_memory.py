@@ -21,7 +21,7 @@ from torch import nn
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import TwoStages
 from lib_xadapter.memory import Work, size_of
-from lib_xadapter.recording import RecordingCache
+from lib_xadapter.recording import LeastRecentlyUsed
 from lib_xadapter.settings import LOCKSTEP, RECORDED, Settings, half
 
 from .random_adapter import picture_size, type_name, type_named, written_size
@@ -100,7 +100,7 @@ def need(models: Models, mode: str, size: tuple[int, int], steps: int) -> Needed
         torch.cuda.reset_peak_memory_stats(device)
     stages = TwoStages(models)
     request = random_request(models, size, settings, steps)
-    recordings = RecordingCache(lambda: 2**40)
+    recordings = LeastRecentlyUsed(lambda: 2**40)
     stages.upgraded_latents(request, None, recordings)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for module in (models.base.unet, models.upgraded.unet, models.adapter):

@@ -151,8 +151,8 @@
         }
     }
 
-    function show(tab, {line: told, problem, base, summary}) {
-        line(tab, "forecast").textContent = told;
+    function show(tab, {line: forecast, problem, base, summary}) {
+        line(tab, "forecast").textContent = forecast;
         line(tab, "forecast").classList.toggle("xadapter-problem", problem === true);
         line(tab, "plugins").textContent = summary ? `Plugins: ${summary}.` : "";
         if (base) {

@@ -82,8 +82,12 @@ class MappedBase:
         """Those of the mapping layers whose weight is not 0."""
         return tuple(level for level, weight in enumerate(self.coupling.level_weights) if weight)
 
+    def run(self) -> None:
+        """Evaluate the base, unless it was; on a side stream this only starts it."""
+        _ = self.row_features
+
     @cached_property
-    def found(self) -> RowFeatures:
+    def row_features(self) -> RowFeatures:
         """The base's features."""
         with self._on_side_stream():
             return self.source.at(self.evaluation)
@@ -97,15 +101,15 @@ class MappedBase:
     @property
     def rows(self) -> tuple[Row, ...]:
         """The base's rows that are mapped."""
-        return tuple(self.found.rows[place] for place in self._places)
+        return tuple(self.row_features.rows[place] for place in self._places)
 
     @property
     def _places(self) -> list[int]:
         cond_only = self.coupling.cond_only
-        return [place for place, row in enumerate(self.found.rows) if not cond_only or row.cond is not None]
+        return [place for place, row in enumerate(self.row_features.rows) if not cond_only or row.cond is not None]
 
     def _map(self, level: int) -> MappedLevel:
-        features, places = self.found.features, self._places
+        features, places = self.row_features.features, self._places
         embedding = features.time_embedding
         embedding = None if embedding is None else take_rows(embedding, places)
         rows = self.coupling.mapping.hidden(level, take_rows(features.levels[level], places), embedding)
@@ -140,7 +144,7 @@ class JointEvaluation:
         if self.base is None:
             return feature
         # where the base runs on a side stream, it is started here and not before
-        _ = self.base.found
+        self.base.run()
         if not self.acts:
             return feature
         mapped = self.base.mapped[level]
@@ -210,7 +214,7 @@ class JointStage:
         if self._coupling.window.runs_base(evaluation):
             self._latest = MappedBase(self._source, evaluation, self._coupling, self._overlap)
         if self._latest is not None and self._overlap is None:
-            _ = self._latest.found
+            self._latest.run()
         return JointEvaluation(self._latest, tuple(upgraded_rows), self._coupling.window.acts(evaluation))
 
 

@@ -194,7 +194,7 @@ def _axis(name: str, axis: int) -> Callable[[Shapes], int | None]:
     return lambda shapes: shapes[name][axis] if axis < len(shapes[name]) else None
 
 
-def _untold(shapes: Shapes) -> None:
+def _unknown_width(shapes: Shapes) -> None:
     return None
 
 
@@ -256,9 +256,9 @@ FORMATS = (
     LoraFormat(("a1_weight", "a2_weight", "b1_weight", "b2_weight"), _glora_in, _glora_out),
     LoraFormat(("weight", "on_input"), _ia3_width, _ia3_width),
     LoraFormat(("diff",), _axis("diff", 1), _axis("diff", 0)),  # full difference
-    LoraFormat(("w_norm", "b_norm"), _untold, _axis("w_norm", 0)),
-    LoraFormat(("oft_blocks",), _untold, _oft_out("oft_blocks")),  # kohya's and LyCORIS' OFT, butterfly OFT
-    LoraFormat(("oft_diag",), _untold, _oft_out("oft_diag")),  # OFT of older LyCORIS
+    LoraFormat(("w_norm", "b_norm"), _unknown_width, _axis("w_norm", 0)),
+    LoraFormat(("oft_blocks",), _unknown_width, _oft_out("oft_blocks")),  # kohya's and LyCORIS' OFT, butterfly OFT
+    LoraFormat(("oft_diag",), _unknown_width, _oft_out("oft_diag")),  # OFT of older LyCORIS
 )
 
 # kohya and LyCORIS, diffusers, peft

@@ -82,7 +82,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_ram() -> int:
-    """Bytes of ordinary memory that programs could still be given."""
+    """Bytes of RAM that programs could still be given."""
     return psutil.virtual_memory().available
 
 
@@ -100,7 +100,7 @@ def fits_together(modules: Iterable[nn.Module | None], device: torch.device | st
 
 
 def make_room(needed: int, device: torch.device | str, modules: Iterable[nn.Module]) -> None:
-    """One module after the other leaves a GPU for ordinary memory, until so many bytes are free there."""
+    """One module after the other leaves a GPU for RAM, until so many bytes are free there."""
     device = torch.device(device)
     for module in modules:
         if device.type != "cuda" or free_memory(device) >= needed:
@@ -111,5 +111,5 @@ def make_room(needed: int, device: torch.device | str, modules: Iterable[nn.Modu
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory did not suffice, by torch's own error or one of the libraries' that it passes on."""
     words = str(error).lower().replace("_", " ")
-    told = isinstance(error, RuntimeError) and ("out of memory" in words or "alloc failed" in words)
-    return told or isinstance(error, torch.cuda.OutOfMemoryError)
+    says_so = isinstance(error, RuntimeError) and ("out of memory" in words or "alloc failed" in words)
+    return says_so or isinstance(error, torch.cuda.OutOfMemoryError)

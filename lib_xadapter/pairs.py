@@ -34,7 +34,7 @@ class Pair:
         names = [FAMILY_NAMES.get(family, family) for family in (self.base, self.upgraded)]
         return ARROW.join(names) if all(names) else ""
 
-    def told(self, base: str) -> str:
+    def describe(self, base: str) -> str:
         """In a sentence, with what is to be remarked; "" where it is not known. `base` as for `remark`."""
         remark = self.remark(base)
         return f"{remark[:1].upper()}{remark[1:]}." if remark else f"The adapter is for {self}." if str(self) else ""

@@ -1,4 +1,4 @@
-"""The way of features between a GPU and ordinary memory.
+"""The way of features between a GPU and RAM.
 
 A GPU copies in passing only from and into pinned memory. Two slots of it take turns, a step each: one is filled or
 emptied here while the GPU copies the other. So two steps' features are pinned, however many steps there are.
@@ -64,7 +64,7 @@ class Slot:
     Attributes:
         tensors: that are used again step after step.
         used: how many of them are in this step.
-        leaving: what is copied into ordinary memory once the GPU has been at the event: (pinned, ordinary).
+        leaving: what is copied into RAM once the GPU has been at the event: (pinned, ordinary).
     """
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -113,7 +113,7 @@ class PinnedTransfer:
         self._slot, self._other = self._other, self._slot
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy in ordinary memory, there once `finish` was called."""
+        """A copy in RAM, there once `finish` was called."""
         if self._queue is None:
             return torch.empty_like(tensor, device="cpu").copy_(tensor)
         pinned, ordinary = self._slot.take(self._queue, tensor), torch.empty_like(tensor, device="cpu")

@@ -1,4 +1,4 @@
-"""The base's joint stage run before the upgraded model's, its features kept in ordinary memory, to the bit.
+"""The base's joint stage run before the upgraded model's, its features kept in RAM, to the bit.
 
 At 1024 px they are about 10.5 MB an image, CFG half and step in half precision, which UNets run in on a GPU. The two
 models then never need the GPU at the same time, and as long as nothing changes on the base's side, the upgraded model
@@ -25,10 +25,10 @@ from .taps import TAPS, BaseFeatures, Taps, base_modules, base_strides, output_c
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What the base's decoder gave at a noise level, in ordinary memory."""
+    """What the base's decoder gave at a noise level, in RAM."""
 
     sigma: float
-    found: RowFeatures
+    row_features: RowFeatures
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Recording:
 
     @property
     def size(self) -> int:
-        """Bytes of ordinary memory."""
-        return sum(_size(step.found.features) for step in self.steps)
+        """Bytes of RAM."""
+        return sum(_size(step.row_features.features) for step in self.steps)
 
 
 def expected_size(
@@ -62,12 +62,12 @@ def expected_size(
 
 
 class Recorder:
-    """A source of features that copies them to ordinary memory as they pass.
+    """A source of features that copies them to RAM as they pass.
 
     Args:
         source: the base in lockstep.
         evaluations: those at which the base is going to be run.
-        has_room: whether so many bytes of ordinary memory may be filled, asked before the first copy; if not, none is
+        has_room: whether so many bytes of RAM may be filled, asked before the first copy; if not, none is
             made.
         time_embedding: whether the mapping layers use it, so that it is copied, too.
     """
@@ -129,7 +129,7 @@ def record(
         evaluations: those at which the base is run.
         each: called before each of them.
         time_embedding: whether the mapping layers use it, so that it is recorded, too.
-        reserve: told, before anything is kept, how many bytes of ordinary memory the recording will fill at most.
+        reserve: called with the bytes of RAM that the recording fills at most, before the first copy.
     """
     at_levels = distinct_levels(evaluations)
 
@@ -170,22 +170,22 @@ class Playback:
                 f"{'nothing more' if step is None else f'{step.sigma:g}'} was recorded"
             )
         with self._transfer.step():
-            features = _moved(step.found.features, self._transfer.to_device)
-        return RowFeatures(features, step.found.rows)
+            features = _moved(step.row_features.features, self._transfer.to_device)
+        return RowFeatures(features, step.row_features.rows)
 
 
 class Sized(Protocol):
-    """Something that fills ordinary memory."""
+    """Something that fills RAM."""
 
     @property
     def size(self) -> int:
         """In bytes."""
 
 
-Kept = TypeVar("Kept", bound=Sized)
+Entry = TypeVar("Entry", bound=Sized)
 
 
-class RecordingCache(Generic[Kept]):
+class LeastRecentlyUsed(Generic[Entry]):
     """Recordings kept for later, the longest unused of them given up where they fill more than they may.
 
     Args:
@@ -194,18 +194,18 @@ class RecordingCache(Generic[Kept]):
 
     def __init__(self, capacity: Callable[[], int]) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Entry] = OrderedDict()
 
     def has_room(self, size: int) -> bool:
-        """Whether something of this size may be kept, and fits into what is free of ordinary memory."""
+        """Whether something of this size may be kept, and fits into what is free of RAM."""
         return size <= min(self._capacity(), free_ram())
 
     @property
     def size(self) -> int:
-        """Bytes of ordinary memory."""
+        """Bytes of RAM."""
         return sum(kept.size for kept in self._kept.values())
 
-    def find(self, key: Hashable) -> Kept | None:
+    def find(self, key: Hashable) -> Entry | None:
         """What was put away under the key, None where it is not there or no longer."""
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -217,7 +217,7 @@ class RecordingCache(Generic[Kept]):
         while self._kept and (self.size > capacity or size <= capacity < self.size + size):
             self._kept.popitem(last=False)
 
-    def put(self, key: Hashable, made: Kept) -> None:
+    def put(self, key: Hashable, made: Entry) -> None:
         """Put away; what does not fit alone is not kept at all."""
         self._kept.pop(key, None)
         self.make_room(made.size)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -33,7 +33,7 @@ from .feature_sources import BaseDenoiser, FeatureSource, Lockstep, OncePerLevel
 from .joint_stage import Coupling, JointStage
 from .memory import free_ram, is_out_of_memory
 from .overlap import Overlap
-from .recording import Playback, Recorder, Recording, RecordingCache, record
+from .recording import LeastRecentlyUsed, Playback, Recorder, Recording, Sized, record
 from .taps import Taps
 from .trajectory import Trajectory
 
@@ -67,7 +67,7 @@ class Pass:
         recorded: run the base first and the upgraded model afterwards.
         may_record: go on so if the device's memory does not hold both.
         key: equal for passes with the same stage 1, which is found again by it; None where nothing is to be found.
-        keep: find and keep what the base makes in lockstep, too, as other passes are to come that have use for it.
+        use_cache: find and keep what the base makes in lockstep, too, as other passes are to come that have use for it.
         can_resume: the base's joint stage can begin from a stage 1 that was found. Plugins that take something along
             from their stage 1 must have gone through it.
         solver_order: of the base in the joint stage, as in `Trajectory`.
@@ -78,7 +78,7 @@ class Pass:
     recorded: bool = False
     may_record: bool = False
     key: Hashable = None
-    keep: bool = False
+    use_cache: bool = False
     can_resume: bool = True
     solver_order: int = 2
 
@@ -106,38 +106,44 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class KeptStageOne:
+class CachedStageOne:
     """Stage 1 of an earlier pass.
 
     Attributes:
-        stage_one: its latents in host memory.
-        remarks: what else the host wants to find again.
+        stage_one: its latents in RAM.
+        host_data: what else the host wants to find again.
     """
 
     stage_one: StageOne
-    remarks: Any = None
+    host_data: Sized | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of host memory."""
-        pictures, latents = self.stage_one.pictures, self.stage_one.latents
-        pixels = sum(len(image.getbands()) * image.width * image.height for image in pictures)
-        return pixels + (0 if latents is None else latents.nbytes)
+        """Bytes of RAM."""
+        latents = self.stage_one.latents
+        of_latents = 0 if latents is None else latents.nbytes
+        of_host = 0 if self.host_data is None else self.host_data.size
+        return size_of_pictures(self.stage_one.pictures) + of_latents + of_host
 
 
-BaseCache = RecordingCache[KeptStageOne | Recording]
+def size_of_pictures(pictures: Iterable[Image.Image]) -> int:
+    """Bytes of pictures in 8 bits."""
+    return sum(len(image.getbands()) * image.width * image.height for image in pictures)
+
+
+BaseCache = LeastRecentlyUsed[CachedStageOne | Recording]
 """Stages 1 by their key, and features by that of their recording."""
 
 
 @dataclass(frozen=True)
-class Found:
+class CachedBase:
     """What earlier passes made of a pass's base side."""
 
-    stage_one: KeptStageOne | None = None
+    stage_one: CachedStageOne | None = None
     recording: Recording | None = None
 
     @classmethod
-    def for_pass(cls, plan: Pass, cache: BaseCache) -> Found:
+    def for_pass(cls, plan: Pass, cache: BaseCache) -> CachedBase:
         """What there is that this pass can use."""
         kept = cache.find(plan.key) if plan.key is not None else None
         if kept is None or plan.coupling is None:
@@ -145,7 +151,7 @@ class Found:
         recording = cache.find(plan.recording_key) if plan.evaluations is not None else None
         return cls(kept, recording) if recording is not None or plan.can_resume else cls()
 
-    def is_all(self, plan: Pass) -> bool:
+    def suffices_for(self, plan: Pass) -> bool:
         """Whether the base need not run."""
         return self.stage_one is not None and (plan.coupling is None or self.recording is not None)
 
@@ -206,14 +212,14 @@ class Host(Protocol[Samples]):
     def recording(self, evaluations: int) -> AbstractContextManager[Callable[[], None]]:
         """Around the recording of so many evaluations; what it gives is called before each of them."""
 
-    def remarks(self) -> Any:
+    def host_data(self) -> Sized | None:
         """What else is to be kept with stage 1, asked for once the base's plugins are closed."""
 
-    def stage_one_found(self, kept: KeptStageOne) -> None:
+    def on_stage_one_reused(self, kept: CachedStageOne) -> None:
         """Stage 1 is that of an earlier pass."""
 
-    def base_rests(self, kept: KeptStageOne) -> None:
-        """Beside that, the base does not run at all; what its plugins would tell stands in the remarks."""
+    def on_base_skipped(self, kept: CachedStageOne) -> None:
+        """Beside that, the base does not run at all; what its plugins would report stands in `host_data`."""
 
     def notify(self, sentence: str) -> None:
         """Tell the user."""
@@ -236,15 +242,15 @@ def run(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
         reason = str(error)
         traceback.clear_frames(error.__traceback__)
     host.notify(f"{reason}, so memory is 'lockstep' for this picture")
-    unplanned = replace(plan, recorded=False, evaluations=None, keep=False)
-    return _in_lockstep(host, unplanned, cache, Found.for_pass(unplanned, cache))
+    unplanned = replace(plan, recorded=False, evaluations=None, use_cache=False)
+    return _in_lockstep(host, unplanned, cache, CachedBase.for_pass(unplanned, cache))
 
 
 def _as_planned(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     if plan.recorded:
         return _one_after_the_other(host, plan, cache)
     try:
-        return _in_lockstep(host, plan, cache, Found.for_pass(plan, cache) if plan.keep else Found())
+        return _in_lockstep(host, plan, cache, CachedBase.for_pass(plan, cache) if plan.use_cache else CachedBase())
     except RuntimeError as error:
         if not is_out_of_memory(error) or not plan.may_record or plan.evaluations is None:
             raise
@@ -254,26 +260,28 @@ def _as_planned(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
     return _one_after_the_other(host, replace(plan, recorded=True), cache)
 
 
-def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache, found: Found) -> Samples:
-    if found.is_all(plan):
+def _in_lockstep(host: Host[Samples], plan: Pass, cache: BaseCache, found: CachedBase) -> Samples:
+    if found.suffices_for(plan):
         return _without_base(host, plan, found)
     host.both_to_device()
     with host.base_plugins():
         stage_one = _stage_one(host, found)
         if host.interrupted and stage_one.pictures:
             return host.samples_of_base(stage_one)
-        samples, recording = _beside(host, plan, stage_one, cache)
-    if plan.keep:
-        _keep(host, plan, cache, stage_one, recording)
+        samples, recording = _sample_in_lockstep(host, plan, stage_one, cache)
+    if plan.use_cache:
+        _cache_results(host, plan, cache, stage_one, recording)
     return samples
 
 
-def _beside(host: Host[Samples], plan: Pass, stage_one: StageOne, cache: BaseCache) -> tuple[Samples, Recording | None]:
+def _sample_in_lockstep(
+    host: Host[Samples], plan: Pass, stage_one: StageOne, cache: BaseCache
+) -> tuple[Samples, Recording | None]:
     """The upgraded model with the base beside it, and a recording of the base where one is kept."""
     if plan.coupling is None:
         return host.sample_upgraded(stage_one, None, plan.evaluations), None
-    with _base_beside(host, plan, stage_one) as source:
-        if not plan.keep or plan.key is None or plan.evaluations is None:
+    with _lockstep_source(host, plan, stage_one) as source:
+        if not plan.use_cache or plan.key is None or plan.evaluations is None:
             return _joint_stage(host, plan, stage_one, source, host.overlap), None
         recorder = Recorder(source, plan.base_evaluations, cache.has_room, plan.uses_time)
         samples = _joint_stage(host, plan, stage_one, recorder, host.overlap)
@@ -281,8 +289,8 @@ def _beside(host: Host[Samples], plan: Pass, stage_one: StageOne, cache: BaseCac
 
 
 def _one_after_the_other(host: Host[Samples], plan: Pass, cache: BaseCache) -> Samples:
-    found = Found.for_pass(plan, cache)
-    if not found.is_all(plan):
+    found = CachedBase.for_pass(plan, cache)
+    if not found.suffices_for(plan):
         found = _run_base(host, plan, found, cache)
         host.upgraded_to_device()
         return _from_base(host, plan, found.stage_one.stage_one, found.recording)
@@ -290,22 +298,22 @@ def _one_after_the_other(host: Host[Samples], plan: Pass, cache: BaseCache) -> S
     return _without_base(host, plan, found)
 
 
-def _run_base(host: Host[Any], plan: Pass, found: Found, cache: BaseCache) -> Found:
+def _run_base(host: Host[Any], plan: Pass, found: CachedBase, cache: BaseCache) -> CachedBase:
     """The base before the upgraded model."""
     host.base_to_device()
     with host.base_plugins():
         stage_one = _stage_one(host, found)
         goes_on = plan.coupling is not None and not host.interrupted
         recording = _record_joint_stage(host, plan, stage_one, cache) if goes_on else None
-    _keep(host, plan, cache, stage_one, recording)
-    return Found(KeptStageOne(stage_one), recording)
+    _cache_results(host, plan, cache, stage_one, recording)
+    return CachedBase(CachedStageOne(stage_one), recording)
 
 
-def _without_base(host: Host[Samples], plan: Pass, found: Found) -> Samples:
+def _without_base(host: Host[Samples], plan: Pass, found: CachedBase) -> Samples:
     logger.info("The base's side is that of an earlier picture: it is used again")
     kept = found.stage_one
-    host.stage_one_found(kept)
-    host.base_rests(kept)
+    host.on_stage_one_reused(kept)
+    host.on_base_skipped(kept)
     return _from_base(host, plan, kept.stage_one, found.recording)
 
 
@@ -318,19 +326,21 @@ def _from_base(host: Host[Samples], plan: Pass, stage_one: StageOne, recording: 
     return _joint_stage(host, plan, stage_one, OncePerLevel(Playback(recording, host.device)), None)
 
 
-def _stage_one(host: Host[Any], found: Found) -> StageOne:
+def _stage_one(host: Host[Any], found: CachedBase) -> StageOne:
     if found.stage_one is None:
         return host.sample_base()
-    host.stage_one_found(found.stage_one)
+    host.on_stage_one_reused(found.stage_one)
     return found.stage_one.stage_one
 
 
-def _keep(host: Host[Any], plan: Pass, cache: BaseCache, stage_one: StageOne, recording: Recording | None) -> None:
+def _cache_results(
+    host: Host[Any], plan: Pass, cache: BaseCache, stage_one: StageOne, recording: Recording | None
+) -> None:
     """Put away what the base made, for later passes; nothing of what the user interrupted."""
     if plan.key is None or host.interrupted:
         return
     latents = None if stage_one.latents is None else stage_one.latents.cpu()
-    cache.put(plan.key, KeptStageOne(replace(stage_one, latents=latents), host.remarks()))
+    cache.put(plan.key, CachedStageOne(replace(stage_one, latents=latents), host.host_data()))
     if recording is not None:
         cache.put(plan.recording_key, recording)
 
@@ -347,7 +357,7 @@ def _joint_stage(
 
 
 @contextmanager
-def _base_beside(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[FeatureSource]:
+def _lockstep_source(host: Host[Any], plan: Pass, stage_one: StageOne) -> Iterator[FeatureSource]:
     """The base at the start of the joint stage: its finished latents, noised again."""
     with host.base_denoiser(stage_one, plan.taps) as denoiser:
         noise, latents = host.base_noise(), stage_one.latents
@@ -359,10 +369,10 @@ def _record_joint_stage(host: Host[Any], plan: Pass, stage_one: StageOne, cache:
     """The base's features at its planned evaluations; None where the user interrupts.
 
     Raises:
-        XAdapterError: there is not enough ordinary memory for them.
+        XAdapterError: there is not enough RAM for them.
     """
     evaluations = plan.base_evaluations
-    with _base_beside(host, plan, stage_one) as source, host.recording(len(evaluations)) as step:
+    with _lockstep_source(host, plan, stage_one) as source, host.recording(len(evaluations)) as step:
 
         def begin_step() -> None:
             if host.interrupted:

@@ -10,7 +10,7 @@ import torch
 from lib_xadapter.errors import XAdapterError
 from lib_xadapter.evaluations import Evaluation, GuidanceWindow
 from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep, OncePerLevel
-from lib_xadapter.recording import Playback, Recording, RecordingCache, record
+from lib_xadapter.recording import LeastRecentlyUsed, Playback, Recording, record
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import BaseFeatures
 from lib_xadapter.trajectory import Trajectory
@@ -103,7 +103,7 @@ class Thing:
 
 class TestRecordingCache:
     def test_the_longest_unused_goes_first(self):
-        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: 30)
         for name in "abc":
             cache.put(name, Thing(10))
         cache.find("a")
@@ -112,21 +112,21 @@ class TestRecordingCache:
         assert cache.size == 30
 
     def test_what_is_too_large_is_not_kept_and_drives_nothing_away(self):
-        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: 30)
         cache.put("small", Thing(20))
         cache.put("large", Thing(31))
         assert cache.find("large") is None
         assert cache.find("small") == Thing(20)
 
     def test_the_same_key_takes_the_place_of_the_earlier(self):
-        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: 30)
         cache.put("a", Thing(20))
         cache.put("a", Thing(25))
         assert cache.size == 25
 
     def test_a_smaller_limit_holds_from_the_next_time_on(self):
         limit = [30]
-        cache: RecordingCache[Thing] = RecordingCache(lambda: limit[0])
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: limit[0])
         cache.put("a", Thing(20))
         limit[0] = 15
         cache.put("b", Thing(10))
@@ -134,14 +134,14 @@ class TestRecordingCache:
         assert cache.size == 10
 
     def test_room_is_made_before_the_next_is_recorded(self):
-        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: 30)
         for name in "abc":
             cache.put(name, Thing(10))
         cache.make_room(15)
         assert [name for name in "abc" if cache.find(name)] == ["c"]
 
     def test_what_will_not_be_kept_drives_nothing_away(self):
-        cache: RecordingCache[Thing] = RecordingCache(lambda: 30)
+        cache: LeastRecentlyUsed[Thing] = LeastRecentlyUsed(lambda: 30)
         cache.put("a", Thing(10))
         cache.make_room(31)
         assert cache.find("a")

@@ -92,7 +92,7 @@ def test_the_size_of_a_recording_is_known_before_the_base_runs(size):
 
     with torch.no_grad(), read_features(unet) as reader:
         recording = record(Source(reader), [Evaluation(sigma, 0, 0.0) for sigma in (3.0, 2.0)])
-    time_embeddings = sum(step.found.features.time_embedding.nbytes for step in recording.steps)
+    time_embeddings = sum(step.row_features.features.time_embedding.nbytes for step in recording.steps)
     assert recording.size - time_embeddings == expected_size(unet, 2, size, 2)
 
 

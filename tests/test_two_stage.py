@@ -17,10 +17,10 @@ from lib_xadapter.errors import UnplannedLevel
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseDenoiser, BaseStep
 from lib_xadapter.joint_stage import Coupling, JointStage
-from lib_xadapter.recording import RecordingCache
+from lib_xadapter.recording import LeastRecentlyUsed
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import TAPS, BaseFeatures, Taps
-from lib_xadapter.two_stage import BaseCache, KeptStageOne, Pass, StageOne, check_plan, run
+from lib_xadapter.two_stage import BaseCache, CachedStageOne, Pass, StageOne, check_plan, run
 
 ROWS = batch_rows([1])
 EVALUATIONS = tuple(Evaluation(sigma, step, step / 4) for step, sigma in enumerate((8.0, 4.0, 2.0, 1.0)))
@@ -42,6 +42,16 @@ class Passing:
 
     def release(self) -> None:
         pass
+
+
+@dataclass
+class HostData:
+    """What a host keeps beside its stage 1."""
+
+    size: int = 7
+
+    def __str__(self) -> str:
+        return "its data"
 
 
 @dataclass
@@ -126,14 +136,14 @@ class SmallHost:
         self._did(f"recording {evaluations}")
         yield lambda: None
 
-    def remarks(self) -> str:
-        return "remarks"
+    def host_data(self) -> HostData:
+        return HostData()
 
-    def stage_one_found(self, kept: KeptStageOne) -> None:
+    def on_stage_one_reused(self, kept: CachedStageOne) -> None:
         self._did(f"found {len(kept.stage_one.pictures)} picture")
 
-    def base_rests(self, kept: KeptStageOne) -> None:
-        self._did(f"the base rests, with {kept.remarks}")
+    def on_base_skipped(self, kept: CachedStageOne) -> None:
+        self._did(f"the base rests, with {kept.host_data}")
 
     def notify(self, sentence: str) -> None:
         self.told.append(sentence)
@@ -145,7 +155,7 @@ def base_calls(host: SmallHost) -> list[str]:
 
 @pytest.fixture
 def recordings() -> BaseCache:
-    return RecordingCache(lambda: 2**20)
+    return LeastRecentlyUsed(lambda: 2**20)
 
 
 @pytest.fixture
@@ -176,7 +186,7 @@ def test_a_base_side_that_was_recorded_before_does_not_run_again(recordings, cou
     plan = Pass(coupling, EVALUATIONS, recorded=True, key="a")
     first, host = run(SmallHost(), plan, recordings), SmallHost()
     again = run(host, plan, recordings)
-    assert host.calls[:3] == ["upgraded to device", "found 1 picture", "the base rests, with remarks"]
+    assert host.calls[:3] == ["upgraded to device", "found 1 picture", "the base rests, with its data"]
     assert not any(call.startswith("base at") for call in host.calls)
     assert torch.equal(again, first)
 
@@ -186,7 +196,7 @@ class TestASeries:
 
     @pytest.fixture(params=[False, True], ids=["lockstep", "recorded"])
     def plan(self, coupling, request) -> Pass:
-        return Pass(coupling, EVALUATIONS, recorded=request.param, key="a", keep=True)
+        return Pass(coupling, EVALUATIONS, recorded=request.param, key="a", use_cache=True)
 
     def test_the_base_runs_once(self, recordings, plan):
         first, host = run(SmallHost(), plan, recordings), SmallHost()
@@ -234,14 +244,14 @@ class TestASeries:
         assert base_calls(host)[0] == "stage 1"
 
     def test_what_does_not_fit_is_not_copied_and_stage_1_is_kept_all_the_same(self, plan):
-        small = RecordingCache(lambda: 4 * 4 * 2 * 2 + 4 * 2 * 3)
+        small = LeastRecentlyUsed(lambda: 4 * 4 * 2 * 2 + 4 * 2 * 3 + HostData.size)
         first = run(SmallHost(), plan, small)
         host = SmallHost()
         assert torch.equal(run(host, plan, small), first)
         assert base_calls(host) == [f"base at {sigma}" for sigma in (8, 4, 2, 1)]
 
     def test_levels_that_are_not_known_before_are_not_kept(self, recordings, coupling):
-        plan = Pass(coupling, None, key="a", keep=True)
+        plan = Pass(coupling, None, key="a", use_cache=True)
         for calls in (5, 4):
             host = SmallHost()
             run(host, plan, recordings)

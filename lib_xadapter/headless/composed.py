@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import DoesNotFit, WrongArgument
 from ..mapping import MappingLayers, load_adapter, save_adapter
-from ..recording import RecordingCache
+from ..recording import LeastRecentlyUsed
 from ..settings import AUTO, BASE_NOISE_SEED, LOCKSTEP, PICTURE, RECORDED, Settings, half, read_settings
 from .job import LATENT_PIXEL
 from .model_files import load_base, load_upgraded
@@ -62,7 +62,7 @@ class BaseSide:
     """
 
     latents: Tensor | None
-    recordings: Recordings = field(default_factory=lambda: RecordingCache(lambda: MOST_RECORDED))
+    recordings: Recordings = field(default_factory=lambda: LeastRecentlyUsed(lambda: MOST_RECORDED))
 
 
 @dataclass
@@ -151,7 +151,7 @@ class XAdapterPipeline:
         adapter: mapping layers or their file; None for the SDEdit + SDXL baseline.
         rules: where the paper leaves a choice; diffusers' own habits unless said otherwise.
         placement: where the models run; None for where the upgraded pipeline is.
-        progress: told of every step, beside the pipelines' own bars.
+        progress: base_prompts of every step, beside the pipelines' own bars.
 
     Raises:
         DoesNotFit: the mapping layers were made for other models, or a pipeline is of another kind.
@@ -557,9 +557,9 @@ def _base_prompts(
         "negative_prompt_embeds": negative_embeds,
     }
     several = {name: [text] * prompts if isinstance(text, str) else text for name, text in found.items()}
-    told = len(embeds) if embeds is not None else len(several["prompt"] or ())
-    if told != prompts:
-        raise WrongArgument(f"'base_prompt' is for {told} pictures, 'prompt' for {prompts}.")
+    pictures_of_base = len(embeds) if embeds is not None else len(several["prompt"] or ())
+    if pictures_of_base != prompts:
+        raise WrongArgument(f"'base_prompt' is for {pictures_of_base} pictures, 'prompt' for {prompts}.")
     return several
 
 

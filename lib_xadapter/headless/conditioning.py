@@ -85,7 +85,7 @@ def conditioned(
 ) -> Iterator[None]:
     """While open, calls of a pipeline's UNet and ControlNets are given the prompts of the evaluation."""
     with ExitStack() as scope:
-        for module in told_prompts(pipeline) if conditioning is not None else ():
+        for module in prompted_modules(pipeline) if conditioning is not None else ():
             is_unet = module is pipeline.unet
             scope.enter_context(
                 wrapped(module, "forward", _ConditionedForward(conditioning, evaluation, images, is_unet))
@@ -93,7 +93,7 @@ def conditioned(
         yield
 
 
-def told_prompts(pipeline: Any) -> list[nn.Module]:
+def prompted_modules(pipeline: Any) -> list[nn.Module]:
     """The UNet, and each ControlNet once, also where it stands among several; T2I-Adapters are told no prompt."""
     net = getattr(pipeline, "controlnet", None)
     nets = net.nets if isinstance(net, MultiControlNetModel) else [net]

@@ -44,9 +44,9 @@ def inpainting_channels(
     vae = pipeline.vae
     # one after the other, as pictures are encoded elsewhere
     latents = [vae.encode(one[None].to(device, vae.dtype)).latent_dist.mode().float() for one in pixels]
-    told = vae.config.scaling_factor * torch.cat(latents)
-    small = mask[:, :, ::PIXELS, ::PIXELS].to(device).expand(len(told), -1, -1, -1)
-    return torch.cat([small, told], dim=1).expand(images, -1, -1, -1)
+    masked_latents = vae.config.scaling_factor * torch.cat(latents)
+    small = mask[:, :, ::PIXELS, ::PIXELS].to(device).expand(len(masked_latents), -1, -1, -1)
+    return torch.cat([small, masked_latents], dim=1).expand(images, -1, -1, -1)
 
 
 def _pixel_mask(painted: Painted, size: tuple[int, int]) -> Tensor:

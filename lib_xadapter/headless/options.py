@@ -251,7 +251,7 @@ def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], seve
         type=_setting("switch_point"),
         default=[Settings().switch_point],
         metavar="X",
-        help=f"{_told('switch_point')} Several values {several}.",
+        help=f"{_help_text('switch_point')} Several values {several}.",
     )
     group.add_argument(
         "--weight",
@@ -259,7 +259,7 @@ def _add_joint_stage(parser: argparse.ArgumentParser, names: Iterable[str], seve
         type=_weight,
         default=[Settings().weight],
         metavar="X",
-        help=f"{_told('weight')} Several values {several}; 1,0.5,0 is one weight a level.",
+        help=f"{_help_text('weight')} Several values {several}; 1,0.5,0 is one weight a level.",
     )
     for name in names:
         _add_setting(group, name)
@@ -394,7 +394,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _add_setting(group: Any, name: str) -> None:
     option, default = f"--{name.replace('_', '-')}", defaults()[name]
-    help_text = _told(name)
+    help_text = _help_text(name)
     if isinstance(default, bool):
         group.add_argument(option, action="store_true", help=help_text)
     elif choices := arguments()[name].choices:
@@ -403,7 +403,7 @@ def _add_setting(group: Any, name: str) -> None:
         group.add_argument(option, type=_setting(name), default=default, metavar="X", help=help_text)
 
 
-def _told(name: str) -> str:
+def _help_text(name: str) -> str:
     """What an argument does, what it can be, and what it is where nothing is said."""
     row, default = arguments()[name], defaults()[name]
     tooltip = row.tooltip.replace("%", "%%")

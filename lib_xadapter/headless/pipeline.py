@@ -26,10 +26,10 @@ from ..mapping_choice import choose_mapping_path
 from ..mapping_paths import MappingPath
 from ..memory import Work, decoding_memory
 from ..overlap import SideStream
-from ..recording import RecordingCache
+from ..recording import LeastRecentlyUsed
 from ..settings import AUTO, BASE, BASE_NOISE_SEED, RECORDED, START_STRENGTH, Settings
 from ..taps import Taps, read_features
-from ..two_stage import BaseCache, KeptStageOne, Pass, StageOne, run
+from ..two_stage import BaseCache, CachedStageOne, Pass, StageOne, run
 from ..wrapping import wrapped
 from .base_steps import BaseSteps
 from .conditioning import Conditioning, conditioned
@@ -478,7 +478,9 @@ class TwoStages:
         """
         start = start if isinstance(start, Start) else Start(start)
         host = DiffusersHost(self, request, finished, start, steps, each_step, output_type)
-        return run(host, self.plan(request, steps), recordings if recordings is not None else RecordingCache(lambda: 0))
+        return run(
+            host, self.plan(request, steps), recordings if recordings is not None else LeastRecentlyUsed(lambda: 0)
+        )
 
     def plan(self, request: Request, steps: Steps) -> Pass:
         settings = request.settings
@@ -738,13 +740,13 @@ class DiffusersHost:
         yield lambda: self._stages.progress("recording", next(done), evaluations)
         self._stages.progress("recording", evaluations, evaluations)
 
-    def remarks(self) -> None:
+    def host_data(self) -> None:
         """Nothing."""
 
-    def stage_one_found(self, kept: KeptStageOne) -> None:
+    def on_stage_one_reused(self, kept: CachedStageOne) -> None:
         """Its picture is shown once for all passes."""
 
-    def base_rests(self, kept: KeptStageOne) -> None:
+    def on_base_skipped(self, kept: CachedStageOne) -> None:
         """Nothing is shown of it."""
 
     def notify(self, sentence: str) -> None:

@@ -287,8 +287,8 @@ class Training:
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 # the others pass on what they do not know
-                told = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
-                tracker.log_images({"validation": grid[None]}, step=self._done, **told)
+                layout = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
+                tracker.log_images({"validation": grid[None]}, step=self._done, **layout)
 
     def _log(self, sums: Sums) -> None:
         figures = {"loss": sums.loss, "learning rate": self.state.learning_rate}

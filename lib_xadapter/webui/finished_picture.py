@@ -12,7 +12,7 @@ from modules.processing import StableDiffusionProcessing
 from ..infotext import read_infotext
 
 
-def told_by_finished_picture(p: StableDiffusionProcessing) -> Mapping[str, Any]:
+def arguments_of_finished_picture(p: StableDiffusionProcessing) -> Mapping[str, Any]:
     """Arguments that the infotext of a finished picture holds; nothing for any other job.
 
     The WebUI upscales it with the page's settings of that moment. A picture that was made without X-Adapter is not

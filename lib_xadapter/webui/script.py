@@ -11,7 +11,7 @@ from modules import script_callbacks, scripts
 from modules.processing import Processed, StableDiffusionProcessing, StableDiffusionProcessingImg2Img
 
 from .ending import end_at_once
-from .finished_picture import told_by_finished_picture
+from .finished_picture import arguments_of_finished_picture
 from .options import add_options
 from .page import panel
 from .page.network_cards import exchange_page
@@ -54,15 +54,15 @@ class XAdapter(scripts.Script):
 
     def before_process(self, p: StableDiffusionProcessing, *values: Any) -> None:
         try:
-            given, told = with_cell(p, values), told_by_finished_picture(p)
-            if is_enabled(given, told):
-                self._begin_job(p, given, told)
+            given, from_picture = with_cell(p, values), arguments_of_finished_picture(p)
+            if is_enabled(given, from_picture):
+                self._begin_job(p, given, from_picture)
         except Exception as error:
             # the WebUI would swallow it and make a picture without X-Adapter
             end_at_once(p, error)
             raise
 
-    def _begin_job(self, p: StableDiffusionProcessing, given: Sequence[Any], told: Mapping[str, Any]) -> None:
+    def _begin_job(self, p: StableDiffusionProcessing, given: Sequence[Any], from_picture: Mapping[str, Any]) -> None:
         # whoever leaves X-Adapter unticked does not wait for what it is made of
         from .base.models import loaded_models
         from .job.job import Job
@@ -70,7 +70,7 @@ class XAdapter(scripts.Script):
         outer = jobs_under_way()
         self._end_others(outer)
         p.extra_generation_params = own_infotext(p)
-        job = Job(p, loaded_models(), lambda: {**panel.read_controls(given), **told}, is_inner=bool(outer))
+        job = Job(p, loaded_models(), lambda: {**panel.read_controls(given), **from_picture}, is_inner=bool(outer))
         self._jobs.append(job)
         setattr(p, ATTRIBUTE, job)
 
@@ -103,17 +103,17 @@ class XAdapter(scripts.Script):
         _fill_texts(processed)
 
 
-def is_enabled(given: Sequence[Any], told: Mapping[str, Any]) -> bool:
+def is_enabled(given: Sequence[Any], from_picture: Mapping[str, Any]) -> bool:
     """Whether a picture is to be made with X-Adapter.
 
     Whatever else is wrong with the arguments ends the job when that reads them.
 
     Args:
         given: what the page, the request or a plot's cell gives the script.
-        told: what a finished picture says, which goes before.
+        from_picture: what a finished picture says, which goes before.
     """
     first = given[0] if given else False
-    enabled = told.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
+    enabled = from_picture.get("enabled", first.get("enabled", True) if isinstance(first, Mapping) else first)
     return enabled is not None and enabled is not False
 
 

@@ -37,5 +37,5 @@ def warn_of_others() -> None:
     """A line in the log for each of both; called when every extension is loaded."""
     if names := list(absent()):
         logger.warning("X-Adapter runs without %s.", " and without ".join(names))
-    if told := difference(running()):
-        logger.warning("X-Adapter was not tried with %s; it uses names of theirs that may have changed.", told)
+    if untried := difference(running()):
+        logger.warning("X-Adapter was not tried with %s; it uses names of theirs that may have changed.", untried)

@@ -130,5 +130,5 @@ def test_a_recording_plays_back_what_lockstep_gives(models):
     serial = models.in_lockstep()
     with models.lockstep() as source:
         recording = record(source, EVALUATIONS)
-    assert not any(feature.is_pinned() for step in recording.steps for feature in step.found.features.levels)
+    assert not any(feature.is_pinned() for step in recording.steps for feature in step.row_features.features.levels)
     assert same(serial, models.sampled(OncePerLevel(Playback(recording, models.device))))

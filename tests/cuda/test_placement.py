@@ -169,7 +169,7 @@ def test_recorded_features_lie_in_ordinary_memory_and_only_pinned_copies_pass(st
 
 
 def features_of(recording: Recording) -> list[Tensor]:
-    return [feature for step in recording.steps for feature in step.found.features.levels]
+    return [feature for step in recording.steps for feature in step.row_features.features.levels]
 
 
 @pytest.mark.parametrize(

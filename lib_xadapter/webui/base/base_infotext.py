@@ -36,18 +36,20 @@ def base_infotexts(base_p: StableDiffusionProcessing, base: BaseModel, networks:
         base: the base model.
         networks: its LoRAs, which its parsed prompts no longer name.
     """
-    told = copy.copy(base_p)
+    described = copy.copy(base_p)
     with base.current() as model:
-        told.sd_model_name, told.sd_model_hash = base.info.name_for_extra, model.sd_model_hash
-        told.sd_vae_name, told.sd_vae_hash = sd_vae.get_loaded_vae_name(), sd_vae.get_loaded_vae_hash()
-        told.extra_generation_params = {
+        described.sd_model_name, described.sd_model_hash = base.info.name_for_extra, model.sd_model_hash
+        described.sd_vae_name, described.sd_vae_hash = sd_vae.get_loaded_vae_name(), sd_vae.get_loaded_vae_hash()
+        described.extra_generation_params = {
             **base_p.extra_generation_params,
             **sd_hijack.model_hijack.extra_generation_params,
         }
         prompts = [prompt + _tags(networks) for prompt in base_p.prompts]
         negative = list(base_p.negative_prompts)
         return [
-            create_infotext(told, prompts, told.seeds, told.subseeds, index=place, all_negative_prompts=negative)
+            create_infotext(
+                described, prompts, described.seeds, described.subseeds, index=place, all_negative_prompts=negative
+            )
             for place in range(len(prompts))
         ]
 

@@ -17,7 +17,7 @@ from ...mapping_choice import MappingChoice, choose_mapping_path
 from ...mapping_paths import MappingPath
 from ...memory import ONE_PICTURE, Work, decoding_memory, free_memory, missing_from
 from ...overlap import SideStream
-from ...recording import RecordingCache
+from ...recording import LeastRecentlyUsed
 from ...settings import AUTO, RECORDED
 from ...two_stage import BaseCache
 from .. import options
@@ -46,7 +46,7 @@ class Models:
     """The base and the mapping layers that are loaded, for both tabs: see `loaded_models`."""
 
     def __init__(self) -> None:
-        self.recordings: BaseCache = RecordingCache(options.recordings_capacity)
+        self.recordings: BaseCache = LeastRecentlyUsed(options.recordings_capacity)
         """Of the base in earlier jobs."""
         self._base: BaseModel | None = None
         self._mapping: tuple[MappingOnDisk, MappingPath] | None = None

@@ -212,5 +212,5 @@ def check_applied(model: str) -> None:
     """
     networks = lora_extension()
     if networks is not None and networks.extra_network_lora.errors:
-        told = ", ".join(f"'{name}' ({count} layers)" for name, count in networks.extra_network_lora.errors.items())
-        raise WrongFile(f"LoRAs with weights of shapes that the {model} model does not have: {told}.")
+        failed = ", ".join(f"'{name}' ({count} layers)" for name, count in networks.extra_network_lora.errors.items())
+        raise WrongFile(f"LoRAs with weights of shapes that the {model} model does not have: {failed}.")

@@ -104,14 +104,14 @@ def _batch(
     networks = plugins.base_networks(base_networks, own_networks)
     positive = own_prompts if settings.base_prompt else list(prompts)
     negative = [settings.base_negative_prompt] * count if settings.base_negative_prompt else list(negative_prompts)
-    told = Prompts(positive, negative)
+    base_prompts = Prompts(positive, negative)
     if sampling.is_hires:
-        return Batch(beside_hires(p, settings, told), networks)
+        return Batch(beside_hires(p, settings, base_prompts), networks)
     if not isinstance(p, StableDiffusionProcessingImg2Img):
-        return Batch(of_txt2img(p, settings, told), networks)
+        return Batch(of_txt2img(p, settings, base_prompts), networks)
     if sampling.start is Start.PICTURE:
-        return Batch(beside_img2img(p, settings, told, given), networks)
-    return Batch(of_img2img(p, settings, told), networks)
+        return Batch(beside_img2img(p, settings, base_prompts, given), networks)
+    return Batch(of_img2img(p, settings, base_prompts), networks)
 
 
 def _write_into_prompts(p: StableDiffusionProcessing, added: extra_networks.ExtraNetworkParams) -> None:
@@ -184,19 +184,19 @@ def report_plugins(
     texts = {routing.BASE: base_texts, routing.UPGRADED: [text for part in prompts for text in part]}
     known = {routing.BASE: encoding.embeddings, routing.UPGRADED: upgraded_embeddings, "": encoding.unusable}
     routes = [*loras, *routing.taken_embeddings(texts, known), *map(routing.unit_route, units.enabled)]
-    _tell_plugins(p, routing.sentence(routes, base.family), is_hires)
+    _write_plugins(p, routing.sentence(routes, base.family), is_hires)
     p.lora_hashes = {**getattr(p, "lora_hashes", {}), **encoding.lora_hashes}
     if p.lora_hashes:
         hashes = ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items())
         p.extra_generation_params["Lora hashes"] = hashes
 
 
-def _tell_plugins(p: StableDiffusionProcessing, told: str, is_hires: bool) -> None:
+def _write_plugins(p: StableDiffusionProcessing, summary: str, is_hires: bool) -> None:
     """A sentence, "" for no plugins; of the second pass of Hires. fix where it is another than the first one's."""
     written = p.extra_generation_params
-    if is_hires and told != written.get(PLUGINS_KEY, ""):
-        written[HIRES_PLUGINS_KEY] = told or "none"
-        p.comment(f"X-Adapter, Hires. fix: {told or 'no plugins'}.")
-    elif told and not is_hires:
-        written[PLUGINS_KEY] = told
-        p.comment(f"X-Adapter: {told}.")
+    if is_hires and summary != written.get(PLUGINS_KEY, ""):
+        written[HIRES_PLUGINS_KEY] = summary or "none"
+        p.comment(f"X-Adapter, Hires. fix: {summary or 'no plugins'}.")
+    elif summary and not is_hires:
+        written[PLUGINS_KEY] = summary
+        p.comment(f"X-Adapter: {summary}.")

@@ -208,11 +208,11 @@ class Job:
             planned.evaluations,
             planned.recorded,
             may_record=request.may_record(planned),
-            keep=is_one_of_several(self._p),
+            use_cache=is_one_of_several(self._p),
             can_resume=not self._units.of_base,
         )
         # what SDXL made in a first pass is never made again in another job
-        if planned.sampling.is_hires or not (made.recorded or made.may_record or made.keep):
+        if planned.sampling.is_hires or not (made.recorded or made.may_record or made.use_cache):
             return made
         key = key_of(request.base, batch.base_p, request.settings, batch.networks, self._units, self._p)
         return replace(made, key=key)

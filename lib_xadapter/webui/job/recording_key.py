@@ -69,7 +69,7 @@ def key_of(
             "units": units.state(),
             "options": options,
             "token merging": p.get_token_merging_ratio(),
-            "other extensions": told_to_others(p),
+            "other extensions": arguments_of_other_scripts(p),
         }
     )
 
@@ -85,7 +85,7 @@ def vae_state(base: BaseModel) -> FileState | None:
     return None if path is None else file_state(path)
 
 
-def told_to_others(p: StableDiffusionProcessing) -> list[Any]:
+def arguments_of_other_scripts(p: StableDiffusionProcessing) -> list[Any]:
     """The arguments of other extensions' scripts: some of them have a hand in the base's sampling, too."""
     scripts = p.scripts.alwayson_scripts if p.scripts is not None else []
     others = [script for script in scripts if BUILT_IN not in script.filename and script.title() not in OWN_TITLES]

@@ -21,7 +21,7 @@ from ...joint_stage import JointStage
 from ...overlap import Overlap
 from ...settings import BASE_NOISE_SEED
 from ...taps import Taps, read_features
-from ...two_stage import KeptStageOne, StageOne
+from ...two_stage import CachedStageOne, StageOne, size_of_pictures
 from ..base.base_evaluation import BaseEvaluation
 from ..base.base_infotext import BasePicture, base_infotexts
 from ..base.base_processing import GivenPicture, seen_by_controlnet
@@ -39,12 +39,17 @@ from .request import PlannedSampling, Request, notify, takes_residuals
 
 
 @dataclass(frozen=True)
-class Remarks:
-    """What a recording keeps: what its prompts hold, the pictures of stage 1 as they are shown, ControlNets' maps."""
+class BaseReport:
+    """What the user is shown of the base: what its prompts hold, its pictures of stage 1, its ControlNets' maps."""
 
     encoding: Encoding
     base_pictures: tuple[BasePicture, ...]
     detected_maps: tuple[Image.Image, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
+        return size_of_pictures([*(picture.image for picture in self.base_pictures), *self.detected_maps])
 
 
 @dataclass(frozen=True)
@@ -257,19 +262,19 @@ class WebUIHost:
         if not self.interrupted:
             state.nextjob()
 
-    def remarks(self) -> Remarks:
-        return Remarks(self._encodings[-1], tuple(self.base_pictures), tuple(self._detected_maps))
+    def host_data(self) -> BaseReport:
+        return BaseReport(self._encodings[-1], tuple(self.base_pictures), tuple(self._detected_maps))
 
-    def stage_one_found(self, kept: KeptStageOne) -> None:
-        remarks: Remarks = kept.remarks
-        self.base_pictures[:] = remarks.base_pictures
+    def on_stage_one_reused(self, kept: CachedStageOne) -> None:
+        report: BaseReport = kept.host_data
+        self.base_pictures[:] = report.base_pictures
         if self._planned.sampling.start is Start.BASE:
             shared.state.nextjob()
 
-    def base_rests(self, kept: KeptStageOne) -> None:
-        remarks: Remarks = kept.remarks
-        self._report(remarks.encoding)
-        self._detected_maps[:] = self._detected_maps or remarks.detected_maps
+    def on_base_skipped(self, kept: CachedStageOne) -> None:
+        report: BaseReport = kept.host_data
+        self._report(report.encoding)
+        self._detected_maps[:] = self._detected_maps or report.detected_maps
         if self._planned.recorded and self._planned.coupling is not None:
             # that of the recording
             shared.state.nextjob()

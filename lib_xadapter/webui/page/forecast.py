@@ -114,7 +114,7 @@ class Pass:
     strength: str = ""
     hires: bool = False
 
-    def told(self, base_name: str) -> str:
+    def describe(self, base_name: str) -> str:
         """In words, with the name of the base's family."""
         sizes = {base_name: self.base, FAMILY_NAMES["sdxl"]: self.upgraded}
         models = [f"{name} ({size})" for name, size in sizes.items() if size is not None]
@@ -123,8 +123,8 @@ class Pass:
         steps = counted if self.steps == self.of_steps else f"the last {self.steps} of {counted}"
         start = f"over {self.start}" if self.start else "from noise"
         decided = f" ({self.strength})" if self.strength else ""
-        told = f"{' and '.join(models)} {sample} {steps}{together} {start}{decided}."
-        return f"Hires. fix: {told}" if self.hires else told
+        sentence = f"{' and '.join(models)} {sample} {steps}{together} {start}{decided}."
+        return f"Hires. fix: {sentence}" if self.hires else sentence
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,15 @@ class Forecast:
         check_tab(p, settings)
         return cls(tuple(_passes(p, settings)), settings)
 
-    def told(self, base_name: str, memory: str) -> str:
+    def describe(self, base_name: str, memory: str) -> str:
         """In one line.
 
         Args:
             base_name: of the base's family.
             memory: lockstep or recorded.
         """
-        passes = " Then ".join(step.told(base_name) for step in self.passes if not step.hires)
-        hires = [step.told(base_name) for step in self.passes if step.hires]
+        passes = " Then ".join(step.describe(base_name) for step in self.passes if not step.hires)
+        hires = [step.describe(base_name) for step in self.passes if step.hires]
         chosen = f"{memory} ({AUTO})" if self.settings.memory == AUTO else memory
         return " ".join([passes, *hires, *self._acting(base_name), f"Memory: {chosen}."])
 

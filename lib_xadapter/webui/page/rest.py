@@ -62,7 +62,7 @@ def _forecast(asked: TabRequest, settings: Settings, family: str) -> dict[str, A
     except XAdapterError as problem:
         return {"line": str(problem), "problem": True}
     passes = [asdict(one) for one in forecast.passes]
-    line = " ".join(filter(None, [forecast.told(FAMILY_NAMES[family], memory), pair.told(family)]))
+    line = " ".join(filter(None, [forecast.describe(FAMILY_NAMES[family], memory), pair.describe(family)]))
     return {"line": line, "passes": passes, "memory": memory, "pair": str(pair)}
 
 

@@ -42,7 +42,7 @@ class Route:
     made_for: str = "unknown"
     problem: str = ""
 
-    def told(self, base_family: str) -> str:
+    def describe(self, base_family: str) -> str:
         """In words, with a base of that family."""
         names = {BASE: FAMILY_NAMES[base_family], UPGRADED: FAMILY_NAMES["sdxl"]}
         models = " and ".join(names[model] for model in self.models) or NO_MODEL
@@ -51,7 +51,7 @@ class Route:
 
 def sentence(routes: Iterable[Route], base_family: str) -> str:
     """All of them in one line, "" for none."""
-    return "; ".join(route.told(base_family) for route in routes)
+    return "; ".join(route.describe(base_family) for route in routes)
 
 
 # --- after a run ------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def unit_route(unit: Unit) -> Route:
     """Where an enabled unit of the ControlNet panel goes.
 
     Raises:
-        XAdapterError: its model cannot be told.
+        XAdapterError: its model is not known.
     """
     model = UPGRADED if unit.family == "sdxl" else BASE
     return Route(f"{UNIT} {unit.number}", unit.name, (model,), unit.family or "unknown")
@@ -189,8 +189,8 @@ def _expected_unit(number: int, given: Mapping[str, Any]) -> Route:
         subject, name = str(unit), unit.name
         return unit_route(unit)
     except XAdapterError as problem:
-        told = str(problem).removeprefix(f"{subject} ").rstrip(".")
-        return Route(f"{UNIT} {number}", name, (), problem=told)
+        reason = str(problem).removeprefix(f"{subject} ").rstrip(".")
+        return Route(f"{UNIT} {number}", name, (), problem=reason)
 
 
 def with_base(route: Route, base_family: str) -> Route:

@@ -123,10 +123,10 @@ def noise_levels(denoiser: CFGDenoiser, asked: Sequence[Tensor]) -> list[float]:
         denoiser: the sampler's.
         asked: (1,) each, one an evaluation.
     """
-    told = torch.cat(list(asked)).tolist() if asked else []
+    values = torch.cat(list(asked)).tolist() if asked else []
     if not isinstance(denoiser, CFGDenoiserTimesteps):
-        return told
-    return [timestep_to_sigma(timestep, denoiser.alphas) for timestep in told]
+        return values
+    return [timestep_to_sigma(timestep, denoiser.alphas) for timestep in values]
 
 
 def timestep_to_sigma(timestep: float, alphas_cumprod: Tensor) -> float:
