@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 pytest.importorskip("diffusers", reason="needs the extra 'headless'")
 
-from benchmarks import curves, miniature_facts, miniature_tables
+from benchmarks import curves, miniature_facts, miniature_tables, picture_rows
 from benchmarks.mapping_layers import Case, operations
 from benchmarks.random_adapter import RELEASED, random_adapter
 from benchmarks.timing import Spread, Times
@@ -157,3 +158,13 @@ def test_ways_that_differ_in_their_switch_point_become_a_curve(tmp_path):
     named = ["--across", "FID", "--up", "F1", "--out", str(tmp_path / "curves.png")]
     curves.main([str(tmp_path / "figures.json"), *named])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pictures_of_an_evaluation_stand_side_by_side(tmp_path):
+    for name, colour in (("one", "red"), ("other", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    row = {"pictures": {"SD1.5": "one.png", "SDXL": "other.png"}}
+    (tmp_path / "figures.json").write_text(json.dumps({"ways": ["SD1.5", "SDXL"], "pictures": [row, row]}))
+    picture_rows.main([str(tmp_path / "figures.json"), "--out", str(tmp_path / "rows.png"), "--captions", "1"])
+    pixels = {colour: number for number, colour in Image.open(tmp_path / "rows.png").getcolors(10_000)}
+    assert pixels[255, 0, 0] == pixels[0, 0, 255]
