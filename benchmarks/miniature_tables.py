@@ -206,6 +206,12 @@ SINGLE_RUNS: Mapping[str, Run] = {
     ),
     "sketch": Run("A T2I-Adapter", ("--controlnet", "t2iadapter-miniature-sketch", "--control", "canny")),
     "word": Run("A textual inversion", shapes=(SECRET_SHAPE,)),
+    "word-uncond-0": Run(
+        "A textual inversion, unconds without the adapter",
+        ("--uncond-weight", "0"),
+        like="word",
+        shapes=(SECRET_SHAPE,),
+    ),
     "fine-tuned": Run(f"A base fine-tuned in a style ({STYLE})", fine_tuned=True),
     "remix": Run("Edges of the base, palette of SDXL", (*EDGES, "--lora", "miniature-upgraded-palette")),
     "edges-prompt-half": Run(
