@@ -639,6 +639,19 @@ class TestUpscaleButton:
         page.locator(f"{ID}enabled-visible-checkbox").click()
         assert BASE in self.upscaled(page, webui)
 
+    def test_the_second_picture_of_a_batch_keeps_its_own_base_seed(self, page, webui):
+        ask_for(page)
+        fill(page, "#txt2img_batch_size", 2)
+        enable(page)
+        open_more(page)
+        fill(page, f"{ID}base_seed", 40)
+        generate(page)
+        # behind the grid and the first
+        page.locator("#txt2img_gallery .thumbnail-item").nth(2).click()
+        page.wait_for_function("document.querySelector('#html_info_txt2img').textContent.includes('Seed: 8,')")
+        assert BASE in self.upscaled(page, webui)
+        assert "X-Adapter base seed: 41" in page.locator("#html_info_txt2img").first.inner_text()
+
     def test_a_picture_without_it_is_enlarged_without_it(self, page, webui):
         ask_for(page)
         assert "X-Adapter version" not in generate(page)
