@@ -77,14 +77,14 @@ class Measures:
     """What is measured, and where the weights for it lie.
 
     Attributes:
-        wanted: names of figures.
+        metrics: names of figures.
         inception, clip, depth: weights; None where there are none.
         resamples: of the bootstrap.
         fid_against: the pictures that FID is a distance from; None for plain SDXL's.
         fid_features: what it is a distance between.
     """
 
-    wanted: tuple[str, ...]
+    metrics: tuple[str, ...]
     inception: Path | None
     clip: Path | None
     depth: Path | None

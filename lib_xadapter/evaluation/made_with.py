@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ from ..headless.file_contents import contents_of, files_of
 from ..headless.options import SETTINGS_OF_EVALUATE
 from ..inversion_names import files_below, mentions
 from .evaluate_command import DEPTH, Evaluation
-
-HASH = re.compile(r", [0-9a-f]{16}\)$")
-NOT_SAID_BEFORE = ("dtype", "depth")
-"""What files of older versions do not tell; their pictures are taken for what is asked."""
 
 
 def made_with(evaluation: Evaluation, dtype: str) -> dict[str, Any]:
@@ -52,9 +47,9 @@ def made_with(evaluation: Evaluation, dtype: str) -> dict[str, Any]:
     }
 
 
-def difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
-    """The first name under which something else was noted than is asked; None where there is none."""
-    return next((name for name in asked if not _agrees(name, there, asked[name])), None)
+def difference(there: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """The first name under which something else stands there; None where there is none."""
+    return next((name for name in facts if there.get(name) != facts[name]), None)
 
 
 def identity(path: Path) -> str:
@@ -75,28 +70,3 @@ def _embeddings(evaluation: Evaluation) -> dict[str, str]:
     ]
     files = files_below(*evaluation.files.embeddings)
     return {name: identity(path) for name, path in files.items() if mentions(texts, name)}
-
-
-def _agrees(name: str, there: Mapping[str, Any], asked: Any) -> bool:
-    noted = there.get(name)
-    if name in NOT_SAID_BEFORE and name not in there:
-        return True
-    if name == "upgraded_captions":
-        # an identity of the folder or None, before
-        return bool(noted) == asked
-    return noted in (asked, _as_said_before(name, asked))
-
-
-def _as_said_before(name: str, asked: Any) -> Any:
-    """What older versions noted: no hashes, and of LoRAs only what they are called."""
-    if name == "lora":
-        return {_without_hash(lora).rpartition(" (")[0]: weight for lora, weight in asked}
-    return _without_hash(asked)
-
-
-def _without_hash(asked: Any) -> Any:
-    if isinstance(asked, list):
-        return [_without_hash(one) for one in asked]
-    if isinstance(asked, dict):
-        return {name: _without_hash(one) for name, one in asked.items()}
-    return HASH.sub(")", asked) if isinstance(asked, str) else asked

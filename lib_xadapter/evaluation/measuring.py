@@ -139,7 +139,7 @@ def opened(path: Path) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class KeptConditions:
+class ConditionScores:
     """Of each picture of a way: its map's similarity to the one given, and for edges F1; (items,)."""
 
     similarities: NDArray[numpy.float64]
@@ -159,12 +159,12 @@ class Measuring:
         self._evaluation, self._sample, self._device = evaluation, sample, device
         self._measures: Measures = evaluation.measures
         self._embedded: dict[Way, NDArray] = {}
-        self._kept: dict[str, Mapping[str, KeptConditions]] = {}
+        self._scores: dict[str, Mapping[str, ConditionScores]] = {}
 
     def measured(self) -> Measured:
         """Every figure that was asked for, or the reason why it is not there."""
         figures, not_computed = [], {}
-        for description, measure in self._wanted():
+        for description, measure in self._figures():
             try:
                 figures.append(measure())
             except XAdapterError as error:
@@ -176,15 +176,15 @@ class Measuring:
                 not_computed[description] = f"{type(error).__name__}: {first_line(error)}"
         return Measured(tuple(figures), not_computed, tuple(self._notes(figures)))
 
-    def _wanted(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
-        wanted = self._measures.wanted
-        if FID in wanted:
+    def _figures(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        metrics = self._measures.metrics
+        if FID in metrics:
             yield "FID", self._fid_of_clip if self._measures.fid_features == OF_CLIP else self._fid
-        if CLIP in wanted:
+        if CLIP in metrics:
             yield "CLIP score", self._clip_score
-        if CONDITION in wanted:
+        if CONDITION in metrics:
             yield from self._conditions()
-        if STYLE in wanted:
+        if STYLE in metrics:
             yield "Style similarity", self._style
 
     def _conditions(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -273,7 +273,7 @@ class Measuring:
             f"SSIM, {kind}",
             HIGHER,
             f"structural similarity of the {kind} map of the picture, at SD1.5's size, and the one that was given",
-            {way: found.similarities for way, found in self._kept_conditions(kind).items()},
+            {way: found.similarities for way, found in self._condition_scores(kind).items()},
         )
 
     def _edge_f1(self) -> Figure:
@@ -281,7 +281,7 @@ class Measuring:
             "F1, edges",
             HIGHER,
             "F1 of the edges of the picture, at SD1.5's size, and of those given, within two pixels",
-            {way: found.f1s for way, found in self._kept_conditions(CANNY).items()},
+            {way: found.f1s for way, found in self._condition_scores(CANNY).items()},
         )
 
     # --- what they share ----------------------------------------------------------------------------------------------
@@ -299,14 +299,14 @@ class Measuring:
             self._embedded[way] = self._sample.through(self._clip.of_pictures, way, "CLIP")
         return self._embedded[way]
 
-    def _kept_conditions(self, kind: str) -> Mapping[str, KeptConditions]:
+    def _condition_scores(self, kind: str) -> Mapping[str, ConditionScores]:
         """By the names of the ways."""
-        if kind not in self._kept:
+        if kind not in self._scores:
             extract = extractor(kind, self._measures.depth, self._device)
-            self._kept[kind] = {way.name: self._kept_by(way, kind, extract) for way in self._sample.ways}
-        return self._kept[kind]
+            self._scores[kind] = {way.name: self._scores_of(way, kind, extract) for way in self._sample.ways}
+        return self._scores[kind]
 
-    def _kept_by(self, way: Way, kind: str, extract: Extractor) -> KeptConditions:
+    def _scores_of(self, way: Way, kind: str, extract: Extractor) -> ConditionScores:
         from .figures.condition import edge_f1, map_similarity
 
         similarities, f1s = [], []
@@ -316,7 +316,7 @@ class Measuring:
             similarities.append(map_similarity(found, given))
             if kind == CANNY:
                 f1s.append(edge_f1(found, given))
-        return KeptConditions(numpy.array(similarities), numpy.array(f1s))
+        return ConditionScores(numpy.array(similarities), numpy.array(f1s))
 
     def _mean(self, name: str, better: str, description: str, values: Mapping[str, NDArray]) -> Figure:
         statistics = {way: MeanOverCaptions(self._sample.per_caption(ours)) for way, ours in values.items()}

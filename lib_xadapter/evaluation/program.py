@@ -46,7 +46,7 @@ def evaluate(options: argparse.Namespace, evaluation: Evaluation) -> int:
         processes.wait()
         _make(evaluation, options, processes, placement)
         processes.wait()
-        return _tell(evaluation, processes.device, facts) if processes.is_first else 0
+        return _measure_and_report(evaluation, processes.device, facts) if processes.is_first else 0
     finally:
         processes.leave()
 
@@ -58,11 +58,11 @@ def _check_rows(evaluation: Evaluation) -> None:
         raise WrongArgument(f"--beside: the table already has a row '{twice}'; choose another name.")
 
 
-def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write down what the pictures of the folder are made with, and give it.
+def _claim(evaluation: Evaluation, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write down what the pictures of the folder are made with; gives what they were made with.
 
     Args:
-        asked: that.
+        facts: what they are made with.
 
     Raises:
         WrongArgument: it holds pictures that were made with something else.
@@ -73,20 +73,20 @@ def _claim(evaluation: Evaluation, asked: Mapping[str, Any]) -> Mapping[str, Any
             there = json.loads(path.read_text(encoding="utf-8"))
             if _is_made(evaluation):
                 # what is measured alone may be so on another machine, whose usual type is another
-                asked = {**asked, "dtype": there.get("dtype", asked["dtype"])}
-            different = difference(there, asked)
+                facts = {**facts, "dtype": there.get("dtype", facts["dtype"])}
+            different = difference(there, facts)
         except (ValueError, AttributeError) as error:
             raise WrongFile(f"{path} is not what evaluate wrote there.") from error
         if different is not None:
             raise WrongArgument(
                 f"--out: the pictures in {evaluation.out} were made with '{different}' {there.get(different)!r}, not "
-                f"{asked[different]!r}; name another folder."
+                f"{facts[different]!r}; name another folder."
             )
     for item in evaluation.items if evaluation.upgraded_captions is not None else ():
         if (folder := folder_of(evaluation.out, item)).path.is_dir():
-            folder.keep_upgraded_caption(item.caption, evaluation.upgraded_captions[item.caption])
-    write_whole(path, lambda to: to.write_text(_json(asked), encoding="utf-8"))
-    return asked
+            folder.note_upgraded_caption(item.caption, evaluation.upgraded_captions[item.caption])
+    write_whole(path, lambda to: to.write_text(_json(facts), encoding="utf-8"))
+    return facts
 
 
 def _is_made(evaluation: Evaluation) -> bool:
@@ -99,22 +99,22 @@ def _make(evaluation: Evaluation, options: argparse.Namespace, processes: Proces
     """The pictures that this process has to make."""
     ways = ways_of(evaluation)
     ours = processes.share(evaluation.items)
-    wanted = {item: len(folder_of(evaluation.out, item).missing(ways)) for item in ours}
-    missing = [item for item, pictures in wanted.items() if pictures]
+    unfinished = {item: len(folder_of(evaluation.out, item).missing(ways)) for item in ours}
+    missing = [item for item, pictures in unfinished.items() if pictures]
     if not missing:
         return
     models = load_models(evaluation.files, replace(placement, mapping=options.mapping), options.tokenizer)
     extractors = {kind: extractor(kind, evaluation.measures.depth, processes.device) for kind in evaluation.kinds}
     rules = RELEASED_RULES if evaluation.reference else WEBUI_RULES
     works = len(missing) < len(ours)
-    bars: AbstractContextManager[Bars | None] = Bars(sum(wanted.values())) if processes.is_first else nullcontext()
+    bars: AbstractContextManager[Bars | None] = Bars(sum(unfinished.values())) if processes.is_first else nullcontext()
     with bars as shown:
         maker = Maker(evaluation, models, rules, extractors, shown.show if shown else no_progress)
         for start in range(0, len(missing), evaluation.batch):
             together = missing[start : start + evaluation.batch]
             works = _make_some(maker, together, evaluation, works) or works
             if shown:
-                shown.finished(sum(wanted[item] for item in together))
+                shown.finished(sum(unfinished[item] for item in together))
 
 
 def _make_some(maker: Maker, items: Sequence[Item], evaluation: Evaluation, works: bool) -> bool:
@@ -152,7 +152,7 @@ def _make_one(maker: Maker, item: Item, evaluation: Evaluation, works: bool) -> 
     return True
 
 
-def _tell(evaluation: Evaluation, device: str, facts: Mapping[str, Any]) -> int:
+def _measure_and_report(evaluation: Evaluation, device: str, facts: Mapping[str, Any]) -> int:
     """Measure and write the report; gives the exit status."""
     sample = Sample.of(evaluation)
     if not sample.items:

@@ -135,7 +135,7 @@ class Folder:
     def source(self) -> Path:
         return self.path / SOURCE
 
-    def keep_upgraded_caption(self, caption: Caption, text: str) -> None:
+    def note_upgraded_caption(self, caption: Caption, text: str) -> None:
         """Note what SDXL is told for these pictures.
 
         Raises:
@@ -143,7 +143,6 @@ class Folder:
         """
         path = self.path / UPGRADED_CAPTION
         if not path.is_file():
-            # older versions did not note it
             write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
         elif (there := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise WrongArgument(
@@ -166,7 +165,7 @@ def _pictures(out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Missing:
+class ItemTask:
     """What an item still lacks.
 
     Attributes:
@@ -182,10 +181,10 @@ class Missing:
     side: BaseSide | None
 
     @property
-    def wants_joint(self) -> bool:
+    def needs_joint_stage(self) -> bool:
         return any(way.kind not in (Kind.UPGRADED, Kind.SINGLE) for way in self.missing)
 
-    def wants(self, kind: Kind) -> bool:
+    def needs(self, kind: Kind) -> bool:
         return any(way.kind is kind for way in self.missing)
 
 
@@ -217,27 +216,27 @@ class Maker:
 
         Items of which as much is there go in one batch.
         """
-        wanted = [self._wanted(item) for item in items]
-        joint = [one for one in wanted if one.wants_joint]
-        groups: dict[tuple[Any, ...], list[Missing]] = {}
+        tasks = [self._task_of(item) for item in items]
+        joint = [one for one in tasks if one.needs_joint_stage]
+        groups: dict[tuple[Any, ...], list[ItemTask]] = {}
         for one in joint:
             groups.setdefault((one.missing, one.side is None), []).append(one)
         for together in groups.values():
             self._make_joint(together)
         for kind, change in ((Kind.SINGLE, _single), (Kind.UPGRADED, _plain)):
-            if missing := [one for one in wanted if one.wants(kind)]:
+            if missing := [one for one in tasks if one.needs(kind)]:
                 self._make_from_noise(kind, missing, [change(one.job) for one in missing])
-        for one in wanted:
+        for one in tasks:
             one.folder.left_out.unlink(missing_ok=True)
 
-    def _wanted(self, item: Item) -> Missing:
+    def _task_of(self, item: Item) -> ItemTask:
         folder = folder_of(self._evaluation.out, item)
         if (texts := self._evaluation.upgraded_captions) is not None:
-            folder.keep_upgraded_caption(item.caption, texts[item.caption])
+            folder.note_upgraded_caption(item.caption, texts[item.caption])
         job = self._evaluation.job_of(item, *self._maps(item, folder))
-        return Missing(folder, folder.missing(self._ways), job, _kept_side(folder))
+        return ItemTask(folder, folder.missing(self._ways), job, _load_base_side(folder))
 
-    def _make_joint(self, together: Sequence[Missing]) -> None:
+    def _make_joint(self, together: Sequence[ItemTask]) -> None:
         ways = {(way.switch_point, way.weight): way for way in self._ways}
         # the base's picture comes along with the others, which are made again for it
         lost = BASE_ALONE in together[0].missing
@@ -245,17 +244,17 @@ class Maker:
         for picture in self._pictures([one.job for one in together], there, _sides_of(together)):
             folder, settings = together[picture.job].folder, picture.settings
             if picture.base_image is not None and not folder.of(BASE_ALONE).is_file():
-                _keep_latents(folder, picture.base_latents)
+                _save_base_latents(folder, picture.base_latents)
                 save_picture(folder.of(BASE_ALONE), picture.base_image)
             way = ways[settings.switch_point, settings.weight]
             save_picture(folder.of(way), picture.image, picture.text)
 
-    def _make_from_noise(self, kind: Kind, wanted: Sequence[Missing], jobs: Sequence[Job]) -> None:
+    def _make_from_noise(self, kind: Kind, tasks: Sequence[ItemTask], jobs: Sequence[Job]) -> None:
         """Of a kind whose ways differ in their weights alone."""
         ways = [way for way in self._ways if way.kind is kind]
         for picture in self._pictures(jobs):
             way = next(way for way in ways if way.weight in (None, picture.settings.weight))
-            save_picture(wanted[picture.job].folder.of(way), picture.image, picture.text)
+            save_picture(tasks[picture.job].folder.of(way), picture.image, picture.text)
 
     def _pictures(
         self, jobs: Sequence[Job], there: Collection[str] = (), side: BaseSide | None = None
@@ -306,18 +305,18 @@ def _plain(job: Job) -> Job:
     return dataclasses.replace(_single(job), weights=(0.0,), control_images=(), control_scales=(), control_names=())
 
 
-def _sides_of(together: Sequence[Missing]) -> BaseSide | None:
+def _sides_of(together: Sequence[ItemTask]) -> BaseSide | None:
     """What the base finished for items, of all of which or of none it has."""
     latents = [one.side.latents for one in together if one.side is not None]
     return BaseSide(torch.cat(latents)) if latents else None
 
 
-def _keep_latents(folder: Folder, latents: Tensor) -> None:
+def _save_base_latents(folder: Folder, latents: Tensor) -> None:
     tensors = {"latents": latents.cpu().contiguous()}
     write_whole(folder.path / BASE_LATENTS, lambda to: to.write_bytes(safetensors.torch.save(tensors)))
 
 
-def _kept_side(folder: Folder) -> BaseSide | None:
+def _load_base_side(folder: Folder) -> BaseSide | None:
     """What the base finished for this item; None where it has not."""
     path = folder.path / BASE_LATENTS
     # the latents are written before the picture

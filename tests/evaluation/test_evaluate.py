@@ -415,27 +415,6 @@ class TestGoingOn:
         given = ("--limit", "1", "--metrics", "fid", "--out", str(tmp_path / "none"), "--depth", str(other))
         assert evaluate(*given) == 1
 
-    def test_a_folder_of_an_older_version_goes_on_where_all_that_it_tells_agrees(self, evaluate, tmp_path, capsys):
-        """It told names and sizes of files, of LoRAs but the names, and nothing of types and depth estimators."""
-        given = ("--limit", "1", "--metrics", "condition", "--lora", "small-style:0.5")
-        assert evaluate(*given) == 1
-        path = evaluate.out / "made-with.json"
-        now = path.read_text(encoding="utf-8")
-        told = json.loads(re.sub(r" bytes, [0-9a-f]{16}\)", " bytes)", now))
-        del told["dtype"], told["depth"]
-        told |= {"lora": {"small-style.safetensors": 0.5}, "upgraded_captions": None}
-        path.write_text(json.dumps(told), encoding="utf-8")
-        assert evaluate(*given) == 1
-        assert path.read_text(encoding="utf-8") == now
-        for name, other in (
-            ("base", "small-sd15.safetensors (5 bytes)"),
-            ("lora", {"small-style.safetensors": 0.4}),
-            ("upgraded_captions", "told (5 bytes)"),
-        ):
-            path.write_text(json.dumps(told | {name: other}), encoding="utf-8")
-            assert evaluate(*given) == 2
-            assert f"were made with '{name}' {other!r}, not" in capsys.readouterr().err
-
     def test_loras_of_one_file_name_are_told_apart(self, evaluate, tmp_path, capsys):
         (style,) = evaluate.models.rglob("small-style.safetensors")
         (tmp_path / "other").mkdir()
@@ -460,22 +439,6 @@ class TestGoingOn:
         said = capsys.readouterr().err
         assert "--upgraded-captions: of 'ball' there are pictures" in said
         assert "SDXL was told 'a green hill', not 'a green hull'" in said
-
-    def test_pictures_of_an_older_version_that_noted_no_texts_for_sdxl_are_taken(self, evaluate, tmp_path):
-        told = tmp_path / "told"
-        told.mkdir()
-        (told / "ball.txt").write_text("a green hill", encoding="utf-8")
-        given = ("--limit", "1", "--upgraded-captions", str(told), "--metrics", "condition")
-        assert evaluate(*given) == 1
-        (note,) = evaluate.out.glob("pictures/*/sdxl-caption.txt")
-        note.unlink()
-        path = evaluate.out / "made-with.json"
-        facts = json.loads(path.read_text(encoding="utf-8")) | {"upgraded_captions": "told (12 bytes)"}
-        path.write_text(json.dumps(facts), encoding="utf-8")
-        before = evaluate.pictures()
-        assert evaluate(*given) == 1
-        assert evaluate.pictures() == before
-        assert note.read_text(encoding="utf-8") == "a green hill"
 
     def test_without_the_bases_picture_and_latents_all_that_came_of_them_is_made_again(self, evaluate):
         given = ("--limit", "1", "--metrics", "condition")
