@@ -120,6 +120,12 @@ class Run:
         plugins = any("upgraded" in option for option in self.options)
         return self.adapter is not None and not plugins and self.shapes == SHAPES and self.upgraded_caption is None
 
+    @property
+    def picture(self) -> str:
+        """The file of its X-Adapter's pictures, at the usual switch point."""
+        weight = self.options[self.options.index("--weight") + 1] if "--weight" in self.options else "1"
+        return f"x-adapter-0.8-{weight.replace(',', '_')}.png"
+
     def shared_with(self, other: Run) -> tuple[str, ...]:
         """The pictures that it has in common with the run that it is like."""
         if self.upgraded_caption is not other.upgraded_caption:
@@ -233,6 +239,16 @@ SINGLE_RUNS: Mapping[str, Run] = {
     "edges-end-0.6": Run("Edges, X-Adapter in the first 60 %", (*EDGES, "--guidance-end", "0.6"), like="edges"),
     "edges-coarse-2": Run("Edges, the coarse level twice", (*EDGES, "--weight", "2,1,1"), like="edges"),
     "edges-fine-2": Run("Edges, the fine level twice", (*EDGES, "--weight", "1,1,2"), like="edges"),
+    **{
+        f"edges-fine-2-uncond-0{suffix}": Run(
+            f"Edges, the fine level twice, unconds without the adapter, {ADAPTERS[adapter].title}",
+            (*EDGES, "--weight", "1,1,2", "--uncond-weight", "0"),
+            adapter,
+            (Beside("by the recipe", "edges"), Beside("own ControlNet", "native-edges", "sdxl.png")),
+            like="edges",
+        )
+        for suffix, adapter in (("", SHIPPED), ("-controlled", "controlled"))
+    },
     "edges-amplified": Run("Edges, the ControlNet's difference amplified", EDGES, like="edges", idea="amplified:1"),
     **{
         f"edges-{name}": Run(
@@ -245,7 +261,8 @@ SINGLE_RUNS: Mapping[str, Run] = {
 
 def rows_of(heading: str, adapter: str, like: str, names: Sequence[str]) -> Run:
     """A run's X-Adapter with that of others beside it."""
-    beside = tuple(Beside(SINGLE_RUNS[f"edges-{name}"].title, f"edges-{name}") for name in names)
+    runs = {f"edges-{name}": SINGLE_RUNS[f"edges-{name}"] for name in names}
+    beside = tuple(Beside(run.title, name, run.picture) for name, run in runs.items())
     return Run(heading, EDGES, adapter, beside, like, compares=True)
 
 
