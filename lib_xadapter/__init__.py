@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 
 __all__ = ["MappingLayers", "__version__", "detect_lora_base", "load_adapter"]
 
-_ROOMS = {"detect_lora_base": ".lora_files", "MappingLayers": ".mapping", "load_adapter": ".mapping"}
+_MODULES = {"detect_lora_base": ".lora_files", "MappingLayers": ".mapping", "load_adapter": ".mapping"}
 
 
 def __getattr__(name: str) -> Any:
-    """What stands in `__all__`, imported when it is first asked for: a host that is not in use costs nothing."""
-    if name not in _ROOMS:
+    """Imports a name of `__all__` on its first use: a host that is not in use costs nothing."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ROOMS[name], __name__), name)
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

@@ -38,7 +38,7 @@ SDXL_REFINER_UNET = UnetLayout(channels=(384, 768, 1536, 1536), attention_levels
 UNET_PREFIX = "model.diffusion_model."
 FIRST_CONVOLUTION = f"{UNET_PREFIX}input_blocks.0.0.weight"
 PICTURE_EMBEDDING = f"{UNET_PREFIX}label_emb.0.0.weight"
-"""What only SD2.1-unCLIP has beside SD2's layers: it is told a picture by CLIP's embedding of it."""
+"""What only SD2.1-unCLIP has beside SD2's layers: it is conditioned on CLIP's embedding of a picture."""
 
 # two ResNet blocks and a downsampling each, after the first convolution
 INPUT_BLOCKS_PER_LEVEL = 3
@@ -56,8 +56,8 @@ TEXT_ENCODERS: Mapping[str, CheckpointFamily] = {
 def detect_checkpoint_family(path: str | os.PathLike[str]) -> CheckpointFamily:
     """The family of a single-file checkpoint in CompVis layout; "unknown" for every other file.
 
-    Structure decides and widths do not, so that narrow models are told too. The UNet comes first, as it is what
-    X-Adapter works on; the text encoder speaks only where the UNet fits SD1 and SD2 alike.
+    Structure decides and widths do not, so that models of other widths are recognised, too. The UNet comes first, as
+    it is what X-Adapter works on; the text encoder speaks only where the UNet fits SD1 and SD2 alike.
 
     Raises:
         WrongFile: the file is missing, cut off, or holds no tensors by name.

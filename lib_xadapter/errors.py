@@ -1,4 +1,4 @@
-"""What can be wrong, told in one sentence."""
+"""Errors that users can mend."""
 
 
 class XAdapterError(Exception):

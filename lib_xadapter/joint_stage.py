@@ -20,7 +20,7 @@ from .mapping_paths import MappingPath
 from .overlap import Overlap
 from .rows import Row, match_rows, take_rows
 from .settings import Settings
-from .taps import FUSIONS, fuse_into, like
+from .taps import FUSIONS, fuse_into, resized_like
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class JointEvaluation:
         fusion = mapping.adapter.fusion
         if fusion == "addition" and hidden.shape == feature.shape:
             return mapping.add(level, feature, hidden, weight)
-        return FUSIONS[fusion](feature, like(mapping.residual(level, hidden), feature), weight)
+        return FUSIONS[fusion](feature, resized_like(mapping.residual(level, hidden), feature), weight)
 
     @contextmanager
     def fused_into(self, upgraded_unet: nn.Module, rows: slice) -> Iterator[None]:

@@ -50,8 +50,8 @@ class CheckedMapping:
     """Takes the fastest path that does what the eager one does.
 
     Each shape's first result is held against the eager one, row by row, as in the accuracy stated above. A path that
-    differs, or fails, is given up with one line in the log. Where memory does not suffice in passing, the eager path
-    takes over once.
+    differs, or fails, is given up with one line in the log. Where memory does not suffice for the moment, the eager
+    path takes over once.
 
     Args:
         faster: paths, the fastest first.

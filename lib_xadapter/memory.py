@@ -12,8 +12,8 @@ from torch import nn
 MEGAPIXEL = 2**20
 GIBIBYTE = 2**30
 
-# What is made in passing, in half precision, in GiB for a megapixel of the picture that the model makes. Estimated from
-# the sizes of features and attention, and generously: not measured on a GPU.
+# Activations and workspaces, in half precision, in GiB for a megapixel of the picture that the model makes. Estimated
+# from the sizes of features and attention, and generously: not measured on a GPU.
 UPGRADED_STEP = 0.75
 """SDXL's UNet, for each row of its batch."""
 BASE_STEP = 1.5

@@ -1,6 +1,6 @@
 """The way of features between a GPU and RAM.
 
-A GPU copies in passing only from and into pinned memory. Two slots of it take turns, a step each: one is filled or
+Asynchronous copies need pinned memory. Two slots of it take turns, a step each: one is filled or
 emptied here while the GPU copies the other. So two steps' features are pinned, however many steps there are.
 """
 
@@ -23,7 +23,7 @@ class Event(Protocol):
 
 
 class Queue(Protocol):
-    """What copies in passing."""
+    """What copies asynchronously."""
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         """Pinned memory for a tensor."""

@@ -15,7 +15,7 @@ from typing import Any
 from .errors import WrongArgument
 
 LEVELS = 3
-"""Of the mapping layers, one for each tap."""
+"""Weights of residuals: coarse, middle and fine."""
 
 BASE_NOISE_SEED = 0x2312_2238
 """Added to an image's seed for the base's noise in the joint stage, which must not be the upgraded model's."""
@@ -124,13 +124,13 @@ class Settings:
         "",
         "SD1.5 prompt",
         "base prompt",
-        "What the SD1.5 model is told instead of the prompt above: trigger words belong here. Empty: the same prompt.",
+        "Prompt of the SD1.5 model in the place of the one above: trigger words belong here. Empty: the same prompt.",
     )
     base_negative_prompt: str = argument(
         "",
         "SD1.5 negative prompt",
         "base negative prompt",
-        "What the SD1.5 model is told to avoid. Empty: the same negative prompt.",
+        "Negative prompt of the SD1.5 model. Empty: the same negative prompt.",
     )
     base_width: int = argument(
         0, "SD1.5 width", "base width", "Width of the SD1.5 picture in pixels. 0: half the width above.", **SIZE

@@ -87,7 +87,8 @@ class BaseFeatures:
 
     Attributes:
         levels: one (rows, channels, h, w) for each tap, finest last.
-        time_embedding: (rows, channels), for mapping layers with timestep conditioning; None where there are none.
+        time_embedding: (rows, channels), for mapping layers with timestep conditioning; None in a recording for those
+            without.
     """
 
     levels: tuple[Tensor, ...]
@@ -325,7 +326,7 @@ def fuse_into(
         yield
 
 
-def like(residual: Tensor, feature: Tensor) -> Tensor:
+def resized_like(residual: Tensor, feature: Tensor) -> Tensor:
     """The residual in the feature's type and, where base and upgraded sizes are not 1:2, resized to its size."""
     if residual.shape[-2:] != feature.shape[-2:]:
         residual = functional.interpolate(residual.float(), feature.shape[-2:], mode="bilinear", align_corners=False)

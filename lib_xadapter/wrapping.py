@@ -13,7 +13,7 @@ NOTHING = object()
 
 
 @contextmanager
-def copied_as_it_was(owner: Any) -> Iterator[None]:
+def copies_unwrapped(owner: Any) -> Iterator[None]:
     """While open, `copy.copy` of the owner gives an object on which none of its methods is wrapped by `wrapped`.
 
     Args:
@@ -44,19 +44,19 @@ def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None
 
     Whatever stood in the owner's own attributes is put back. Where somebody else has wrapped ours in the meantime,
     theirs stays, and ours passes its calls on. A copy of the owner that somebody makes meanwhile has ours among its
-    attributes, bound to the owner: see `copied_as_it_was`.
+    attributes, bound to the owner: see `copies_unwrapped`.
 
     Args:
         owner: an object, not a class.
         name: of a method of its class, or of a function among its own attributes.
         wrapper: called with the method that was there, then the call's own arguments.
     """
-    host, own = getattr(owner, name), dict(vars(owner))
+    method, own = getattr(owner, name), dict(vars(owner))
     is_open = True
 
-    @functools.wraps(host)
+    @functools.wraps(method)
     def ours(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(host, *args, **kwargs) if is_open else host(*args, **kwargs)
+        return wrapper(method, *args, **kwargs) if is_open else method(*args, **kwargs)
 
     setattr(ours, BENEATH, own.get(name, NOTHING))
     setattr(owner, name, ours)

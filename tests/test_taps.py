@@ -8,7 +8,7 @@ from torch import nn
 
 from lib_xadapter.errors import DoesNotFit
 from lib_xadapter.mapping import MappingLayers, read_layout
-from lib_xadapter.taps import addition, check_fit, decoder_blocks, fuse_into, guidance, like, read_features
+from lib_xadapter.taps import addition, check_fit, decoder_blocks, fuse_into, guidance, read_features, resized_like
 from tests.small_adapter import AdapterPlan
 from tests.small_unets import JointInputs, base_unet, call_base, call_upgraded, upgraded_unet
 
@@ -97,7 +97,7 @@ def test_hooks_are_gone_afterwards_even_when_a_model_raises(base, upgraded):
 
 def test_a_residual_of_another_size_is_brought_to_the_features():
     feature = torch.zeros(1, 2, 6, 10, dtype=torch.float16)
-    residual = like(torch.ones(1, 2, 4, 4), feature)
+    residual = resized_like(torch.ones(1, 2, 4, 4), feature)
     assert residual.shape == feature.shape
     assert residual.dtype == feature.dtype
     torch.testing.assert_close(residual, torch.ones_like(feature))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from lib_xadapter.wrapping import copied_as_it_was, wrapped
+from lib_xadapter.wrapping import copies_unwrapped, wrapped
 
 
 class Owner:
@@ -56,7 +56,7 @@ class TestCopies:
 
     def test_a_copy_has_its_own_method(self, owner):
         owner.number = 3
-        with copied_as_it_was(owner), wrapped(owner, "method", tenfold):
+        with copies_unwrapped(owner), wrapped(owner, "method", tenfold):
             copied = copy.copy(owner)
             assert copied.method(1) == 1
             assert owner.method(1) == 10
@@ -64,11 +64,11 @@ class TestCopies:
 
     def test_what_somebody_else_put_there_before_is_copied(self, owner):
         owner.method = theirs = lambda number: number + 1
-        with copied_as_it_was(owner), wrapped(owner, "method", tenfold), wrapped(owner, "method", tenfold):
+        with copies_unwrapped(owner), wrapped(owner, "method", tenfold), wrapped(owner, "method", tenfold):
             assert copy.copy(owner).method is theirs
 
     def test_afterwards_it_is_copied_as_any_object(self, owner):
-        with copied_as_it_was(owner):
+        with copies_unwrapped(owner):
             pass
         owner.number = 3
         assert vars(copy.copy(owner)) == {"number": 3}

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import DoesNotFit
 from ..headless.noise_schedule import trained_alphas
 from ..mapping import MappingLayers
-from ..taps import FUSIONS, fuse_into, like, read_features
+from ..taps import FUSIONS, fuse_into, read_features, resized_like
 from .encoding import EncodedRows
 from .recipe import Recipe
 
@@ -181,7 +181,7 @@ class TrainingStep:
         fuse = FUSIONS[self._layers.fusion]
 
         def fused(level: int, feature: Tensor) -> Tensor:
-            return fuse(feature, like(residuals[level], feature), TRAINED_WEIGHT)
+            return fuse(feature, resized_like(residuals[level], feature), TRAINED_WEIGHT)
 
         # the encoder sees nothing that needs a gradient, so the graph begins at the first residual by itself
         with fuse_into(self._upgraded, fused, taps=self._layers.taps):

@@ -29,7 +29,7 @@ from ...infotext import BASE_SEED_KEY, write_infotext
 from ...settings import Settings
 from ...tried_versions import difference
 from ...two_stage import Pass, run
-from ...wrapping import copied_as_it_was, wrapped
+from ...wrapping import copies_unwrapped, wrapped
 from ..base import plugins
 from ..base.base_infotext import BasePicture
 from ..base.base_processing import GivenPicture, PromptCaches, given_picture, use_caches
@@ -83,7 +83,7 @@ class Job:
             begun.callback(self._scope.close)
             self._scope.enter_context(self._units.taken_out())
             # other extensions make pictures of their own with a copy, in the middle of the job
-            self._scope.enter_context(copied_as_it_was(p))
+            self._scope.enter_context(copies_unwrapped(p))
             self._wrap(p, "init", partial(self._begin, arguments))
             # the WebUI closes its processing object whatever happens
             self._wrap(p, "close", self._close)
