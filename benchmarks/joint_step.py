@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseStep, FeatureSource, Lockstep
-from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase
 from lib_xadapter.headless.models import Models, Placement, noise_schedule_of
 from lib_xadapter.headless.pipeline import Request
 from lib_xadapter.joint_stage import Coupling, JointStage
@@ -29,6 +28,7 @@ from lib_xadapter.recording import Playback, Recording, record
 from lib_xadapter.settings import Settings
 from lib_xadapter.taps import read_features
 from lib_xadapter.trajectory import Trajectory
+from tests.guided_unets import GuidedUnet, LockstepBase
 
 from .mapping_candidates import AS_USED, CANDIDATES, candidate
 from .mapping_layers import Case, OneStep

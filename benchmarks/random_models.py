@@ -10,12 +10,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import NOISE, SIZE_EMBEDDING
 from lib_xadapter.headless.models import Models, Placement
 from lib_xadapter.headless.pipeline import Noise, NoisePerImage, Request
 from lib_xadapter.settings import Settings, half
 from tests import small_models
+from tests.guided_unets import Prompts
 
 from .random_adapter import filled, random_adapter
 

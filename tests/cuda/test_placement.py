@@ -97,11 +97,11 @@ class DiffusersHost:
 
     def __init__(self) -> None:
         pytest.importorskip("diffusers", reason="needs the extra 'headless'")
-        from lib_xadapter.headless.denoisers import GuidedUnet, Prompts
+        from tests.guided_unets import GuidedUnet, Prompts
         from tests.small_unets import base_unet, upgraded_unet
 
         self.base, self.upgraded = base_unet().to(HALF), upgraded_unet().to(HALF)
-        self._make = lambda unet, *told: GuidedUnet(unet, Prompts(*told), 7.0)
+        self._make = lambda unet, *prompts: GuidedUnet(unet, Prompts(*prompts), 7.0)
 
     def call_base(self, latent: Tensor, timestep: float) -> Tensor:
         tokens = torch.empty(2, 77, 48, device=GPU)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from lib_xadapter.evaluations import Evaluation
 from lib_xadapter.feature_sources import BaseDenoiser, BaseStep, Lockstep, OncePerLevel
 from lib_xadapter.headless.compvis_layout import UNET_PREFIX, VAE_PREFIX
-from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.model_configs import SIZE_EMBEDDING
 from lib_xadapter.headless.pipeline import Request
 from lib_xadapter.joint_stage import Coupling, JointStage
@@ -31,6 +30,7 @@ from lib_xadapter.mapping_paths import EagerMapping
 from lib_xadapter.rows import batch_rows
 from lib_xadapter.taps import FeatureReader, read_features
 from lib_xadapter.trajectory import Trajectory
+from tests.guided_unets import Prompts
 
 ROWS = batch_rows([1])
 UNCOND_FIRST = [1, 0]

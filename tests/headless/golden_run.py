@@ -15,10 +15,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from lib_xadapter.headless.denoisers import Prompts
 from lib_xadapter.headless.models import with_controls
 from lib_xadapter.headless.pipeline import Noise, NoisePerImage, Request
 from lib_xadapter.settings import Settings
+from tests.guided_unets import Prompts
 from tests.seeded import fill, seeded
 from tests.small_unets import base_unet, upgraded_unet
 

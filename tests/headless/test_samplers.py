@@ -10,8 +10,6 @@ import torch
 
 from lib_xadapter import load_adapter
 from lib_xadapter.errors import WrongArgument
-from lib_xadapter.evaluations import Evaluation
-from lib_xadapter.headless.denoisers import GuidedUnet, LockstepBase, Prompts
 from lib_xadapter.headless.job import Job, half
 from lib_xadapter.headless.jobs import request_of
 from lib_xadapter.headless.model_files import load_base, load_upgraded
@@ -20,6 +18,7 @@ from lib_xadapter.headless.noise_schedule import NoiseSchedule
 from lib_xadapter.headless.pipeline import RELEASED_RULES, WEBUI_RULES, NoisePerImage, TwoStages
 from lib_xadapter.headless.sampler_table import SAMPLERS, sampler_named
 from lib_xadapter.headless.samplers import released_steps, webui_steps
+from lib_xadapter.headless.schedulers import denoised_from
 from lib_xadapter.settings import Settings
 
 
@@ -109,37 +108,13 @@ def test_a_zero_snr_schedule_ends_in_a_finite_level():
     assert math.isfinite(NoiseSchedule(torch.tensor([0.9, 0.5, 0.0])).sigma_at(2))
 
 
-class Velocity(torch.nn.Module):
-    """Predicts, as velocity or as noise, what leads back to a latent that is all 3."""
-
-    def __init__(self, sigma: float, prediction_type: str) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.sigma, self.prediction_type = sigma, prediction_type
-
-    def forward(self, latent, timestep, **told):
-        alpha = 1 / math.sqrt(1 + self.sigma**2)
-        noise = (latent - alpha * 3) / (self.sigma * alpha)
-        return (noise if self.prediction_type == "epsilon" else alpha * noise - self.sigma * alpha * 3,)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_bases_clean_latent_follows_from_either_prediction(prediction_type, models):
-    sigma = 2.5
-    unet = GuidedUnet(Velocity(sigma, prediction_type), Prompts(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)), 7.0)
-    base = LockstepBase(unet, noise_schedule_of(models.base), prediction_type, StillReader())
-    denoised = base(torch.randn(1, 4, 2, 2), Evaluation(sigma, 0, 0.0)).denoised
-    torch.testing.assert_close(denoised, torch.full_like(denoised, 3.0), rtol=1e-4, atol=1e-4)
-
-
-class StillReader:
-    """Has features without a UNet of known blocks."""
-
-    def clear(self) -> None:
-        """Nothing to forget."""
-
-    def take(self) -> None:
-        """Nothing was read."""
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_clean_latent_follows_from_every_prediction(prediction_type):
+    sigma, clean, noise = 2.5, torch.full((1, 4, 2, 2), 3.0), torch.randn(1, 4, 2, 2)
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    velocity = alpha * noise - sigma * alpha * clean
+    predicted = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[prediction_type]
+    torch.testing.assert_close(denoised_from(predicted, clean + sigma * noise, sigma, prediction_type), clean)
 
 
 def test_half_a_size_is_a_multiple_of_8():

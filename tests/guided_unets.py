@@ -1,19 +1,19 @@
-"""The UNets with their inputs: prompts, classifier-free guidance (CFG) and ControlNets."""
+"""UNets of diffusers with their prompts and guidance, called without a pipeline."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..evaluations import Evaluation
-from ..feature_sources import BaseStep
-from ..rows import Row, batch_rows
-from ..taps import FeatureReader
-from .noise_schedule import NoiseSchedule
+from lib_xadapter.evaluations import Evaluation
+from lib_xadapter.feature_sources import BaseStep
+from lib_xadapter.headless.noise_schedule import NoiseSchedule
+from lib_xadapter.headless.schedulers import denoised_from
+from lib_xadapter.rows import Row, batch_rows
+from lib_xadapter.taps import FeatureReader
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,6 @@ class Prompts:
         return {"text_embeds": pooled, "time_ids": torch.cat([self.time_ids, self.time_ids])}
 
 
-@dataclass(frozen=True)
-class Control:
-    """A ControlNet at work: its map (1, 3, height, width) with values 0..1, and how strongly it acts."""
-
-    net: nn.Module
-    image: Tensor
-    scale: float = 1.0
-
-
 class GuidedUnet:
     """A UNet with its prompts: one call for all conds and unconds, then CFG.
 
@@ -76,14 +67,12 @@ class GuidedUnet:
         unet: of diffusers, base or upgraded.
         prompts: of each image.
         cfg_scale: uncond + cfg_scale · (cond − uncond).
-        controls: ControlNets at work on it.
     """
 
-    def __init__(self, unet: nn.Module, prompts: Prompts, cfg_scale: float, controls: Sequence[Control] = ()) -> None:
+    def __init__(self, unet: nn.Module, prompts: Prompts, cfg_scale: float) -> None:
         self._unet = unet
         self._prompts = prompts
         self._cfg_scale = cfg_scale
-        self._controls = tuple(controls)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -110,32 +99,11 @@ class GuidedUnet:
             encoder_hidden_states=tokens,
             added_cond_kwargs=added and {name: value.to(weight) for name, value in added.items()},
             return_dict=False,
-            **self._control_residuals(rows, timestep, tokens),
         )[0].float()
         if self._prompts.uncond is None:
             return output
         cond, uncond = output.chunk(2)
         return uncond + self._cfg_scale * (cond - uncond)
-
-    def _control_residuals(self, rows: Tensor, timestep: Tensor, tokens: Tensor) -> dict[str, object]:
-        if not self._controls:
-            return {}
-        down, middle = zip(*(_lead(control, rows, timestep, tokens) for control in self._controls), strict=True)
-        return {
-            "down_block_additional_residuals": [sum(level) for level in zip(*down, strict=True)],
-            "mid_block_additional_residual": sum(middle),
-        }
-
-
-def _lead(control: Control, rows: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-    return control.net(
-        rows,
-        timestep,
-        encoder_hidden_states=tokens,
-        controlnet_cond=control.image.to(rows).expand(len(rows), -1, -1, -1),
-        conditioning_scale=control.scale,
-        return_dict=False,
-    )
 
 
 class LockstepBase:
@@ -159,8 +127,5 @@ class LockstepBase:
         scaled = latent / math.sqrt(1 + sigma**2)
         self._reader.clear()
         output = self._model.predict(scaled, self._schedule.timestep_at(sigma))
-        if self._prediction_type == "v_prediction":
-            denoised = (scaled - sigma * output) / math.sqrt(1 + sigma**2)
-        else:
-            denoised = latent - sigma * output
+        denoised = denoised_from(output, latent, sigma, self._prediction_type)
         return BaseStep(self._reader.take(), self._model.rows, denoised)
