@@ -107,11 +107,14 @@ def test_each_level_has_its_weight(base):
     assert added(at(stage_for(base, (1.0, 0.0, 0.25))), slice(0, 1), 1) == [2.5]
 
 
-def test_at_weight_0_the_output_convolution_does_not_run(base):
-    class Refusing(Doubling):
-        def residual(self, level, hidden):
-            raise AssertionError("a residual that nobody sees")
+class Refusing(Doubling):
+    """Mapping layers whose output convolutions must not run."""
 
+    def residual(self, level, hidden):
+        raise AssertionError("a residual that nobody sees")
+
+
+def test_at_weight_0_the_output_convolution_does_not_run(base):
     joint = stage_for(base, mapping=Refusing(), weights=(0.0, 0.0, 0.0))
     assert added(at(joint), slice(0, 4), 4) == [0, 0, 0, 0]
 
@@ -238,6 +241,11 @@ class TestUncondWeight:
     )
     def test_unconds_get_their_share(self, base, rows, expected):
         assert added(at(stage_for(base, uncond_weight=0.5)), rows, len(expected)) == expected
+
+    @pytest.mark.parametrize("fusion", ["addition", "guidance"])
+    def test_without_a_share_their_output_convolution_does_not_run(self, base, fusion):
+        joint = stage_for(base, mapping=Refusing(fusion), uncond_weight=0.0)
+        assert added(at(joint), slice(2, 4), 2) == [0, 0]
 
     def test_without_a_share_they_stay_as_they_are(self, base):
         assert added(at(stage_for(base, uncond_weight=0.0)), slice(0, 4), 4) == [6, 12, 0, 0]
